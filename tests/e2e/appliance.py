@@ -1,0 +1,145 @@
+"""A real appliance for a test: its own home, its own keys, every process as `cloister serve` starts them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from appliance.client import AsyncClient, Client
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO_MODEL = ROOT / "demo" / "demo-notes-s"
+CLOISTER = Path(sys.executable).with_name("cloister")
+ALIAS = "notes"
+START_LIMIT_S = 60
+
+
+@dataclass(frozen=True)
+class Appliance:
+    """Where a running appliance lives, and how to talk to it as an operator and as a tenant."""
+
+    home: Path
+    keys: Path
+    credentials: Path
+    bundle: Path
+    supervisor: subprocess.Popen[bytes]
+
+    def cloister(self, *argv: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run one `cloister` command on this home; its exit status must be `expect`."""
+        return cloister("--home", str(self.home), *argv, expect=expect)
+
+    def json(self, *argv: str) -> Any:
+        """What a command prints with --json."""
+        return json.loads(self.cloister("--json", *argv).stdout)
+
+    def status(self) -> Any:
+        """`cloister status --json`."""
+        return self.json("status")
+
+    def deployment(self, name: str = ALIAS) -> Any:
+        """One deployment as `cloister status` shows it."""
+        return next(d for d in self.status()["deployments"] if d["name"] == name)
+
+    def client(self) -> Client:
+        """A tenant's client, over mutual TLS."""
+        return Client.from_dir(self.credentials)
+
+    def async_client(self) -> AsyncClient:
+        """The same, for many streams at once."""
+        return AsyncClient.from_dir(self.credentials)
+
+    def logs(self) -> str:
+        """Everything the processes logged."""
+        return "".join(path.read_text(errors="replace") for path in sorted((self.home / "logs").iterdir()))
+
+
+def cloister(*argv: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the console script; its exit status must be `expect`."""
+    done = subprocess.run([str(CLOISTER), *argv], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == expect, f"{argv} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def build_bundle(folder: Path, model: Path = DEMO_MODEL, sequence: int = 1) -> Path:
+    """Make keys in `folder` (once) and a signed bundle of `model` beside them."""
+    keys = folder / "keys"
+    if not keys.exists():
+        cloister("trust", "init", "--out", str(keys))
+    bundle = folder / f"model-{sequence}.bundle"
+    version = f"1.0.{sequence}"
+    cloister("bundle", "build", "--model", str(model), "--name", "demo-notes-s", "--version", version,
+             "--sequence", str(sequence), "--out", str(bundle))  # fmt: skip
+    cloister("bundle", "sign", str(bundle), "--release-key", str(keys / "release.key"),
+             "--publisher-key", str(keys / "publisher.key"), "--root", str(keys / "root.json"))  # fmt: skip
+    return bundle
+
+
+def initialise(home: Path, keys: Path) -> None:
+    """`cloister init` with the present user as the operator."""
+    user = os.environ.get("USER") or _user_name()
+    cloister("--home", str(home), "init", "--operator", f"alice={user}", "--site", "test", "--profile", "demo",
+             "--root", str(keys / "root.json"))  # fmt: skip
+
+
+def _user_name() -> str:
+    import pwd
+
+    return pwd.getpwuid(os.getuid()).pw_name
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`cloister serve` on an ephemeral port, from READY to a clean exit on SIGTERM."""
+    with (
+        tempfile.TemporaryDirectory(prefix="cl-") as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock,
+    ):
+        notify = f"{folder}/notify"
+        sock.bind(notify)
+        sock.settimeout(START_LIMIT_S)
+        process = subprocess.Popen(
+            [str(CLOISTER), "--home", str(home), "serve", "--listen", "127.0.0.1:0"],
+            env={**os.environ, "NOTIFY_SOCKET": notify},
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            while b"READY=1" not in sock.recv(4096):
+                assert process.poll() is None, "serve ended before it was ready"
+            yield process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(timeout=60) == 0, "serve did not drain and exit 0"
+
+
+@contextmanager
+def running_appliance(*load_options: str) -> Iterator[Appliance]:
+    """An appliance with the demo model loaded as ALIAS and one tenant that may call it."""
+    folder = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))
+    try:
+        bundle = build_bundle(folder)
+        home = folder / "home"
+        initialise(home, folder / "keys")
+        with serving(home) as process:
+            appliance = Appliance(home, folder / "keys", folder / "credentials", bundle, process)
+            appliance.cloister("bundle", "import", str(bundle))
+            appliance.cloister("model", "load", "demo-notes-s", "--as", ALIAS, *load_options)
+            appliance.cloister("alias", "set", ALIAS, ALIAS)
+            appliance.cloister("tenant", "add", "ward-notes", "--models", ALIAS, "--max-concurrent", "64")
+            issue_key(appliance, "ward-notes", appliance.credentials)
+            yield appliance
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def issue_key(appliance: Appliance, tenant: str, out: Path) -> None:
+    """A certificate, a key and an API key for an application of `tenant`."""
+    appliance.cloister("key", "issue", "--tenant", tenant, "--app", "summary", "--out", str(out))

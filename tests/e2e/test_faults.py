@@ -1,0 +1,145 @@
+"""Killed, tampered with, interrupted: specified statuses, recovery without hands, nothing leaked, all recorded."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from appliance.client import CloisterError
+from tests.e2e.appliance import ALIAS, Appliance, running_appliance
+
+CANARY = "zebra-canary-4711"
+LONG = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 300}
+
+
+@pytest.fixture(scope="module")
+def victim() -> Iterator[Appliance]:
+    """An appliance that these tests may hurt."""
+    with running_appliance() as running:
+        yield running
+
+
+def eventually(condition: Callable[[], bool], what: str, limit_s: float = 45) -> None:
+    """Wait until `condition` holds; `what` names it when it does not."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"never happened: {what}"
+        time.sleep(0.1)
+
+
+def outcomes(appliance: Appliance) -> list[str]:
+    """What came of each request, as the audit log has it."""
+    records = appliance.json("audit", "tail", "-n", "1000")
+    return [record["decision"] for record in records if record["phase"] == "outcome"]
+
+
+def test_a_worker_killed_mid_stream_aborts_its_requests_and_comes_back_by_itself(victim: Appliance) -> None:
+    pid = victim.deployment()["worker_pid"]
+    with victim.client() as client:
+        stream = client.generate(ALIAS, text="hello", **LONG)
+        next(stream)
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(CloisterError) as error:
+            list(stream)
+    assert (error.value.status, error.value.code) == (grpc.StatusCode.ABORTED, "ENGINE_RESTARTED")
+    with victim.client() as client, pytest.raises(CloisterError) as error:
+        list(client.generate(ALIAS, text="hello", max_tokens=2, retry=False))
+    assert error.value.status is grpc.StatusCode.UNAVAILABLE
+    eventually(lambda: victim.deployment()["state"] == "ready", "the worker is ready again")
+    assert victim.deployment()["worker_pid"] != pid
+    with victim.client() as client:
+        assert "".join(client.generate(ALIAS, text="hello", temperature=0, max_tokens=8)) is not None
+    status = victim.status()
+    assert (status["open_leases"], status["reserved_tokens"]) == (0, 0)
+    assert any("engine" in outcome for outcome in outcomes(victim))
+    assert victim.json("audit", "verify")["open_intents"] == 0
+
+
+@pytest.mark.parametrize("process", ["gateway", "control", "importer", "engine-host"])
+def test_any_process_killed_under_load_is_started_again_and_nothing_leaks(victim: Appliance, process: str) -> None:
+    pid = pid_of(victim, process)
+    with victim.client() as client:
+        stream = client.generate(ALIAS, text="hello", **LONG)
+        next(stream)
+        os.kill(pid, signal.SIGKILL)
+        try:
+            list(stream)
+        except CloisterError as error:
+            assert error.status in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED), error
+    eventually(lambda: answers(victim), f"an answer after {process} was killed")
+    eventually(lambda: victim.status()["open_leases"] == 0, "every lease is closed")
+    verdict = victim.json("audit", "verify")
+    assert (verdict["intact"], verdict["open_intents"]) == (True, 0)
+
+
+def pid_of(appliance: Appliance, process: str) -> int:
+    """The process id of one process of this home, found by what it was started as."""
+    module = {"gateway": "appliance.gateway", "control": "appliance.control", "importer": "bundles.importer",
+              "engine-host": "engine.host"}[process]  # fmt: skip
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                argv = (entry / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if module in argv and any(str(appliance.home) in argument for argument in argv):
+                return int(entry.name)
+    raise AssertionError(f"{process} is not running")
+
+
+def answers(appliance: Appliance) -> bool:
+    """A tenant gets an answer now."""
+    try:
+        address = appliance.status()["gateway_address"]
+        (appliance.credentials / "address").write_text(address)
+        with appliance.client() as client:
+            return bool(list(client.generate(ALIAS, text="hello", temperature=0, max_tokens=4, retry=False)))
+    except (CloisterError, AssertionError):
+        return False
+
+
+def test_prompts_and_keys_are_in_no_log(victim: Appliance) -> None:
+    with victim.client() as client:
+        list(client.chat(ALIAS, [{"role": "user", "content": CANARY}], temperature=0, max_tokens=4))
+        with pytest.raises(CloisterError) as error:
+            list(client.generate(ALIAS, text=CANARY, temperature=float("inf")))
+    secret = (victim.credentials / "api.key").read_text().strip()
+    written = victim.logs() + victim.cloister("audit", "tail", "-n", "1000", "--json").stdout + str(error.value)
+    assert "ready" in written
+    assert CANARY not in written
+    assert secret not in written
+    assert secret.split("_")[2] not in written
+
+
+def test_a_weight_file_changed_after_import_is_refused_at_load(victim: Appliance) -> None:
+    weights = max(
+        (victim.home / "store" / "sha256").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0
+    )
+    weights.chmod(0o600)
+    with weights.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    done = victim.cloister("model", "load", "demo-notes-s", "--as", "spoilt", expect=3)
+    assert "WEIGHTS_DIGEST_MISMATCH" in done.stderr
+    victim.cloister("model", "unload", "spoilt")
+
+
+def test_a_tampered_bundle_is_refused_and_leaves_nothing(victim: Appliance, tmp_path: Path) -> None:
+    tampered = tmp_path / "tampered.bundle"
+    shutil.copyfile(victim.bundle, tampered)
+    before = sorted((victim.home / "store" / "sha256").rglob("*"))
+    with tampered.open("r+b") as file:
+        file.seek(tampered.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    done = victim.cloister("bundle", "import", str(tampered), expect=3)
+    assert "CHUNK_DIGEST" in done.stderr
+    assert sorted((victim.home / "store" / "sha256").rglob("*")) == before
