@@ -21,7 +21,6 @@ from appliance.protos import status_pb2
 DOMAIN = "cloister"
 DETAILS_TRAILER = "grpc-status-details-bin"
 _TYPE_URL = "type.googleapis.com/google.rpc."
-_BY_NUMBER = {status.value[0]: status for status in grpc.StatusCode}
 
 
 @dataclass(eq=False)
@@ -92,7 +91,7 @@ def _from_status(raw: bytes, status: grpc.StatusCode, message: str) -> CloisterE
         parsed = status_pb2.Status.FromString(raw)
     except DecodeError:
         return CloisterError(status.name, message, status)
-    error = CloisterError(status.name, parsed.message, _BY_NUMBER.get(parsed.code, status))
+    error = CloisterError(status.name, parsed.message or message, status)
     for detail in parsed.details:
         name = detail.type_url.rpartition(".")[2]
         if name == "ErrorInfo":
