@@ -79,8 +79,8 @@ class Process:
     def stop(self) -> None:
         """Begin to drain, as SIGTERM does."""
         if not self.stopping.is_set():
-            _notify("STOPPING=1")
             self.stopping.set()
+            _notify("STOPPING=1")
 
 
 def run(name: str, main: Callable[[Process], Awaitable[None]], forbidden: Iterable[str] = ()) -> int:

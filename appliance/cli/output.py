@@ -1,0 +1,136 @@
+"""How the command line prints: text for people, JSON for programs, and never an escape sequence it did not make.
+
+Names, paths and models' answers come from elsewhere; control characters in them could repaint an operator's
+terminal. They are shown as \\x1b or \\u202e instead.
+
+Source: ECMA-48 (C0 and C1 controls); Unicode Standard Annex 9 (bidirectional formatting characters).
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from appliance.cli.failure import Failure
+
+if TYPE_CHECKING:
+    from google.protobuf.descriptor import FieldDescriptor
+    from google.protobuf.message import Message
+
+# C0, DEL, C1, line and paragraph separators, bidirectional controls, byte-order mark, interlinear annotation, lone
+# surrogates (undecodable file names).
+_CONTROL = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
+_IN_A_LINE = re.compile(f"[{_CONTROL}]")
+_IN_TEXT = re.compile(f"(?![\n\t])[{_CONTROL}]")
+
+
+def printable(text: str) -> str:
+    """`text` on one line with every control character spelled out."""
+    return _IN_A_LINE.sub(_spelled, text)
+
+
+def printable_text(text: str) -> str:
+    """The same, but newlines and tabs stay: for models' answers and messages of several lines."""
+    return _IN_TEXT.sub(_spelled, text)
+
+
+def emit(args: argparse.Namespace, value: object, text: str) -> None:
+    """Print one result: `value` as JSON with --json, else `text`, whose foreign parts are `printable` already."""
+    if args.json:
+        print(json.dumps(value, indent=2))
+    elif text:
+        print(_encodable(text))
+
+
+def emit_line(args: argparse.Namespace, value: object, text: str) -> None:
+    """Print one of many results as it comes: a line of JSON, or a line of text."""
+    print(json.dumps(value) if args.json else _encodable(text), flush=True)
+
+
+def emit_error(as_json: bool, failure: Failure) -> None:
+    """Print a failure on standard error."""
+    if as_json:
+        error = {"code": failure.code, "message": failure.message, "metadata": dict(failure.metadata)}
+        print(json.dumps({"error": error}), file=sys.stderr)
+    else:
+        text = printable_text(f"error: {failure.code}: {failure.message}")
+        print(_encodable(text), file=sys.stderr)
+
+
+def write_text(text: str) -> None:
+    """Write a piece of a model's answer, at once."""
+    sys.stdout.write(_encodable(printable_text(text)))
+    sys.stdout.flush()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Columns as wide as their widest cell; numbers to the right. Control characters are spelled out."""
+    cells = [[printable(_cell(value)) for value in row] for row in rows]
+    numeric = [
+        bool(cells) and all(row[i].replace(",", "").isdecimal() for row in cells) for i in range(len(header))
+    ]
+    widths = [max(len(header[i]), *(len(row[i]) for row in cells), 0) for i in range(len(header))]
+    lines = []
+    for row in ([name.upper() for name in header], *cells):
+        padded = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def plain(message: "Message") -> dict[str, Any]:
+    """A protobuf message as JSON-able values: its own field names, integers as integers, bytes as hex, times as text."""
+    return {f.name: _plain_field(message, f) for f in message.DESCRIPTOR.fields if _is_shown(message, f)}
+
+
+def size(count: float) -> str:
+    """Bytes for people: 1536 -> 1.5 KiB."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _spelled(match: "re.Match[str]") -> str:
+    number = ord(match[0])
+    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
+
+
+def _encodable(text: str) -> str:
+    """`text` in what the terminal's locale can show; the rest spelled out."""
+    encoding = sys.stdout.encoding or "ascii"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value) if value not in (None, "") else "-"
+
+
+def _is_shown(message: "Message", field: "FieldDescriptor") -> bool:
+    """A field with presence is shown when set; any other always."""
+    return not field.has_presence or message.HasField(field.name)
+
+
+def _plain_field(message: "Message", field: "FieldDescriptor") -> Any:
+    value = getattr(message, field.name)
+    if field.is_repeated:
+        return [_plain_value(item) for item in value]
+    return _plain_value(value)
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return value.hex()
+    if not hasattr(value, "DESCRIPTOR"):
+        return value
+    if value.DESCRIPTOR.full_name == "google.protobuf.Timestamp":
+        return value.ToJsonString()
+    if value.DESCRIPTOR.full_name == "google.protobuf.Duration":
+        return value.ToTimedelta().total_seconds()
+    return plain(value)

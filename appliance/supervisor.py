@@ -1,0 +1,308 @@
+"""Runs the table of processes: start in order, wait for READY, start again what dies, drain in reverse.
+
+Each child has its own notify socket in run/ (sd_notify(3)), its own process group, so that Ctrl-C in a terminal
+reaches this process alone, and its own log. Children die with this process, however it dies.
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+
+from appliance.errors import CloisterError
+from appliance.logfile import LogFile
+from appliance.processes import ProcessSpec
+from engine.process import die_with_parent
+
+_MAX_LINE = 1024 * 1024
+_UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
+
+
+@dataclass(frozen=True, slots=True)
+class RestartPolicy:
+    """When a process that ended is started again.
+
+    Attributes:
+        first_delay: seconds before the first restart; doubled each time.
+        longest_delay: seconds, at most.
+        forgiven_after: seconds of service after which the delay is the first one again.
+        attempts: starts in a row without READY before the supervisor gives up.
+    """
+
+    first_delay: float = 0.2
+    longest_delay: float = 10.0
+    forgiven_after: float = 30.0
+    attempts: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One change of one process: starting, ready, ended, stopping or stopped."""
+
+    process: str
+    state: str
+    pid: int
+    detail: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class _Child:
+    process: asyncio.subprocess.Process
+    log_pump: asyncio.Task[None]
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Supervisor:
+    """The processes of one home directory.
+
+    Args:
+        table: in start order.
+        home: absolute; run/ exists.
+        listen: HOST:PORT of the gateway.
+        report: told of every change.
+        policy: when to start again.
+    """
+
+    def __init__(
+        self,
+        table: tuple[ProcessSpec, ...],
+        home: Path,
+        listen: str,
+        report: Callable[[Report], None],
+        policy: RestartPolicy | None = None,
+    ) -> None:
+        self._table = table
+        self._home = home
+        self._listen = listen
+        self._report = report
+        self._policy = policy or RestartPolicy()
+        self._ready: Mapping[str, asyncio.Event] = {spec.name: asyncio.Event() for spec in table}
+        self._children: dict[str, _Child] = {}
+
+    async def run(self, stopping: asyncio.Event, all_ready: Callable[[], None]) -> None:
+        """Run until `stopping` is set, then drain; `all_ready` is called once, when every process is.
+
+        Raises:
+            CloisterError: PROCESS_NOT_READY, a process failed to become ready too many times in a row.
+        """
+        with contextlib.ExitStack() as sockets:
+            for spec in self._table:
+                sockets.enter_context(self._notify_socket(spec))
+            await self._run(stopping, all_ready)
+
+    async def _run(self, stopping: asyncio.Event, all_ready: Callable[[], None]) -> None:
+        keepers = [asyncio.create_task(self._keep(spec)) for spec in self._table]
+        announcer = asyncio.create_task(self._announce(all_ready))
+        stop = asyncio.create_task(stopping.wait())
+        try:
+            done, _ = await asyncio.wait((*keepers, stop), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in (*keepers, announcer, stop):
+                task.cancel()
+            await asyncio.gather(*keepers, announcer, stop, return_exceptions=True)
+            await self._drain()
+
+    async def _announce(self, all_ready: Callable[[], None]) -> None:
+        for event in self._ready.values():
+            await event.wait()
+        all_ready()
+
+    async def _keep(self, spec: ProcessSpec) -> None:
+        """Start `spec` again and again."""
+        failures, delay = 0, self._policy.first_delay
+        while True:
+            for need in spec.needs:
+                await self._ready[need].wait()
+            served_for = await self._run_once(spec)
+            failures = 0 if served_for is not None else failures + 1
+            if failures >= self._policy.attempts:
+                raise self._gave_up(spec)
+            if served_for is not None and served_for >= self._policy.forgiven_after:
+                delay = self._policy.first_delay
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, self._policy.longest_delay)
+
+    async def _run_once(self, spec: ProcessSpec) -> float | None:
+        """One life of a process: the seconds it was ready, or None when it never was."""
+        loop = asyncio.get_running_loop()
+        child = await self._spawn(spec)
+        ended = asyncio.create_task(child.process.wait())
+        try:
+            if not await self._wait_ready(spec, child, ended):
+                return None
+            self._ready[spec.name].set()
+            self._report(Report(spec.name, "ready", child.process.pid))
+            since = loop.time()
+            await ended
+            return loop.time() - since
+        finally:
+            self._ready[spec.name].clear()
+            ended.cancel()
+            if child.process.returncode is not None:
+                await self._bury(spec, child)
+
+    async def _wait_ready(self, spec: ProcessSpec, child: _Child, ended: asyncio.Task[int]) -> bool:
+        ready = asyncio.create_task(child.ready.wait())
+        await asyncio.wait((ready, ended), timeout=spec.ready_within, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
+        if child.ready.is_set() and not ended.done():
+            return True
+        if not ended.done():
+            self._report(Report(spec.name, "killed", child.process.pid, f"not ready in {spec.ready_within:g} s"))
+            _signal(child, signal.SIGKILL)
+            await child.process.wait()
+        return False
+
+    async def _bury(self, spec: ProcessSpec, child: _Child) -> None:
+        """Report the end of a process and close its log."""
+        self._children.pop(spec.name, None)
+        await _finish(child.log_pump)
+        self._report(Report(spec.name, "ended", child.process.pid, _how_it_ended(child.process.returncode)))
+
+    async def _spawn(self, spec: ProcessSpec) -> _Child:
+        process = await asyncio.create_subprocess_exec(
+            *spec.argv(self._home, self._listen),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            limit=_MAX_LINE,
+            cwd=self._home,
+            env={**os.environ, "NOTIFY_SOCKET": str(self._notify_path(spec))},
+            preexec_fn=die_with_parent,
+            process_group=0,
+        )
+        log = LogFile(self._home / "logs" / f"{spec.name}.log")
+        child = _Child(process, asyncio.create_task(_pump(process, log)))
+        self._children[spec.name] = child
+        self._report(Report(spec.name, "starting", process.pid))
+        return child
+
+    @contextlib.contextmanager
+    def _notify_socket(self, spec: ProcessSpec) -> Iterator[None]:
+        """Where all lives of one process say READY, open until the last has drained."""
+        path = self._notify_path(spec)
+        path.unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notify:
+            notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+            notify.bind(str(path))
+            asyncio.get_running_loop().add_reader(notify, self._on_notify, notify, spec.name)
+            try:
+                yield
+            finally:
+                asyncio.get_running_loop().remove_reader(notify)
+                path.unlink(missing_ok=True)
+
+    def _notify_path(self, spec: ProcessSpec) -> Path:
+        return self._home / "run" / f"notify-{spec.name}.sock"
+
+    def _on_notify(self, notify: socket.socket, name: str) -> None:
+        """READY counts from the process itself, not from what it started; the kernel vouches for the sender."""
+        data, ancillary, _, _ = notify.recvmsg(4096, socket.CMSG_SPACE(_UCRED.size))
+        senders = [
+            _UCRED.unpack(raw[: _UCRED.size])[0] for _, kind, raw in ancillary if kind == socket.SCM_CREDENTIALS
+        ]
+        child = self._children.get(name)
+        if child is not None and senders == [child.process.pid] and b"READY=1" in data.split(b"\n"):
+            child.ready.set()
+
+    async def _drain(self) -> None:
+        """SIGTERM in reverse order, each given its time, then SIGKILL."""
+        for spec in reversed(self._table):
+            child = self._children.pop(spec.name, None)
+            if child is None:
+                continue
+            self._report(Report(spec.name, "stopping", child.process.pid))
+            _signal(child, signal.SIGTERM)
+            try:
+                await asyncio.wait_for(child.process.wait(), spec.drain_within)
+            except TimeoutError:
+                _signal(child, signal.SIGKILL)
+                await child.process.wait()
+            await _finish(child.log_pump)
+            detail = _how_it_ended(child.process.returncode)
+            self._report(Report(spec.name, "stopped", child.process.pid, detail))
+
+    def _gave_up(self, spec: ProcessSpec) -> CloisterError:
+        log = LogFile(self._home / "logs" / f"{spec.name}.log")
+        lines = log.last_lines(5)
+        log.close()
+        return CloisterError(
+            "PROCESS_NOT_READY",
+            f"{spec.name} did not become ready in {self._policy.attempts} starts; the end of {log.path}:\n"
+            + "\n".join(f"  {line}" for line in lines),
+            grpc.StatusCode.INTERNAL,
+            {"process": spec.name, "log": str(log.path)},
+        )
+
+
+@contextlib.contextmanager
+def sole_supervisor(home: Path) -> Iterator[None]:
+    """Hold the home directory for this supervisor alone.
+
+    Raises:
+        CloisterError: ALREADY_RUNNING, another one holds it.
+    """
+    path = home / "run" / "serve.lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CloisterError(
+                "ALREADY_RUNNING",
+                f"{home} is served already, by process {file.read().strip() or '?'}; stop that one first",
+                grpc.StatusCode.ALREADY_EXISTS,
+            ) from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+async def _pump(process: asyncio.subprocess.Process, log: LogFile) -> None:
+    """Copy what a process writes into its log, by lines, until nobody holds the pipe."""
+    if process.stdout is None:
+        raise RuntimeError("started without a pipe")
+    try:
+        while chunk := await _read_line(process.stdout):
+            log.write(chunk)
+    finally:
+        log.close()
+
+
+async def _read_line(stream: asyncio.StreamReader) -> bytes:
+    """The next line, or what there is of one that is too long or not ended."""
+    try:
+        return await stream.readuntil(b"\n")
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    except asyncio.LimitOverrunError as error:
+        return await stream.read(error.consumed)
+
+
+async def _finish(pump: asyncio.Task[None]) -> None:
+    """Let the last lines arrive; a grandchild that outlives its parent must not hold the log for ever."""
+    await asyncio.wait((pump,), timeout=1.0)
+    pump.cancel()
+    await asyncio.gather(pump, return_exceptions=True)
+
+
+def _signal(child: _Child, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        child.process.send_signal(number)
+
+
+def _how_it_ended(returncode: int | None) -> str:
+    if returncode is None:
+        return "unknown"
+    return f"exit status {returncode}" if returncode >= 0 else f"killed by {signal.Signals(-returncode).name}"
