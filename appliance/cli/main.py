@@ -1,4 +1,4 @@
-"""The `cloister` command: finds the noun, loads its module alone, runs the verb, turns errors into exit statuses."""
+"""The `cloister` command: finds the noun, loads its module alone, runs the verb, reports errors."""
 
 import argparse
 import importlib
@@ -9,8 +9,8 @@ from pathlib import Path
 
 from appliance.cli import failure, output
 
-# Noun or top-level verb -> what it is for. Its module is appliance.cli.NOUN, with `register(parser)`; this table is
-# all that `cloister --help` reads, so that help costs no import.
+# Noun or top-level verb -> what it is for. Its module is appliance.cli.NOUN, with `register(parser)`; this table
+# is all that `cloister --help` reads, so that help costs no import.
 NOUNS: dict[str, str] = {
     "init": "make the home directory: databases, certificate authority, first operator",
     "serve": "run the appliance until SIGTERM",

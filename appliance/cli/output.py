@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from appliance.cli.failure import Failure
 
 if TYPE_CHECKING:
-    from google.protobuf.descriptor import FieldDescriptor
     from google.protobuf.message import Message
 
 # C0, DEL, C1, line and paragraph separators, bidirectional controls, byte-order mark, interlinear annotation, lone
@@ -80,7 +79,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def plain(message: "Message") -> dict[str, Any]:
-    """A protobuf message as JSON-able values: its own field names, integers as integers, bytes as hex, times as text."""
+    """A protobuf message as JSON-able values: field names as declared, bytes as hex, times as RFC 3339 text."""
     return {f.name: _plain_field(message, f) for f in message.DESCRIPTOR.fields if _is_shown(message, f)}
 
 
@@ -112,12 +111,12 @@ def _cell(value: object) -> str:
     return str(value) if value not in (None, "") else "-"
 
 
-def _is_shown(message: "Message", field: "FieldDescriptor") -> bool:
+def _is_shown(message: "Message", field: Any) -> bool:
     """A field with presence is shown when set; any other always."""
     return not field.has_presence or message.HasField(field.name)
 
 
-def _plain_field(message: "Message", field: "FieldDescriptor") -> Any:
+def _plain_field(message: "Message", field: Any) -> Any:
     value = getattr(message, field.name)
     if field.is_repeated:
         return [_plain_value(item) for item in value]
