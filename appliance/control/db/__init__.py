@@ -1,0 +1,1 @@
+"""control.db: tenants, keys, deployments, reservations and the ledger, behind one connection in one thread."""

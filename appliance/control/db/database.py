@@ -1,0 +1,177 @@
+"""One connection to control.db in one thread: jobs queue up, each is all or nothing, and one commit serves many.
+
+Jobs that wait at the same time share a transaction (group commit): each runs in a savepoint of its own, so one
+that fails takes back only its own changes, and all are answered after the one COMMIT, synchronous=FULL, has made
+them durable. One connection keeps clear of the WAL-reset defect of SQLite before 3.51.3, which needs two.
+
+Source: sqlite.org/wal.html, sqlite.org/lang_savepoint.html.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import StaticPool
+
+from appliance.errors import CloisterError
+
+Result = TypeVar("Result")
+_MIGRATIONS = Path(__file__).with_name("migrations")
+_MOST_PER_COMMIT = 64
+_PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON")
+
+
+@dataclass
+class _Job:
+    work: Callable[[Session], Any]
+    done: "Future[Any]"
+    error: Exception | None = None
+    result: Any = None
+
+
+class Database:
+    """control.db, open. Give it functions of a Session; it runs them one after another.
+
+    Args:
+        path: the file; made when absent.
+
+    Raises:
+        CloisterError: DATABASE_REVISION_UNKNOWN, a newer or foreign program wrote the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, args=(path,), name="control.db", daemon=True)
+        self._opened: Future[None] = Future()
+        self._thread.start()
+        try:
+            self._opened.result()
+        except BaseException:
+            self._thread.join()
+            raise
+
+    async def run(self, work: Callable[[Session], Result]) -> Result:
+        """What `work` returns, once its changes are durable; they are undone when it raises."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    def submit(self, work: Callable[[Session], Result]) -> "Future[Result]":
+        """Queue `work`; its future is done once its changes are durable or undone."""
+        done: Future[Result] = Future()
+        if self._closed:
+            raise RuntimeError("control.db is closed")
+        self._jobs.put(_Job(work, done))
+        return done
+
+    def close(self) -> None:
+        """Finish what is queued and close the file."""
+        if not self._closed:
+            self._closed = True
+            self._jobs.put(None)
+            self._thread.join()
+
+    def _work(self, path: Path) -> None:
+        engine = _engine(path)
+        try:
+            with engine.connect() as connection:
+                _migrate(connection)
+            session = Session(engine, expire_on_commit=False, autoflush=True)
+        except BaseException as error:
+            engine.dispose()
+            self._opened.set_exception(error)
+            return
+        self._opened.set_result(None)
+        with session:
+            while batch := self._next_batch():
+                _carry_out(session, batch)
+        engine.dispose()
+
+    def _next_batch(self) -> list[_Job]:
+        """All that waits, up to a limit; empty when there will be nothing more."""
+        first = self._jobs.get()
+        batch = [first] if first else []
+        while batch and len(batch) < _MOST_PER_COMMIT:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if job is None:
+                self._jobs.put(None)
+                break
+            batch.append(job)
+        return batch
+
+
+def _carry_out(session: Session, batch: list[_Job]) -> None:
+    """Run the jobs in one transaction, then answer them."""
+    try:
+        for job in batch:
+            try:
+                with session.begin_nested():
+                    job.result = job.work(session)
+            except Exception as error:
+                job.error = error
+        session.commit()
+    except Exception as error:  # the commit itself failed: nothing of the batch is durable
+        session.rollback()
+        for job in batch:
+            job.error = job.error or error
+    session.expunge_all()
+    for job in batch:
+        if not job.done.set_running_or_notify_cancel():
+            continue
+        if job.error is not None:
+            job.done.set_exception(job.error)
+        else:
+            job.done.set_result(job.result)
+
+
+def _engine(path: Path) -> Engine:
+    """An engine over one connection, with transactions begun by us and not by the driver."""
+    engine = create_engine(f"sqlite:///{path}", poolclass=StaticPool, connect_args={"check_same_thread": False})
+
+    @event.listens_for(engine, "connect")
+    def _connected(raw: DBAPIConnection, _record: object) -> None:
+        raw.isolation_level = None
+        cursor = raw.cursor()
+        for pragma in _PRAGMAS:
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def _migrate(connection: Connection) -> None:
+    """Bring the file to this program's revision, or refuse one that this program does not know."""
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    scripts = ScriptDirectory.from_config(config)
+    known = {script.revision for script in scripts.walk_revisions()}
+    current = MigrationContext.configure(connection).get_current_revision()
+    if current is not None and current not in known:
+        raise CloisterError(
+            "DATABASE_REVISION_UNKNOWN",
+            f"control.db has revision {current}, unknown to this program; start the newer one that wrote it",
+            grpc.StatusCode.FAILED_PRECONDITION,
+        )
+    if current != scripts.get_current_head():
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+    connection.commit()

@@ -1,0 +1,1 @@
+"""The revisions of control.db, oldest first."""

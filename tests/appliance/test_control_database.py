@@ -1,0 +1,84 @@
+"""control.db: migrations, group commit, and jobs that are all or nothing."""
+
+import asyncio
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import create_engine, event, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from appliance.control.db.database import Database
+from appliance.control.db.models import Base, Meta
+from appliance.errors import CloisterError
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Iterator[Database]:
+    opened = Database(tmp_path / "control.db")
+    yield opened
+    opened.close()
+
+
+def put(name: str, value: str) -> object:
+    return lambda session: session.add(Meta(name=name, value=value)) or session.flush()
+
+
+def names(session: Session) -> list[str]:
+    return list(session.scalars(select(Meta.name).order_by(Meta.name)))
+
+
+def test_the_migrations_make_exactly_the_tables_that_the_models_describe(tmp_path: Path) -> None:
+    Database(tmp_path / "control.db").close()
+    with create_engine(f"sqlite:///{tmp_path}/control.db").connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+def test_a_file_written_by_an_unknown_revision_is_refused_and_left_alone(tmp_path: Path) -> None:
+    Database(tmp_path / "control.db").close()
+    with sqlite3.connect(tmp_path / "control.db") as raw:
+        raw.execute("UPDATE alembic_version SET version_num = '9999'")
+    with pytest.raises(CloisterError, match="DATABASE_REVISION_UNKNOWN"):
+        Database(tmp_path / "control.db")
+    with sqlite3.connect(tmp_path / "control.db") as raw:
+        assert raw.execute("SELECT version_num FROM alembic_version").fetchall() == [("9999",)]
+
+
+async def test_a_job_that_fails_takes_back_its_own_changes_and_no_other_s(database: Database) -> None:
+    def half_done(session: Session) -> None:
+        session.add(Meta(name="half", value=""))
+        session.flush()
+        raise RuntimeError("stop here")
+
+    results = await asyncio.gather(
+        database.run(put("first", "")), database.run(half_done), database.run(put("second", "")),
+        database.run(put("first", "again")), return_exceptions=True,
+    )  # fmt: skip
+    assert [type(r) for r in results] == [type(None), RuntimeError, type(None), IntegrityError]
+    assert await database.run(names) == ["first", "second"]
+
+
+async def test_jobs_that_wait_together_share_one_commit(database: Database) -> None:
+    commits = []
+
+    def watch(session: Session) -> None:
+        event.listen(session.get_bind(), "commit", lambda _connection: commits.append(1))
+
+    await database.run(watch)
+    before = len(commits)
+    await asyncio.gather(*(database.run(put(f"n{i}", "")) for i in range(32)))
+    assert len(commits) - before < 32
+    assert len(await database.run(names)) == 32
+
+
+async def test_what_was_answered_is_there_after_the_file_is_opened_again(tmp_path: Path) -> None:
+    first = Database(tmp_path / "control.db")
+    await first.run(put("kept", "yes"))
+    first.close()
+    second = Database(tmp_path / "control.db")
+    assert await second.run(names) == ["kept"]
+    second.close()
