@@ -1,0 +1,1 @@
+"""The bundle's format: container, manifest, chunks, names. Reads bytes, trusts nobody."""

@@ -1,0 +1,272 @@
+"""The manifest: what a bundle holds, which release of which model it is, and where it may be used.
+
+The signed bytes are parsed once, strictly, after their signatures hold; there is no canonical JSON and no field that
+a reader may skip. Sizes are bytes, digests are SHA-256 in lower-case hex, times are UTC to the second.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from bundles.format import strict_json
+from bundles.format.chunks import CHUNK_SIZE, EMPTY_SHA256, MIN_CHUNK_SIZE, extents
+from bundles.format.container import MAX_MEMBER
+from bundles.format.errors import BundleError
+from bundles.format.paths import check_paths
+
+SCHEMA = "cloister.bundle/1"
+PAYLOAD_TYPE = "application/vnd.cloister.bundle-manifest.v1+json"
+PRODUCT = "cloister"
+MAX_MANIFEST = 32 * 1024 * 1024
+MAX_FILES = 100_000
+MAX_TOTAL = 2**50
+_TIME = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def format_time(moment: datetime) -> str:
+    """A moment as manifests write it."""
+    return moment.astimezone(UTC).strftime(_TIME)
+
+
+def parse_time(text: str) -> datetime:
+    """The moment that `format_time` wrote.
+
+    Raises:
+        ValueError: it is not in that form.
+    """
+    moment = datetime.strptime(text, _TIME).replace(tzinfo=UTC)
+    if format_time(moment) != text:
+        raise ValueError(f"{text!a} is not a time like 2026-01-31T23:59:59Z")
+    return moment
+
+
+def _checked_time(text: str) -> str:
+    parse_time(text)
+    return text
+
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9](?:[a-z0-9._-]{0,61}[a-z0-9])?$")]
+Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z](?:[0-9A-Za-z.+_-]{0,62}[0-9A-Za-z])?$")]
+Time = Annotated[str, AfterValidator(_checked_time)]
+Text = Annotated[str, Field(max_length=4096)]
+Size = Annotated[int, Field(ge=0, le=MAX_TOTAL)]
+Kind = Literal["model", "adapter", "draft"]
+Role = Literal["weights", "weights-index", "config", "tokenizer", "template", "licence", "document"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Requirement(_Strict):
+    """A model that an adapter or draft needs: by name, and by manifest digest where only one will do."""
+
+    name: Name
+    model_digest: Digest | None
+
+
+class Model(_Strict):
+    """What the model is, as engine-inspect judged its files."""
+
+    architecture: Annotated[str, Field(min_length=1, max_length=128)]
+    dtype: Annotated[str, Field(min_length=1, max_length=32)]
+    quantisation: Annotated[str, Field(max_length=64)] | None
+    max_context_tokens: Annotated[int, Field(gt=0)]
+    parameters: Annotated[int, Field(ge=0)]
+    capabilities: tuple[Annotated[str, Field(max_length=64)], ...]
+    tokenizer_sha256: Digest | None
+
+
+class Resources(_Strict):
+    """The least the release was meant for: memory per device in bytes, number of GPUs; 0 where a CPU is enough."""
+
+    gpu_memory: Size
+    gpus: Annotated[int, Field(ge=0, le=1024)]
+
+
+class File(_Strict):
+    """One file of the model's folder and its chunks, in order."""
+
+    path: str
+    size: Size
+    sha256: Digest
+    media_type: Annotated[str, Field(max_length=128)]
+    role: Role
+    chunks: tuple[Digest, ...]
+
+
+class Document(_Strict):
+    """A document that travels beside the model: an attestation or a licence's text."""
+
+    member: Annotated[str, Field(pattern=r"^(?:attest|licence)/[A-Za-z0-9][A-Za-z0-9._-]{0,80}$")]
+    size: Annotated[int, Field(ge=0, le=16 * 1024 * 1024)]
+    sha256: Digest
+
+
+class Licence(Document):
+    """A licence: its SPDX expression, and whether an operator must accept it before first use."""
+
+    spdx: Annotated[str, Field(min_length=1, max_length=128)]
+    accept: bool
+
+
+class Volume(_Strict):
+    """One of several files that a bundle is split into; readers of this version accept whole bundles only."""
+
+    index: Annotated[int, Field(ge=1)]
+    chunks: Annotated[int, Field(ge=0)]
+
+
+class Canary(_Strict):
+    """A prompt whose answer shows that the model works as released."""
+
+    prompt: Text
+    expected: Text
+    match: Literal["exact", "prefix", "contains", "json"]
+    max_tokens: Annotated[int, Field(gt=0, le=4096)]
+
+
+class Manifest(_Strict):
+    """All that a release states about a bundle. Made by `build`, signed by `sign`, read by `parse`."""
+
+    schema_: Annotated[Literal["cloister.bundle/1"], Field(alias="schema")]
+    bundle_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    product: Annotated[str, Field(max_length=64)]
+    kind: Kind
+    name: Name
+    version: Version
+    sequence: Annotated[int, Field(gt=0, lt=2**53)]
+    issued_at: Time
+    not_before: Time
+    expires: Time | None
+    min_engine: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+    supersedes: Digest | None
+    base: Digest | None
+    targets: tuple[Annotated[str, Field(min_length=1, max_length=128)], ...]
+    requires: tuple[Requirement, ...]
+    model: Model
+    resources: Resources
+    chunk_size: Annotated[int, Field(ge=MIN_CHUNK_SIZE, le=CHUNK_SIZE, multiple_of=MIN_CHUNK_SIZE)]
+    files: Annotated[tuple[File, ...], Field(min_length=1)]
+    total_size: Size
+    volumes: tuple[Volume, ...]
+    oms_sha256: Digest | None
+    attestations: tuple[Document, ...]
+    licences: tuple[Licence, ...]
+    canary: tuple[Canary, ...]
+    critical: tuple[Annotated[str, Field(max_length=64)], ...]
+
+    @property
+    def reference(self) -> str:
+        """name@version."""
+        return f"{self.name}@{self.version}"
+
+    @property
+    def documents(self) -> tuple[Document, ...]:
+        """Attestations, then licences: their order in the container."""
+        return (*self.attestations, *self.licences)
+
+    def chunk_members(self) -> Iterator[tuple[File, int, int, str]]:
+        """Every chunk in container order: its file, offset in it, length, and digest."""
+        for file in self.files:
+            for extent, digest in zip(extents(file.size, self.chunk_size), file.chunks, strict=True):
+                yield file, extent.offset, extent.length, digest
+
+    def encode(self) -> bytes:
+        """The bytes to sign."""
+        return self.model_dump_json(by_alias=True, indent=1).encode()
+
+
+def parse(raw: bytes) -> Manifest:
+    """The manifest in `raw`, complete and consistent in itself.
+
+    Raises:
+        BundleError: MANIFEST_TOO_LARGE, MANIFEST_SCHEMA, MANIFEST_CRITICAL, MANIFEST_FILES, MANIFEST_SIZES,
+            MANIFEST_DOCUMENTS, MANIFEST_REQUIRES, BUNDLE_VOLUMES, BASE_ABSENT, LICENCE_MISSING; the JSON and PATH
+            codes.
+    """
+    if len(raw) > MAX_MANIFEST:
+        raise BundleError("MANIFEST_TOO_LARGE", f"the manifest has {len(raw)} bytes, over {MAX_MANIFEST}")
+    value = strict_json.parse_object(raw, "the manifest")
+    if value.get("critical"):
+        raise BundleError("MANIFEST_CRITICAL", "the manifest needs a newer Cloister: it has critical extensions")
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(value))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError("MANIFEST_SCHEMA", f"the manifest's {where or 'whole'}: {first['msg']}") from None
+    _check_scope(manifest)
+    _check_files(manifest)
+    _check_documents(manifest)
+    return manifest
+
+
+def _check_scope(manifest: Manifest) -> None:
+    if manifest.volumes:
+        raise BundleError("BUNDLE_VOLUMES", "the bundle is split into volumes; join it on the build side")
+    if manifest.base is not None:
+        raise BundleError("BASE_ABSENT", "the bundle holds only what changed since another; carry in the whole one")
+    if bool(manifest.requires) != (manifest.kind != "model"):
+        raise BundleError("MANIFEST_REQUIRES", f"a bundle of kind {manifest.kind} must say what it requires, or not")
+
+
+def _check_files(manifest: Manifest) -> None:
+    if len(manifest.files) > MAX_FILES:
+        raise BundleError("MANIFEST_FILES", f"the manifest lists over {MAX_FILES} files")
+    check_paths(file.path for file in manifest.files)
+    if manifest.total_size != sum(file.size for file in manifest.files):
+        raise BundleError("MANIFEST_SIZES", "the files' sizes do not add up to the manifest's total_size")
+    for file in manifest.files:
+        _check_chunks(file, manifest.chunk_size)
+
+
+def _check_chunks(file: File, chunk_size: int) -> None:
+    if len(file.chunks) != -(-file.size // chunk_size):
+        raise BundleError("MANIFEST_SIZES", f"{file.path} has another number of chunks than its size needs")
+    expected = {0: EMPTY_SHA256, 1: file.chunks[0] if file.chunks else ""}.get(len(file.chunks), file.sha256)
+    if file.sha256 != expected:
+        raise BundleError("MANIFEST_SIZES", f"{file.path} has another digest than its only chunk")
+
+
+def _check_documents(manifest: Manifest) -> None:
+    folders = [(manifest.attestations, "attest/"), (manifest.licences, "licence/")]
+    names = [document.member for document in manifest.documents]
+    misplaced = [d.member for documents, folder in folders for d in documents if not d.member.startswith(folder)]
+    if misplaced or len(set(names)) != len(names):
+        raise BundleError("MANIFEST_DOCUMENTS", "a document is listed twice or in the wrong folder")
+    if not manifest.licences:
+        raise BundleError("LICENCE_MISSING", "the manifest names no licence; every bundle states one")
+
+
+def media_type_of(path: str) -> str:
+    """The media type a manifest gives a file, by its name."""
+    suffix = re.sub(r"^.*\.", "", path).lower()
+    return {
+        "json": "application/json",
+        "safetensors": "application/vnd.safetensors",
+        "jinja": "text/x-jinja",
+        "md": "text/markdown",
+        "model": "application/vnd.sentencepiece",
+    }.get(suffix, "text/plain")
+
+
+def role_of(path: str) -> Role:
+    """What a file is for, by its name, as Hugging Face folders name them."""
+    name = path.rpartition("/")[2].lower()
+    if name.endswith(".safetensors"):
+        return "weights"
+    if name.endswith(".safetensors.index.json"):
+        return "weights-index"
+    if name.endswith(".jinja"):
+        return "template"
+    if name.startswith(("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")):
+        return "tokenizer"
+    if name.startswith(("licence", "license", "notice")):
+        return "licence"
+    return "config" if name.endswith(".json") else "document"

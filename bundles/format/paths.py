@@ -1,0 +1,83 @@
+"""Which relative paths a model folder may have: those that name one file on every file system and nothing else.
+
+Source: research on archive traversal (CPython tarfile CVEs of 2025 and 2026); Unicode TR36 (bidirectional
+controls); Microsoft, "Naming Files, Paths, and Namespaces" (device names).
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+
+from bundles.format.errors import BundleError
+
+MAX_COMPONENT = 255
+MAX_PATH = 1024
+_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE)
+
+# Asked in this order, of the whole path; the first that holds is the refusal.
+_PATH_RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+    ("PATH_EMPTY", "is empty", lambda p: not p),
+    ("PATH_ENCODING", "is not valid Unicode", lambda p: any("\ud800" <= c <= "\udfff" for c in p)),
+    ("PATH_CONTROL", "has a control or bidirectional character", lambda p: any(map(_is_control, p))),
+    ("PATH_ABSOLUTE", "is absolute", lambda p: p.startswith("/")),
+    ("PATH_BACKSLASH", "has a backslash or a colon", lambda p: "\\" in p or ":" in p),
+    ("PATH_NOT_NFC", "is not in Unicode form NFC", lambda p: unicodedata.normalize("NFC", p) != p),
+    ("PATH_TOO_LONG", f"is longer than {MAX_PATH} bytes", lambda p: len(p.encode()) > MAX_PATH),
+)
+# And of each component.
+_COMPONENT_RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
+    ("PATH_TRAVERSAL", "has '..'", lambda c: c == ".."),
+    ("PATH_EMPTY_COMPONENT", "has an empty or '.' component", lambda c: c in ("", ".")),
+    ("PATH_TOO_LONG", f"has a component over {MAX_COMPONENT} bytes", lambda c: len(c.encode()) > MAX_COMPONENT),
+    ("PATH_HIDDEN", "has a hidden file or folder", lambda c: c.startswith(".")),
+    ("PATH_TRAILING", "has a component that ends with a dot or a space", lambda c: c[-1] in ". "),
+    ("PATH_DEVICE_NAME", "has a name that Windows reserves", lambda c: bool(_DEVICE.fullmatch(c))),
+)
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that could name anything but one plain file below the model's folder.
+
+    Raises:
+        BundleError: PATH_EMPTY, PATH_ENCODING, PATH_CONTROL, PATH_ABSOLUTE, PATH_BACKSLASH, PATH_NOT_NFC,
+            PATH_TOO_LONG, PATH_TRAVERSAL, PATH_EMPTY_COMPONENT, PATH_HIDDEN, PATH_TRAILING or PATH_DEVICE_NAME.
+    """
+    for code, reason, broken in _PATH_RULES:
+        if broken(path):
+            raise BundleError(code, f"the path {path!a} {reason}")
+    for component in path.split("/"):
+        for code, reason, broken in _COMPONENT_RULES:
+            if broken(component):
+                raise BundleError(code, f"the path {path!a} {reason}")
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """Refuse paths that are bad alone (`check_path`) or together.
+
+    Raises:
+        BundleError: as `check_path`, or PATH_DUPLICATE, PATH_CASE_COLLISION (two names that a file system without
+            case would merge), PATH_PREFIX (a file that is also a folder).
+    """
+    seen: dict[str, str] = {}
+    folders: set[str] = set()
+    for path in paths:
+        check_path(path)
+        folded = _fold(path)
+        if folded in seen:
+            code = "PATH_DUPLICATE" if seen[folded] == path else "PATH_CASE_COLLISION"
+            raise BundleError(code, f"the path {path!a} collides with {seen[folded]!a}")
+        seen[folded] = path
+        parts = folded.split("/")
+        folders.update("/".join(parts[:i]) for i in range(1, len(parts)))
+    both = sorted(folders & seen.keys())
+    if both:
+        raise BundleError("PATH_PREFIX", f"the path {seen[both[0]]!a} is a file and a folder")
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) == "Cc" or character in _BIDI or character in "\u2028\u2029"
+
+
+def _fold(path: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFKC", path).casefold())

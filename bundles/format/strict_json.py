@@ -1,0 +1,110 @@
+"""JSON with one reading only: what two parsers could understand differently is refused.
+
+Refused beyond RFC 8259: a byte order mark, duplicate keys, NaN and Infinity, integers beyond 2^53, nesting beyond
+32, lone surrogates, bytes after the value and, unless asked for, fractions. Every signed document of a bundle is
+read here, from the very bytes that verified.
+
+Source: RFC 8259 sections 4, 6, 8.1 and 9; RFC 7493 (I-JSON).
+"""
+
+import json
+from collections.abc import Callable
+from typing import NoReturn
+
+from bundles.format.errors import BundleError
+
+MAX_DEPTH = 32
+MAX_INTEGER = 2**53
+_BOM = b"\xef\xbb\xbf"
+
+
+def parse(raw: bytes, what: str, *, floats: bool = False) -> object:
+    """The value that `raw` holds.
+
+    Args:
+        raw: the document, UTF-8.
+        what: names the document in errors.
+        floats: numbers with a fraction or exponent are allowed (configuration of models has them).
+
+    Raises:
+        BundleError: JSON_BOM, JSON_ENCODING, JSON_SYNTAX, JSON_TRAILING, JSON_DUPLICATE_KEY, JSON_CONSTANT,
+            JSON_FLOAT, JSON_INTEGER, JSON_DEPTH or JSON_SURROGATE.
+    """
+    if raw.startswith(_BOM):
+        raise BundleError("JSON_BOM", f"{what} begins with a byte order mark")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BundleError("JSON_ENCODING", f"{what} is not UTF-8 at byte {error.start}") from None
+    try:
+        value: object = json.loads(
+            text,
+            object_pairs_hook=_without_duplicates(what),
+            parse_int=_bounded_integer(what),
+            parse_float=float if floats else _refused("JSON_FLOAT", f"{what} has a number with a fraction"),
+            parse_constant=_refused("JSON_CONSTANT", f"{what} has NaN or Infinity"),
+        )
+    except json.JSONDecodeError as error:
+        code = "JSON_TRAILING" if error.msg == "Extra data" else "JSON_SYNTAX"
+        raise BundleError(code, f"{what}: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise BundleError("JSON_DEPTH", f"{what} is nested deeper than {MAX_DEPTH}") from None
+    _check(value, what, 0)
+    return value
+
+
+def parse_object(raw: bytes, what: str, *, floats: bool = False) -> dict[str, object]:
+    """Like `parse`, for a document that must be an object.
+
+    Raises:
+        BundleError: as `parse`, or JSON_NOT_OBJECT.
+    """
+    value = parse(raw, what, floats=floats)
+    if not isinstance(value, dict):
+        raise BundleError("JSON_NOT_OBJECT", f"{what} is not a JSON object")
+    return value
+
+
+def _without_duplicates(what: str) -> Callable[[list[tuple[str, object]]], dict[str, object]]:
+    def build(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise BundleError("JSON_DUPLICATE_KEY", f"{what} has an object with a key twice")
+        return result
+
+    return build
+
+
+def _bounded_integer(what: str) -> Callable[[str], int]:
+    def convert(digits: str) -> int:
+        if len(digits) > 17 or abs(int(digits)) > MAX_INTEGER:
+            raise BundleError("JSON_INTEGER", f"{what} has an integer beyond 2^53")
+        return int(digits)
+
+    return convert
+
+
+def _refused(code: str, message: str) -> Callable[[str], NoReturn]:
+    def refuse(_: str) -> NoReturn:
+        raise BundleError(code, message)
+
+    return refuse
+
+
+def _check(value: object, what: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise BundleError("JSON_DEPTH", f"{what} is nested deeper than {MAX_DEPTH}")
+    if isinstance(value, str):
+        _check_text(value, what)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(key, what)
+            _check(item, what, depth + 1)
+    elif isinstance(value, list):
+        for item in value:
+            _check(item, what, depth + 1)
+
+
+def _check_text(text: str, what: str) -> None:
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise BundleError("JSON_SURROGATE", f"{what} has half of a surrogate pair")

@@ -1,0 +1,116 @@
+"""Dead Simple Signing Envelopes: base64 payload, its type, and signatures over both.
+
+Source: DSSE v1.0.2, protocol.md and envelope.md. The reader of manifests accepts canonical standard base64 only;
+OMS signatures come from others and may use either alphabet, as DSSE demands of readers.
+"""
+
+import base64
+import binascii
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from bundles.format import strict_json
+from bundles.format.errors import BundleError
+from bundles.trust.keys import Key, PrivateKey, sign
+
+MAX_SIGNATURES = 64
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One signature; `keyid` is a hint and may be empty."""
+
+    keyid: str
+    sig: bytes
+
+
+@dataclass(frozen=True)
+class Envelope:
+    """A payload with its type and signatures."""
+
+    payload: bytes
+    payload_type: str
+    signatures: tuple[Signature, ...] = ()
+
+    @property
+    def signed_bytes(self) -> bytes:
+        """What the signatures are over: DSSE's pre-authentication encoding, version 1."""
+        kind = self.payload_type.encode()
+        return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(self.payload), self.payload)
+
+    def signed_by(self, key: PrivateKey) -> "Envelope":
+        """This envelope with `key`'s signature, which replaces an older one of the same key."""
+        keyid = Key.of(key.public_key()).keyid
+        others = tuple(s for s in self.signatures if s.keyid != keyid)
+        added = Signature(keyid, sign(key, self.signed_bytes))
+        return Envelope(self.payload, self.payload_type, (*others, added))
+
+    def valid_keys(self, keys: Iterable[Key]) -> tuple[str, ...]:
+        """Ids of those `keys` that signed this, each once; a signature that names a key counts for that key only."""
+        message = self.signed_bytes
+        valid = [
+            key.keyid
+            for key in keys
+            if any(s.keyid in ("", key.keyid) and key.verifies(s.sig, message) for s in self.signatures)
+        ]
+        return tuple(dict.fromkeys(valid))
+
+    def encode(self) -> bytes:
+        """The envelope as JSON."""
+        return json.dumps(self.as_dict(), indent=1).encode() + b"\n"
+
+    def as_dict(self) -> dict[str, object]:
+        """The envelope's JSON object."""
+        signatures = [{"keyid": s.keyid, "sig": _encode64(s.sig)} for s in self.signatures]
+        return {"payload": _encode64(self.payload), "payloadType": self.payload_type, "signatures": signatures}
+
+
+def parse(raw: bytes, what: str) -> Envelope:
+    """The envelope in `raw`, exactly as `encode` could have made it.
+
+    Raises:
+        BundleError: ENVELOPE_SCHEMA, BASE64, or a JSON code.
+    """
+    return from_dict(strict_json.parse_object(raw, what), what)
+
+
+def from_dict(value: object, what: str, *, either_alphabet: bool = False) -> Envelope:
+    """The envelope in a parsed JSON object.
+
+    Raises:
+        BundleError: ENVELOPE_SCHEMA, BASE64.
+    """
+    match value:
+        case {"payload": str(payload), "payloadType": str(kind), "signatures": list(entries), **rest} if not rest:
+            signatures = _signatures(entries, what, either_alphabet)
+            return Envelope(_decode64(payload, what, either_alphabet), kind, signatures)
+    raise BundleError("ENVELOPE_SCHEMA", f"{what} is not a DSSE envelope")
+
+
+def _signatures(entries: Sequence[object], what: str, either_alphabet: bool) -> tuple[Signature, ...]:
+    if len(entries) > MAX_SIGNATURES:
+        raise BundleError("ENVELOPE_SCHEMA", f"{what} has over {MAX_SIGNATURES} signatures")
+    signatures = []
+    for entry in entries:
+        match entry:
+            case {"sig": str(sig), **rest} if rest.keys() <= {"keyid"} and isinstance(rest.get("keyid", ""), str):
+                signatures.append(Signature(str(rest.get("keyid", "")), _decode64(sig, what, either_alphabet)))
+            case _:
+                raise BundleError("ENVELOPE_SCHEMA", f"{what} has a signature of unknown form")
+    return tuple(signatures)
+
+
+def _encode64(raw: bytes) -> str:
+    return base64.standard_b64encode(raw).decode()
+
+
+def _decode64(text: str, what: str, either_alphabet: bool) -> bytes:
+    standard = text.translate(str.maketrans("-_", "+/")) if either_alphabet else text
+    try:
+        raw = base64.b64decode(standard, validate=True)
+    except (binascii.Error, ValueError):
+        raise BundleError("BASE64", f"{what} has bytes that are not base64") from None
+    if not either_alphabet and _encode64(raw) != text:
+        raise BundleError("BASE64", f"{what} has base64 that is not in its one legal form")
+    return raw
