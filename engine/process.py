@@ -15,7 +15,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -64,8 +64,10 @@ class Process:
         finally:
             os.umask(previous)
 
-    def ready(self) -> None:
-        """Tell whoever started this process that it serves.
+    def ready(self, facts: Mapping[str, str] | None = None) -> None:
+        """Tell whoever started this process that it serves, and `facts` about how.
+
+        Facts travel in the same datagram as X_NAME=VALUE; service managers ignore names that begin with X_.
 
         Raises:
             ForbiddenModuleError: a forbidden module is loaded.
@@ -73,7 +75,7 @@ class Process:
         loaded = sorted(self._forbidden & {module.partition(".")[0] for module in sys.modules})
         if loaded:
             raise ForbiddenModuleError(f"{self.name} must never load {', '.join(loaded)}")
-        _notify("READY=1")
+        _notify("\n".join(["READY=1", *(f"X_{name}={value}" for name, value in (facts or {}).items())]))
         log.info("ready", extra={"pid": os.getpid()})
 
     def stop(self) -> None:
