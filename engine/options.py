@@ -1,0 +1,92 @@
+"""How a deployment runs: the engine's own copy of cloister.engine.v1.DeploymentOptions, checked and completed."""
+
+from dataclasses import dataclass, replace
+
+from engine.errors import EngineError
+
+BACKENDS = ("reference", "cpu")
+DTYPES = ("float32", "bfloat16")
+_FULL_CONTEXTS = 32
+_DEFAULT_RUNNING = 64
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Options of one deployment; 0 or empty takes the default that `resolve` fills in.
+
+    Attributes:
+        backend: reference or cpu.
+        dtype: float32 or bfloat16.
+        deterministic: same output bit for bit whatever shares the batch.
+        kv_blocks: KV pages.
+        block_size: tokens per KV page.
+        max_step_tokens: most tokens computed in one step.
+        max_running: most requests in one step.
+        max_context_tokens: prompt and answer together.
+        threads: threads of the worker.
+    """
+
+    backend: str = ""
+    dtype: str = ""
+    deterministic: bool = False
+    kv_blocks: int = 0
+    block_size: int = 0
+    max_step_tokens: int = 0
+    max_running: int = 0
+    max_context_tokens: int = 0
+    threads: int = 0
+
+    def resolve(
+        self, model_context: int, block_bytes_per_token: int, memory_bytes: int, cores: int
+    ) -> "EngineOptions":
+        """These options with every default filled in.
+
+        Args:
+            model_context: the model's own limit, in tokens.
+            block_bytes_per_token: KV bytes of one token over all layers.
+            memory_bytes: what the KV pages may take when `kv_blocks` is 0.
+            cores: threads when `threads` is 0.
+
+        Raises:
+            EngineError: OPTIONS_INVALID names the option.
+        """
+        block_size = self.block_size or 16
+        max_step_tokens = self.max_step_tokens or 512
+        context = self.max_context_tokens or model_context
+        resolved = replace(
+            self,
+            backend=self.backend or "cpu",
+            dtype=self.dtype or "float32",
+            block_size=block_size,
+            max_step_tokens=max_step_tokens,
+            max_running=self.max_running or max(1, min(_DEFAULT_RUNNING, max_step_tokens - block_size)),
+            max_context_tokens=context,
+            kv_blocks=self.kv_blocks or _default_blocks(context, block_size, block_bytes_per_token, memory_bytes),
+            threads=self.threads or max(1, cores),
+        )
+        resolved._check(model_context)
+        return resolved
+
+    def _check(self, model_context: int) -> None:
+        wrong = {
+            f"backend {self.backend!r} is not one of {', '.join(BACKENDS)}": self.backend not in BACKENDS,
+            f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}": self.dtype not in DTYPES,
+            f"max_context_tokens {self.max_context_tokens} is beyond the model's {model_context}": (
+                self.max_context_tokens > model_context
+            ),
+            f"max_step_tokens {self.max_step_tokens} is less than max_running {self.max_running} + block_size "
+            f"{self.block_size}: a prompt could wait for ever": (
+                self.max_step_tokens < self.max_running + self.block_size
+            ),
+            "a negative size": min(self.block_size, self.kv_blocks, self.max_running, self.max_context_tokens) < 1,
+        }
+        for message, holds in wrong.items():
+            if holds:
+                raise EngineError("OPTIONS_INVALID", message)
+
+
+def _default_blocks(context: int, block_size: int, bytes_per_token: int, memory_bytes: int) -> int:
+    """Pages for 32 full contexts, within the memory there is, but at least for one."""
+    one = -(-context // block_size)
+    affordable = memory_bytes // (bytes_per_token * block_size)
+    return max(one, min(_FULL_CONTEXTS * one, affordable))

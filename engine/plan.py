@@ -1,0 +1,96 @@
+"""What one step computes, as plain immutable data: the scheduler makes a plan, the runner carries it out.
+
+A plan is all that the leader of a deployment and its further ranks share, so it holds everything a step needs and
+no tensor. Its rows name KV pages per group and reserve places for drafts and adapters, so that windows,
+speculation and LoRA need no second design.
+
+Source: the division into schedule and execute follows Kwon et al., "Efficient Memory Management for Large Language
+Model Serving with PagedAttention", SOSP 2023, section 4.
+"""
+
+from typing import NamedTuple
+
+from engine.request import SamplingParams
+
+FULL = "full"  # the KV group whose pages hold every token
+
+
+class BlockTable(NamedTuple):
+    """The KV pages of one row in one group, in token order."""
+
+    group: str
+    blocks: tuple[int, ...]
+
+
+class PlanRow(NamedTuple):
+    """What one request does in one step.
+
+    Attributes:
+        handle: the request.
+        slot: its place in per-request device state.
+        start: position of the first scheduled token.
+        token_ids: the scheduled tokens, drafts last.
+        num_draft: how many of them are drafts to be verified.
+        block_tables: its pages, one table per KV group.
+        adapter_slot: which adapter, None for the base model.
+        sampling_slot: where its sampling state lies; None when the step does not reach the last token, so that
+            nothing is sampled.
+    """
+
+    handle: int
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+    num_draft: int
+    block_tables: tuple[BlockTable, ...]
+    adapter_slot: int | None
+    sampling_slot: int | None
+
+    @property
+    def end(self) -> int:
+        """Tokens in the KV pages after the step."""
+        return self.start + len(self.token_ids)
+
+
+class SamplerSetup(NamedTuple):
+    """New parameters for one sampling slot, valid from this step on."""
+
+    slot: int
+    params: SamplingParams
+
+
+class StepPlan(NamedTuple):
+    """One step.
+
+    Attributes:
+        step: its number, from 1.
+        rows: what each scheduled request does.
+        samplers: sampling slots that change owner in this step.
+        scrub: KV pages to zero before anything is written.
+    """
+
+    step: int
+    rows: tuple[PlanRow, ...]
+    samplers: tuple[SamplerSetup, ...] = ()
+    scrub: tuple[int, ...] = ()
+
+
+class ResultRow(NamedTuple):
+    """What one step brought one request.
+
+    Attributes:
+        handle: the request.
+        token_ids: none while its prompt is unfinished, else one, plus one per accepted draft.
+        fault: stable code when its numbers were unusable, else empty.
+    """
+
+    handle: int
+    token_ids: tuple[int, ...]
+    fault: str = ""
+
+
+class StepResult(NamedTuple):
+    """What one step brought; rows in the plan's order."""
+
+    step: int
+    rows: tuple[ResultRow, ...]

@@ -1,0 +1,171 @@
+"""A request as the engine sees it: tokens, how to sample, when to stop, and one progress counter.
+
+There are no prefill and decode phases: `num_computed` chases `num_tokens`, and whatever lies between them is to be
+computed. Chunked prefill, prefix hits and recomputation after preemption are the same subtraction.
+"""
+
+import enum
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.errors import EngineError
+
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn from the logits, in this order: temperature, top-k, top-p.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; otherwise logits are divided by it.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the smallest set of likeliest tokens whose probability reaches this; in (0, 1].
+        seed: unsigned 64 bit; with the token's position it determines every draw.
+
+    Raises:
+        EngineError: INVALID_SAMPLING.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature must be finite and >= 0")
+        _require(self.top_k >= 0, "top_k must be >= 0")
+        _require(0 < self.top_p <= 1, "top_p must lie in (0, 1]")
+        _require(0 <= self.seed <= MAX_SEED, "seed must be an unsigned 64-bit number")
+
+
+@dataclass(frozen=True, slots=True)
+class StopCriteria:
+    """When a request ends.
+
+    Attributes:
+        max_tokens: most tokens to generate; at least 1.
+        strings: text that ends the answer when it appears; none is empty.
+        token_ids: tokens that end the answer, besides the model's own end tokens.
+        include_stop: keep the matched stop string (or stop token's text) in the answer.
+        ignore_eos: the model's own end tokens do not end the answer.
+
+    Raises:
+        EngineError: INVALID_STOP.
+    """
+
+    max_tokens: int
+    strings: tuple[str, ...] = ()
+    token_ids: frozenset[int] = frozenset()
+    include_stop: bool = False
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1 or not all(self.strings):
+            raise EngineError("INVALID_STOP", "max_tokens must be at least 1 and no stop string may be empty")
+
+
+class EndReason(enum.Enum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The end of one request.
+
+    Attributes:
+        reason: why.
+        stop_string: the stop string that matched, else empty.
+        stop_token_id: the stop or end token that matched, else None.
+        error_code: stable code, with reason ERROR.
+        error_message: what was wrong, with reason ERROR; never text of the request.
+        prompt_tokens: prompt tokens computed.
+        completion_tokens: tokens generated, an end token included.
+        queue_ns: from submission to first scheduled.
+        prefill_ns: from first scheduled to first token.
+        decode_ns: from first to last token.
+    """
+
+    reason: EndReason
+    stop_string: str = ""
+    stop_token_id: int | None = None
+    error_code: str = ""
+    error_message: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    queue_ns: int = 0
+    prefill_ns: int = 0
+    decode_ns: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One sequence of tokens that grows until it ends.
+
+    Attributes:
+        handle: unique among the requests the engine holds; chosen by the caller.
+        prompt: its tokens; never empty.
+        sampling: how tokens are drawn.
+        stop: when it ends.
+        scope: the engine's opaque name of the owner; pages are scrubbed when they change scope.
+        salt: root of the owner's prefix cache.
+        weight: fair-share weight.
+        tokens: prompt and generated tokens.
+        limit: most tokens to generate; the scheduler lowers it to what the context allows.
+        num_computed: tokens whose keys and values are in the KV pages.
+        blocks: KV pages of the full-attention group, in token order.
+        slot: index into per-request device state, -1 while waiting.
+
+    Raises:
+        EngineError: EMPTY_PROMPT, INVALID_SAMPLING (weight).
+    """
+
+    handle: int
+    prompt: Sequence[int]
+    sampling: SamplingParams
+    stop: StopCriteria
+    scope: str = ""
+    salt: bytes = b""
+    weight: int = 1
+    tokens: list[int] = field(init=False)
+    limit: int = field(init=False)
+    num_computed: int = field(init=False, default=0)
+    blocks: list[int] = field(init=False, default_factory=list)
+    slot: int = field(init=False, default=-1)
+    submitted_ns: int = field(init=False, default=0)
+    scheduled_ns: int = field(init=False, default=0)
+    first_token_ns: int = field(init=False, default=0)
+    last_token_ns: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        if not self.prompt:
+            raise EngineError("EMPTY_PROMPT", "a request needs at least one prompt token")
+        _require(self.weight >= 1, "weight must be at least 1")
+        self.tokens = list(self.prompt)
+        self.limit = self.stop.max_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and generated tokens so far."""
+        return len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Generated tokens so far."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens not yet computed."""
+        return len(self.tokens) - self.num_computed
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise EngineError("INVALID_SAMPLING", message)
