@@ -1,0 +1,163 @@
+"""The gateway's questions to control, and what becomes of its refusals: they are passed on byte for byte."""
+
+import asyncio
+import logging
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import grpc
+
+from appliance.errors import DETAILS_TRAILER, CloisterError, from_rpc_error
+from appliance.gateway.background import Background
+from appliance.gateway.unix import open_channel
+from appliance.protos import control_pb2, control_pb2_grpc
+
+# Seconds one answer may take. Admit has its own: giving up on it could leave a lease that nobody knows.
+ANSWER_S = 5.0
+ADMIT_S = 30.0
+SETTLE_S = 10.0
+RECORD_S = 2.0
+# Refusals being recorded at once; what is beyond goes out unrecorded rather than queueing here.
+_MAX_RECORDING = 64
+_RETRY_FIRST_S, _RETRY_MOST_S, _RETRIES = 0.2, 5.0, 120
+
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+log = logging.getLogger(__name__)
+
+
+class ControlRefusalError(CloisterError):
+    """What control refused, as it said it: same status, same message, same details."""
+
+    def __init__(self, error: grpc.aio.AioRpcError, details: bytes) -> None:
+        known = from_rpc_error(error)
+        super().__init__(known.code, known.message, known.status, known.metadata, known.field, known.retry_after)
+        self._said = error.details() or ""
+        self._details = details
+
+    def __str__(self) -> str:
+        return self._said
+
+    def trailers(self) -> tuple[tuple[str, bytes], ...]:
+        """The details, untouched."""
+        return ((DETAILS_TRAILER, self._details),)
+
+
+class ControlClient:
+    """Asks control.
+
+    Args:
+        socket: path of control.sock.
+        gateway_id: random, fixed for the life of this process.
+        background: where settling goes on when its call is gone.
+    """
+
+    def __init__(self, socket: Path, gateway_id: str, background: Background) -> None:
+        self._channel = open_channel(socket)
+        self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
+        self._gateway_id = gateway_id
+        self._background = background
+        self._recording = 0
+
+    async def authorize(
+        self, caller: control_pb2.Caller, method: str, model: str, request_id: str
+    ) -> control_pb2.AuthorizeResponse:
+        """Whether this caller may, and where it runs; charges nothing."""
+        request = control_pb2.AuthorizeRequest(
+            caller=caller, method=method, model=model, request_id=request_id, gateway_id=self._gateway_id
+        )
+        return await _ask(self._stub.Authorize, request, ANSWER_S)
+
+    async def visible_models(
+        self, caller: control_pb2.Caller, method: str
+    ) -> control_pb2.ListVisibleModelsResponse:
+        """The models this caller may use."""
+        request = control_pb2.ListVisibleModelsRequest(caller=caller, method=method)
+        return await _ask(self._stub.ListVisibleModels, request, ANSWER_S)
+
+    async def admit(self, request: control_pb2.AdmitRequest) -> control_pb2.AdmitResponse:
+        """A lease. Run it shielded: a lease that was given must be settled."""
+        return await _ask(self._stub.Admit, request, ADMIT_S)
+
+    async def await_intent(self, lease: str) -> None:
+        """Return once the intent of `lease` is durable."""
+        await _ask(self._stub.AwaitIntent, control_pb2.AwaitIntentRequest(lease=lease), ANSWER_S)
+
+    async def settle(self, request: control_pb2.SettleRequest) -> control_pb2.SettleResponse:
+        """Close a lease. When control cannot take it now, that is raised, and tried again in the background."""
+        try:
+            return await _ask(self._stub.Settle, request, SETTLE_S)
+        except CloisterError as error:
+            if error.status is grpc.StatusCode.UNAVAILABLE:
+                self._background.spawn(self._settle_later(request))
+            raise
+
+    async def record_refusal(self, caller: control_pb2.Caller, method: str, request_id: str, reason: str) -> bool:
+        """Put a refusal of the gateway's own into the audit log, if control takes it in time; whether it did."""
+        if self._recording >= _MAX_RECORDING:
+            return False
+        request = control_pb2.RecordRefusalRequest(
+            caller=caller, method=method, request_id=request_id, reason=reason
+        )
+        self._recording += 1
+        try:
+            await _ask(self._stub.RecordRefusal, request, RECORD_S)
+        except CloisterError as error:
+            log.warning("refusal not recorded", extra={"reason": reason, "code": error.code})
+            return False
+        finally:
+            self._recording -= 1
+        return True
+
+    async def heartbeat(self, address: str) -> bool:
+        """Tell control that this process lives and where it listens; whether it heard."""
+        request = control_pb2.HeartbeatRequest(gateway_id=self._gateway_id, address=address)
+        try:
+            await _ask(self._stub.Heartbeat, request, ANSWER_S)
+        except CloisterError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Hang up."""
+        await self._channel.close()
+
+    async def _settle_later(self, request: control_pb2.SettleRequest) -> None:
+        """Settle again until control answers; a control that started anew has settled it itself and says so."""
+        pause = _RETRY_FIRST_S
+        for _ in range(_RETRIES):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _RETRY_MOST_S)
+            try:
+                await _ask(self._stub.Settle, request, SETTLE_S)
+            except CloisterError as error:
+                if error.status is grpc.StatusCode.UNAVAILABLE:
+                    continue
+                log.info("late settlement refused", extra={"code": error.code})
+            return
+        log.error("lease never settled", extra={"tries": _RETRIES})
+
+
+async def _ask(
+    method: "grpc.aio.UnaryUnaryMultiCallable[Request, Response]", request: Request, limit_s: float
+) -> Response:
+    try:
+        return await method(request, timeout=limit_s)
+    except grpc.aio.AioRpcError as error:
+        raise _reading(error) from None
+
+
+def _reading(error: grpc.aio.AioRpcError) -> CloisterError:
+    """A refusal with details is control's own word; without, control is gone, stuck or broken."""
+    for key, value in error.trailing_metadata() or ():
+        if key == DETAILS_TRAILER and isinstance(value, bytes):
+            return ControlRefusalError(error, value)
+    log.warning("control does not answer", extra={"status": error.code().name})
+    return CloisterError(
+        "CONTROL_UNAVAILABLE",
+        "the appliance cannot admit or record requests at present; try again, and tell its operator if it lasts",
+        grpc.StatusCode.UNAVAILABLE,
+        retry_after=timedelta(seconds=1),
+    )

@@ -1,0 +1,239 @@
+"""cloister.inference.v1.InferenceService: each call identified, checked, walked, and its refusal recorded."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import grpc
+
+from appliance.errors import CloisterError, abort
+from appliance.gateway.control import ControlRefusalError
+from appliance.gateway.identity import caller_of, check_caller
+from appliance.gateway.validation import CheckedRequest, check_chat, check_generate, request_id_of
+from appliance.gateway.walk import Event, Neighbours, Walk
+from appliance.protos import control_pb2, inference_pb2_grpc
+from appliance.protos import inference_pb2 as api
+
+SERVICE = "cloister.inference.v1.InferenceService"
+RECEIPT_TRAILER = "cloister-receipt-bin"
+PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
+DEFAULT_DEADLINE_S = 120.0
+MAX_ACTIVE = 512
+_Context = grpc.aio.ServicerContext[Any, Any]
+Request = TypeVar("Request", api.GenerateRequest, api.ChatRequest)
+
+log = logging.getLogger(__name__)
+
+
+class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
+    """What tenants call.
+
+    Attributes:
+        draining: new calls are refused.
+    """
+
+    def __init__(self, neighbours: Neighbours) -> None:
+        self.draining = False
+        self._neighbours = neighbours
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def Generate(  # type: ignore[override]  # noqa: N802  # writes through the context: see _answer
+        self, request: api.GenerateRequest, context: _Context
+    ) -> None:
+        """Text from a prompt."""
+        method = f"/{SERVICE}/Generate"
+        await self._answer(method, request, context, check_generate, _as_generate(context))
+
+    async def Chat(  # type: ignore[override]  # noqa: N802  # writes through the context: see _answer
+        self, request: api.ChatRequest, context: _Context
+    ) -> None:
+        """Text from a conversation."""
+        method = f"/{SERVICE}/Chat"
+        await self._answer(method, request, context, check_chat, _as_chat(context))
+
+    async def ListModels(  # noqa: N802
+        self, request: api.ListModelsRequest, context: _Context
+    ) -> api.ListModelsResponse:
+        """The models of the calling tenant."""
+        method = f"/{SERVICE}/ListModels"
+        caller = caller_of(context)
+        try:
+            self._check_open()
+            check_caller(caller, context)
+            visible = await self._neighbours.control.visible_models(caller, method)
+        except CloisterError as error:
+            await self._record(error, caller, method, "")
+            await abort(context, error, _pushback(error))
+        return api.ListModelsResponse(
+            models=[
+                api.Model(
+                    name=model.name,
+                    model_digest=model.model_digest,
+                    max_context_tokens=model.max_context_tokens,
+                    capabilities=model.capabilities,
+                    ready=model.ready,
+                )
+                for model in visible.models
+            ]
+        )
+
+    async def wait_idle(self, limit_s: float) -> bool:
+        """Wait until no call is being answered, at most `limit_s` seconds; whether it came to that."""
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _answer(
+        self,
+        method: str,
+        request: Request,
+        context: _Context,
+        check: Callable[[Request], CheckedRequest],
+        send: Callable[[Event], Awaitable[None]],
+    ) -> None:
+        """Answer one streaming call, or end it with its error.
+
+        Events are written through the context: a generator's call that is cancelled is not told so by
+        CancelledError, and its lease would be settled late.
+        """
+        started = time.monotonic()
+        self._enter()
+        try:
+            receipt = await self._walk(method, request, context, check, send)
+        except _EndedError as ended:
+            _log(method, ended.request_id, ended.cause.code, started)
+            failure = ended
+        else:
+            _log(method, receipt.request_id, "OK", started)
+            context.set_trailing_metadata(((RECEIPT_TRAILER, receipt.SerializeToString()),))
+            return
+        finally:
+            self._leave()
+        await abort(context, failure.cause, failure.trailers)
+
+    async def _walk(
+        self,
+        method: str,
+        request: Request,
+        context: _Context,
+        check: Callable[[Request], CheckedRequest],
+        send: Callable[[Event], Awaitable[None]],
+    ) -> api.Receipt:
+        caller, walk, request_id = caller_of(context), None, ""
+        try:
+            self._check_open()
+            check_caller(caller, context)
+            checked = check(request)
+            request_id = checked.request_id
+            walk = Walk(self._neighbours, caller, method, checked, _deadline(context), send)
+            return await walk.run()
+        except CloisterError as error:
+            request_id = request_id or _known_id(request.request_id)
+            if walk is not None and walk.admitted:
+                raise _EndedError(error, request_id, ((PUSHBACK_TRAILER, "-1"),)) from None
+            await self._record(error, caller, method, request_id)
+            raise _EndedError(error, request_id, _pushback(error)) from None
+
+    async def _record(
+        self, error: CloisterError, caller: control_pb2.Caller, method: str, request_id: str
+    ) -> None:
+        """Put a refusal of our own on record; control records its own, and one that is gone records nothing."""
+        if not isinstance(error, ControlRefusalError) and error.code != "CONTROL_UNAVAILABLE":
+            await self._neighbours.control.record_refusal(caller, method, request_id, error.code)
+
+    def _check_open(self) -> None:
+        """Refuse what comes too late, or on top of too much."""
+        if self.draining:
+            raise CloisterError(
+                "DRAINING", "the gateway is about to stop; try again", grpc.StatusCode.UNAVAILABLE,
+                retry_after=timedelta(seconds=1),
+            )  # fmt: skip
+        if self._active > MAX_ACTIVE:
+            raise CloisterError(
+                "GATEWAY_BUSY", f"{MAX_ACTIVE} requests are being answered; try again",
+                grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=timedelta(seconds=1),
+            )  # fmt: skip
+
+    def _enter(self) -> None:
+        self._active += 1
+        self._idle.clear()
+
+    def _leave(self) -> None:
+        self._active -= 1
+        if self._active == 0:
+            self._idle.set()
+
+
+class _EndedError(Exception):
+    """A call's error, and the trailers that go with it."""
+
+    def __init__(self, cause: CloisterError, request_id: str, trailers: tuple[tuple[str, str], ...]) -> None:
+        super().__init__(cause.code)
+        self.cause = cause
+        self.request_id = request_id
+        self.trailers = trailers
+
+
+def _as_generate(context: _Context) -> Callable[[Event], Awaitable[None]]:
+    def send(event: Event) -> Awaitable[None]:
+        response = api.GenerateResponse()
+        _place(response, event)
+        return context.write(response)
+
+    return send
+
+
+def _as_chat(context: _Context) -> Callable[[Event], Awaitable[None]]:
+    def send(event: Event) -> Awaitable[None]:
+        response = api.ChatResponse()
+        _place(response, event)
+        return context.write(response)
+
+    return send
+
+
+def _place(response: api.GenerateResponse | api.ChatResponse, event: Event) -> None:
+    """Put the event into the arm of its type; a Delta is by far the most frequent."""
+    match event:
+        case api.Delta():
+            response.delta.CopyFrom(event)
+        case api.Accepted():
+            response.accepted.CopyFrom(event)
+        case api.Finished():
+            response.finished.CopyFrom(event)
+        case api.Completed():
+            response.completed.CopyFrom(event)
+
+
+def _deadline(context: _Context) -> float:
+    """On the event loop's clock: the client's, or DEFAULT_DEADLINE_S from now."""
+    remaining: float | None = context.time_remaining()
+    return asyncio.get_running_loop().time() + (DEFAULT_DEADLINE_S if remaining is None else remaining)
+
+
+def _pushback(error: CloisterError) -> tuple[tuple[str, str], ...]:
+    """When a client that retries by itself should (gRPC A6)."""
+    if error.retry_after is None:
+        return ()
+    return ((PUSHBACK_TRAILER, str(round(error.retry_after.total_seconds() * 1000))),)
+
+
+def _known_id(given: str) -> str:
+    """The request's id if it is one."""
+    try:
+        return request_id_of(given) if given else ""
+    except CloisterError:
+        return ""
+
+
+def _log(method: str, request_id: str, code: str, started: float) -> None:
+    facts = {"method": method.rpartition("/")[2], "request_id": request_id, "code": code}
+    log.info("answered", extra={**facts, "ms": round((time.monotonic() - started) * 1000, 1)})

@@ -1,0 +1,81 @@
+"""Tokens from text: the gateway's calls to the engine-text of a deployment, and what its refusals mean."""
+
+import logging
+import re
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+
+from appliance.errors import CloisterError
+from appliance.gateway.unix import open_channel
+from engine.protos import engine_pb2, engine_pb2_grpc
+
+PREPARE_S = 10.0
+_CODED = re.compile(r"([A-Z][A-Z0-9_]{2,63}): (.{1,1000})", re.DOTALL)
+_OWN_WORD = frozenset(
+    {
+        grpc.StatusCode.INVALID_ARGUMENT,
+        grpc.StatusCode.FAILED_PRECONDITION,
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        grpc.StatusCode.INTERNAL,
+    }
+)
+
+log = logging.getLogger(__name__)
+
+
+class Texts:
+    """The engine-texts of this appliance, each by its socket."""
+
+    def __init__(self) -> None:
+        self._channels: dict[str, grpc.aio.Channel] = {}
+
+    async def prepare(self, socket: str, request: engine_pb2.PrepareRequest) -> Sequence[int]:
+        """The prompt's token ids, template included.
+
+        Raises:
+            CloisterError: engine-text's own refusal; PREPARE_TIMEOUT; or ENGINE_UNAVAILABLE.
+        """
+        stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
+        try:
+            response = await stub.Prepare(request, timeout=PREPARE_S)
+        except grpc.aio.AioRpcError as error:
+            raise _reading(error) from None
+        return response.token_ids
+
+    async def close(self) -> None:
+        """Hang up."""
+        for channel in self._channels.values():
+            await channel.close()
+
+    def _channel(self, socket: str) -> grpc.aio.Channel:
+        if socket not in self._channels:
+            self._channels[socket] = open_channel(Path(socket))
+        return self._channels[socket]
+
+
+def engine_unavailable() -> CloisterError:
+    """The engine of the deployment is not there now; it is being started again."""
+    return CloisterError(
+        "ENGINE_UNAVAILABLE",
+        "the model's engine does not answer at present; it is started again by itself, try again",
+        grpc.StatusCode.UNAVAILABLE,
+        retry_after=timedelta(seconds=1),
+    )
+
+
+def _reading(error: grpc.aio.AioRpcError) -> CloisterError:
+    status = error.code()
+    coded = _CODED.fullmatch(error.details() or "")
+    if coded and status in _OWN_WORD:
+        return CloisterError(coded[1], coded[2], status)
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return CloisterError(
+            "PREPARE_TIMEOUT",
+            f"the prompt was not turned into tokens within {PREPARE_S:g} s; shorten it",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+        )
+    log.warning("engine-text does not answer", extra={"status": status.name})
+    return engine_unavailable()
