@@ -1,0 +1,144 @@
+"""The checks that are not tests: style, types, imports, protos, shell, size, suppressions, keys.
+
+python .ci/gates.py          runs all; exits 1 and shows what each failing one found
+python .ci/gates.py NAME...  runs these
+"""
+
+import ast
+import re
+import subprocess
+import sys
+import time
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+MAX_FILE_LINES = 400
+MAX_FUNCTION_LINES = 40
+
+_GENERATED = re.compile(r"(_pb2(_grpc)?\.pyi?|/migrations/versions/\w+\.py)$")
+_IGNORE = re.compile(r"#\s*type:\s*ignore(?!\[[\w, -]+\]\s+#\s*\S)")
+# A header and enough base64 behind it; the header alone may stand in a program.
+_PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(\s|\\n|[\"'b])*[A-Za-z0-9+/=]{40}")
+_NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+
+
+def tracked(root: Path, suffix: str = "") -> list[Path]:
+    """The files that belong to the repository, or will with the next commit."""
+    command = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, check=True, capture_output=True).stdout.decode().split("\0")
+    paths = [root / name for name in names if name.endswith(suffix) and name]
+    return [path for path in paths if path.is_file()]
+
+
+def too_large(path: Path) -> Iterator[str]:
+    """Files and functions with more lines of code than one can keep in mind; docstrings and comments are free."""
+    source = path.read_text()
+    tree = ast.parse(source)
+    lines = _code_lines(path) - _docstring_lines(tree)
+    if len(lines) > MAX_FILE_LINES:
+        yield f"{path}: {len(lines)} lines of code, at most {MAX_FILE_LINES}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            inside = len([n for n in lines if node.lineno <= n <= (node.end_lineno or node.lineno)])
+            if inside > MAX_FUNCTION_LINES:
+                yield f"{path}:{node.lineno}: {node.name} has {inside} lines of code, at most {MAX_FUNCTION_LINES}"
+
+
+def _code_lines(path: Path) -> set[int]:
+    lines: set[int] = set()
+    with path.open("rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in _NOT_CODE and token.type != tokenize.ENCODING:
+                lines.update(range(token.start[0], token.end[0] + 1))
+    return lines
+
+
+def _docstring_lines(tree: ast.Module) -> set[int]:
+    lines: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+                lines.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return lines
+
+
+def bare_ignores(path: Path) -> Iterator[str]:
+    """Type errors silenced without naming the error and the reason."""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        if _IGNORE.search(line) and not line.lstrip().startswith(("#", "_IGNORE")):
+            yield f"{path}:{number}: name the error and the reason: # type: ignore[code]  # why"
+
+
+def private_keys(path: Path) -> Iterator[str]:
+    """Private keys in PEM form."""
+    if _PRIVATE_KEY.search(path.read_bytes()):
+        yield f"{path}: holds a private key; remove it from the history, too"
+
+
+def _house_rules() -> list[str]:
+    found: list[str] = []
+    for path in tracked(ROOT, ".py"):
+        if not _GENERATED.search(str(path)):
+            found += [*too_large(path), *bare_ignores(path)]
+    return found
+
+
+def _key_scan() -> list[str]:
+    return [finding for path in tracked(ROOT) for finding in private_keys(path)]
+
+
+def _tool(*argv: str) -> Callable[[], list[str]]:
+    """A check by another program: nothing found when it exits 0."""
+
+    def run() -> list[str]:
+        done = subprocess.run(
+            [str(BIN / argv[0]), *argv[1:]], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return [] if done.returncode == 0 else (done.stdout + done.stderr).strip().splitlines()
+
+    return run
+
+
+def _shell_scripts() -> list[str]:
+    paths = [
+        p for p in tracked(ROOT) if p.suffix == ".sh" or p.read_bytes()[:20].startswith(b"#!/usr/bin/env bash")
+    ]
+    return _tool("shellcheck", *map(str, paths))()
+
+
+GATES: dict[str, Callable[[], list[str]]] = {
+    "format": _tool("ruff", "format", "--check", "."),
+    "lint": _tool("ruff", "check", "."),
+    "types": _tool("mypy"),
+    "imports": _tool("lint-imports", "--no-cache"),
+    "protos": _tool("buf", "lint"),
+    "stubs": _tool("python", ".ci/stubs.py", "--check"),
+    "pins": _tool("python", ".ci/pins.py", "--check"),
+    "shell": _shell_scripts,
+    "house": _house_rules,
+    "keys": _key_scan,
+}
+
+
+def main(names: list[str]) -> int:
+    """Run the gates named, or all; the exit status."""
+    failed = []
+    for name in names or GATES:
+        began = time.monotonic()
+        found = GATES[name]()
+        print(f"{name:<8} {'FAIL' if found else 'ok':<5} {time.monotonic() - began:5.1f} s", flush=True)
+        for finding in found:
+            print(f"  {finding}")
+        if found:
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,224 @@
+#!/usr/bin/env bash
+# Sets Cloister up inside this checkout: a demonstration of the main job, or all checks and tests. Needs no root.
+set -euo pipefail
+umask 077
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+readonly ROOT
+readonly VENV=$ROOT/.venv
+readonly LOG=$VENV/install.log
+readonly PYTHONS=(python3 python3.13 python3.12 python3.11)
+
+usage() {
+  cat <<'USAGE'
+usage: ./install.sh --demo [--keep] [--seed N]
+       ./install.sh --test [PYTEST ARGUMENT ...]
+       ./install.sh --help
+
+  --demo   set up .venv, then watch the main job: a signed model bundle is verified and
+           imported, the processes start, and a tenant's client streams answers over mTLS.
+           Nothing is left running, unless --keep is given.
+  --test   set up .venv with the test tools, then run all checks and all tests.
+
+Needs Python 3.11 or newer and either a package index or a folder wheels/ beside this file.
+Writes nothing outside this checkout. PYTHON=/path/to/python3 chooses the interpreter.
+USAGE
+}
+
+say() { printf '%s\n' "$*"; }
+
+# fail MESSAGE REMEDY...
+fail() {
+  printf 'error: %s\n' "$1" >&2
+  shift
+  printf '       %s\n' "$@" >&2
+  exit 1
+}
+
+can_make_venv() { "$1" -c 'import sys, venv, ensurepip; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; }
+is_new_enough() { "$1" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+# Prints the interpreter to use: $PYTHON, or the first that is new enough and can make a virtual environment.
+find_python() {
+  local candidate without_venv=""
+  for candidate in ${PYTHON:+"$PYTHON"} "${PYTHONS[@]}"; do
+    command -v "$candidate" >/dev/null || continue
+    if can_make_venv "$candidate"; then
+      command -v "$candidate"
+      return
+    fi
+    if is_new_enough "$candidate"; then without_venv=$candidate; fi
+  done
+  if [[ -n $without_venv ]]; then
+    fail "$without_venv has no venv or ensurepip module" \
+      "Debian, Ubuntu: apt install python3-venv; Fedora, RHEL: dnf install python3-pip" \
+      "or name another interpreter: PYTHON=/path/to/python3 ./install.sh ..."
+  fi
+  fail "no Python 3.11 or newer found (looked for: ${PYTHON:+$PYTHON }${PYTHONS[*]})" \
+    "install one from your distribution, then run this again" \
+    "or name one that is elsewhere: PYTHON=/path/to/python3 ./install.sh ..."
+}
+
+# What an up-to-date .venv was made from; a change of any of it means another installation.
+stamp_of() {
+  { cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; printf '%s %s\n' "$1" "$ROOT"; } | sha256sum | cut -d' ' -f1
+}
+
+is_installed() {
+  [[ -x $VENV/bin/cloister && -f $VENV/stamp-$1 && $(<"$VENV/stamp-$1") == "$(stamp_of "$1")" ]] &&
+    is_new_enough "$VENV/bin/python"
+}
+
+make_venv() {
+  if [[ -e $VENV ]] && ! is_new_enough "$VENV/bin/python"; then
+    say "  .venv is not usable any more; making it anew"
+    rm -rf "$VENV"
+  fi
+  if [[ ! -e $VENV ]]; then
+    local python
+    python=$(find_python)
+    say "  making .venv with $("$python" -V) ($python)"
+    "$python" -m venv "$VENV" || {
+      rm -rf "$VENV"
+      fail "$python could not make a virtual environment in $VENV" "see its message above"
+    }
+  fi
+}
+
+# pip, from wheels/ alone where that folder exists; caches and unpacks inside .venv.
+run_pip() {
+  local verb=$1
+  shift
+  local source=()
+  if [[ -d $ROOT/wheels ]]; then source=(--no-index --find-links "$ROOT/wheels"); fi
+  mkdir -p "$VENV/tmp"
+  TMPDIR=$VENV/tmp "$VENV/bin/python" -m pip "$verb" --no-input --no-cache-dir --disable-pip-version-check \
+    -c "$ROOT/constraints.txt" ${source[@]+"${source[@]}"} "$@"
+}
+
+# Prints the kind of torch that would be installed: installed, cpu, or cuda.
+torch_kind() {
+  if "$VENV/bin/python" -c 'from importlib.metadata import version; version("torch")' 2>/dev/null; then
+    echo installed
+    return
+  fi
+  local report=$VENV/torch.json
+  run_pip install --dry-run --quiet --ignore-installed --no-deps --report "$report" torch >"$LOG" 2>&1 ||
+    explain_pip_failure
+  "$VENV/bin/python" - "$report" <<'PYTHON'
+import json, sys
+torch = json.load(open(sys.argv[1]))["install"][0]
+needs = torch["metadata"].get("requires_dist") or []
+print("cuda" if any(need.startswith(("nvidia-", "cuda-")) for need in needs) else "cpu")
+PYTHON
+}
+
+# check_space MEGABYTES
+check_space() {
+  local free
+  free=$(df -Pm "$ROOT" | awk 'NR == 2 { print $4 }')
+  if ((free < $1)); then
+    fail "$free MB free where $ROOT lies, $1 MB needed" "free some space or move the checkout to a larger disk"
+  fi
+}
+
+announce_torch() {
+  case $1 in
+  cuda)
+    say "  NOTE: torch comes as the CUDA build here: several gigabytes to download, about 8 GB on disk."
+    say "        For the small CPU build instead, stop now (Ctrl-C) and name an index that has it:"
+    say "        PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu ./install.sh ..."
+    check_space 8000
+    ;;
+  cpu)
+    say "  torch comes as the CPU build: about 2 GB on disk in all"
+    check_space 2000
+    ;;
+  installed) check_space 500 ;;
+  esac
+}
+
+explain_pip_failure() {
+  if grep -qiE 'no space left' "$LOG"; then
+    fail "the disk became full while packages were installed" "free some space, then run this again; log: $LOG"
+  fi
+  if grep -qiE 'name resolution|connection|unreachable|timed out|max retries|no matching distribution|could not find a version' "$LOG"; then
+    grep -iE '^error' "$LOG" | head -n 2 | sed 's/^/  pip: /' >&2 || true
+    if [[ -d $ROOT/wheels ]]; then
+      fail "wheels/ lacks a package that is needed; log: $LOG" "$(wheels_remedy)"
+    fi
+    fail "no package index can be reached, or it lacks a package; log: $LOG" \
+      "with a network: check pip's settings (pip config list) and proxy" "without one: $(wheels_remedy)"
+  fi
+  tail -n 15 "$LOG" | sed 's/^/  pip: /' >&2
+  fail "pip failed; log: $LOG" "see its last lines above"
+}
+
+wheels_remedy() {
+  say "on a connected machine with the same Python, in this checkout: \
+python3 -m pip download -d wheels -c constraints.txt setuptools '.[server,test]'; then carry wheels/ here"
+}
+
+# Runs pip, shows what it downloads, keeps the rest in the log.
+install_packages() {
+  run_pip install "$@" 2>&1 | tee -a "$LOG" | sed -u -n 's/^ *Downloading \([^ ]*\/\)\?\([^ ]*\) \((.*)\)$/    \2 \3/p' ||
+    explain_pip_failure
+}
+
+# setup EXTRA: server or test
+setup() {
+  if is_installed "$1"; then
+    say "  .venv is up to date"
+    return
+  fi
+  make_venv
+  : >"$LOG"
+  local kind extras=server place="the package index"
+  kind=$(torch_kind)
+  announce_torch "$kind"
+  if [[ $1 == test ]]; then extras=server,test; fi
+  if [[ -d $ROOT/wheels ]]; then place=wheels/; fi
+  say "  installing pinned packages from $place"
+  install_packages setuptools
+  install_packages --no-build-isolation -e "${ROOT}[$extras]"
+  rm -rf "$VENV/tmp" "$ROOT/build" "$VENV/torch.json"
+  stamp_of server >"$VENV/stamp-server"
+  if [[ $1 == test ]]; then stamp_of test >"$VENV/stamp-test"; fi
+}
+
+demo() {
+  local began=$SECONDS
+  say "Setting up $VENV"
+  setup server
+  say "  done in $((SECONDS - began)) s"
+  cd "$ROOT"
+  exec "$VENV/bin/python" -m demo.run "$@"
+}
+
+run_tests() {
+  say "Setting up $VENV with the test tools"
+  setup test
+  cd "$ROOT"
+  "$VENV/bin/python" .ci/gates.py
+  exec "$VENV/bin/python" -m pytest "$@"
+}
+
+main() {
+  case ${1-} in
+  --demo) shift && demo "$@" ;;
+  --test) shift && run_tests "$@" ;;
+  --help | -h) usage ;;
+  "")
+    printf 'Installing Cloister on a server is not part of this version. What it does:\n\n' >&2
+    usage >&2
+    exit 2
+    ;;
+  *)
+    printf 'error: unknown option %s\n\n' "$1" >&2
+    usage >&2
+    exit 2
+    ;;
+  esac
+}
+
+main "$@"

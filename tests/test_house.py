@@ -1,0 +1,116 @@
+"""The gates of .ci/ catch what they are there for."""
+
+import base64
+import importlib.util
+import os
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import allowed, folder_of, patterns_of
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gates = load("gates")
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "x.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(("statements", "findings"), [(39, 0), (40, 1)])
+def test_a_function_has_at_most_40_lines_of_code(tmp_path: Path, statements: int, findings: int) -> None:
+    body = "\n    # free\n\n".join(["", *["    x = 1"] * statements])
+    path = written(tmp_path, f'def f():\n    """Free,\n\n    too."""\n{body}')
+    assert len(list(gates.too_large(path))) == findings
+
+
+@pytest.mark.parametrize(("statements", "findings"), [(400, 0), (401, 1)])
+def test_a_file_has_at_most_400_lines_of_code(tmp_path: Path, statements: int, findings: int) -> None:
+    path = written(tmp_path, '"""Free."""\n\n' + "# free\nx = 1\n" * statements)
+    assert len(list(gates.too_large(path))) == findings
+
+
+@pytest.mark.parametrize(
+    ("comment", "findings"),
+    [("", 1), ("[arg-type]", 1), ("[arg-type]  # the stub is wrong", 0)],
+)
+def test_a_silenced_type_error_names_itself_and_its_reason(tmp_path: Path, comment: str, findings: int) -> None:
+    path = written(tmp_path, "f(1)  # type: " + f"ignore{comment}\n")
+    assert len(list(gates.bare_ignores(path))) == findings
+
+
+@pytest.mark.parametrize("kind", ["", "RSA ", "EC ", "OPENSSH ", "ENCRYPTED "])
+def test_a_private_key_is_found_wherever_it_lies(tmp_path: Path, kind: str) -> None:
+    body = base64.b64encode(os.urandom(96)).decode()
+    path = written(tmp_path, f"key = '''-----BEGIN {kind}PRIVATE KEY-----\n{body}\n")
+    assert len(list(gates.private_keys(path))) == 1
+
+
+def test_a_program_may_speak_of_private_keys(tmp_path: Path) -> None:
+    path = written(tmp_path, 'assert b"-----BEGIN PRIVATE KEY-----" in pem  # the header alone is no key\n')
+    assert list(gates.private_keys(path)) == []
+
+
+def test_no_private_key_is_in_the_repository() -> None:
+    assert [found for path in gates.tracked(ROOT) for found in gates.private_keys(path)] == []
+
+
+def test_a_skip_is_allowed_by_its_node_id_or_the_beginning_of_it() -> None:
+    patterns = patterns_of("# comment\ntests/gpu/  # no GPU in CI\n\ntests/x.py::test_y\n")
+    assert patterns == ["tests/gpu/", "tests/x.py::test_y"]
+    assert allowed("tests/gpu/test_a.py::test_b", patterns)
+    assert not allowed("tests/engine/test_a.py::test_b", patterns)
+
+
+def test_times_are_kept_by_folder() -> None:
+    assert folder_of("tests/engine/deep/test_a.py::test_b[a/b]") == "tests/engine"
+    assert folder_of("tests/test_house.py::test_x") == "tests"
+
+
+@pytest.mark.parametrize("script", ["install.sh", ".ci/run"])
+def test_shell_scripts_stop_at_the_first_error(script: str) -> None:
+    path = ROOT / script
+    assert os.access(path, os.X_OK)
+    assert "set -euo pipefail" in path.read_text()
+
+
+def test_install_without_a_flag_says_that_it_installs_nothing_and_changes_nothing() -> None:
+    done = subprocess.run([ROOT / "install.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "not part of this version" in done.stderr
+
+
+def test_install_names_the_remedy_when_there_is_no_python(tmp_path: Path) -> None:
+    """A machine with bash and the core tools alone: a copy of the script runs with a PATH that lacks Python."""
+    for name in ("install.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "dirname", "cat", "sha256sum", "cut", "rm"):
+        (tools / tool).symlink_to(f"/usr/bin/{tool}")
+    done = subprocess.run(
+        ["/usr/bin/bash", tmp_path / "install.sh", "--demo"],
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error: no Python 3.11 or newer found" in done.stderr
+    assert "PYTHON=/path/to/python3" in done.stderr
+    assert not (tmp_path / ".venv").exists()
