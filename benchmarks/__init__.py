@@ -1,0 +1,1 @@
+"""Measurements and recipes that ship beside the appliance, outside its wheels."""

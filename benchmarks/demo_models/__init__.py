@@ -1,0 +1,1 @@
+"""Recipes for the small models of the demo: data, training, evaluation."""

@@ -1,0 +1,276 @@
+"""Train a demo model from nothing: `python -m benchmarks.demo_models.train --model s`.
+
+Writes tokenizer, weights, model card and canaries to `demo/demo-notes-s/`. The data never repeats: every batch
+is newly drawn notes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.nn import functional
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.demo_models.evaluate import field_table, write_all
+from benchmarks.demo_models.notes import Note, draw, stream
+from benchmarks.demo_models.tokens import (
+    ASSISTANT,
+    BOS,
+    EOS,
+    PAD,
+    SPECIAL,
+    SYSTEM,
+    USER,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+ROOT = Path(__file__).parents[2]
+SYSTEM_PROMPT = "You extract the fields of a note and answer with one JSON object."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a model: shape, data, schedule."""
+
+    name: str
+    vocabulary: int = 1536
+    hidden: int = 192
+    layers: int = 5
+    heads: int = 6
+    kv_heads: int = 2
+    intermediate: int = 384
+    context: int = 1024
+    seed: int = 1
+    steps: int = 2800
+    rows: int = 32
+    warmup: int = 100
+    learning_rate: float = 4e-3
+    weight_decay: float = 0.05
+    two_turns: float = 0.08
+    system_prompts: float = 0.05
+
+
+RECIPES = {"s": Recipe("demo-notes-s")}
+
+
+def build(recipe: Recipe) -> LlamaForCausalLM:
+    """A Llama of the recipe's shape with fresh weights."""
+    torch.manual_seed(recipe.seed)
+    config = LlamaConfig(
+        vocab_size=recipe.vocabulary,
+        hidden_size=recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.kv_heads,
+        head_dim=recipe.hidden // recipe.heads,
+        intermediate_size=recipe.intermediate,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=True,
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(EOS),
+        pad_token_id=SPECIAL.index(PAD),
+        initializer_range=0.04,
+        rms_norm_eps=1e-5,
+    )
+    return LlamaForCausalLM(config)
+
+
+def build_tokenizer(recipe: Recipe) -> Tokenizer:
+    """The tokenizer, trained on the prompts and answers of 20 000 training notes."""
+    notes = draw(recipe.seed + 1, 20_000, "train")
+    return train_tokenizer((text for note in notes for text in (note.prompt, note.answer)), recipe.vocabulary)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One conversation: token ids, and for each whether it is the model's to say."""
+
+    ids: list[int]
+    said: list[bool]
+
+    def __add__(self, other: Row) -> Row:
+        return Row(self.ids + other.ids, self.said + other.said)
+
+
+def encode(tokenizer: Tokenizer, note: Note) -> Row:
+    """A note as the chat template writes it, without the leading begin token."""
+    user, assistant, end = (SPECIAL.index(token) for token in (USER, ASSISTANT, EOS))
+    asked = [user, *tokenizer.encode(note.prompt).ids, end, assistant]
+    answered = [*tokenizer.encode(note.answer).ids, end]
+    return Row(asked + answered, [False] * len(asked) + [True] * len(answered))
+
+
+def openings(tokenizer: Tokenizer) -> list[list[int]]:
+    """How a conversation begins: at once, or with a system prompt that changes nothing."""
+    begin, system, end = (SPECIAL.index(token) for token in (BOS, SYSTEM, EOS))
+    return [[begin], [begin, system, *tokenizer.encode(SYSTEM_PROMPT).ids, end]]
+
+
+def rows(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Row]:
+    """Conversations without end; a few have two turns. Short notes come first, to teach copying before reading."""
+    rng = random.Random(recipe.seed)
+    easy = stream(recipe.seed + 2, "train", missing=0.6)
+    full = stream(recipe.seed + 3, "train")
+    begins = [Row(ids, [False] * len(ids)) for ids in openings(tokenizer)]
+    for index in itertools.count():
+        notes = easy if index < recipe.rows * recipe.warmup * 2 else full
+        row = begins[rng.random() < recipe.system_prompts] + encode(tokenizer, next(notes))
+        yield row + encode(tokenizer, next(notes)) if rng.random() < recipe.two_turns else row
+
+
+def batches(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (ids, labels), both [rows, length], of rows of similar length; -100 labels what is not learned."""
+    rng = random.Random(recipe.seed)
+    source = rows(tokenizer, recipe)
+    while True:
+        pool = sorted(itertools.islice(source, recipe.rows * 16), key=lambda row: len(row.ids))
+        chunks = [pool[i : i + recipe.rows] for i in range(0, len(pool), recipe.rows)]
+        rng.shuffle(chunks)
+        yield from map(collate, chunks)
+
+
+def collate(chunk: list[Row]) -> tuple[Tensor, Tensor]:
+    """Pad rows on the right to the longest one, rounded up to 8; the causal mask keeps padding out of sight."""
+    length = -(-max(len(row.ids) for row in chunk) // 8) * 8
+    ids = torch.full((len(chunk), length), SPECIAL.index(PAD))
+    labels = torch.full((len(chunk), length), -100)
+    for i, row in enumerate(chunk):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        said = torch.tensor(row.said)
+        labels[i, : len(row.ids)][said] = ids[i, : len(row.ids)][said]
+    return ids, labels
+
+
+def loss_of(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of the answers' tokens; the head runs on those positions only."""
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        targets = labels[:, 1:]
+        logits = model.lm_head(hidden[targets != -100])
+    return functional.cross_entropy(logits.float(), targets[targets != -100])
+
+
+def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices (Jordan et al. 2024), AdamW for embedding and norms."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
+    return [
+        torch.optim.Muon(
+            matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def rate_at(step: int, recipe: Recipe) -> float:
+    """Share of the full learning rate: linear warm-up, cosine to a fiftieth."""
+    if step < recipe.warmup:
+        return (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> int:
+    """Run the schedule, saving the model every 400 steps; returns how many tokens were seen."""
+    model.model.compile(dynamic=True)
+    steppers = optimizers(model, recipe)
+    start, seen, mean = time.monotonic(), 0, 0.0
+    for step, (ids, labels) in enumerate(itertools.islice(batches(tokenizer, recipe), recipe.steps)):
+        loss = update(model, steppers, recipe.learning_rate * rate_at(step, recipe), ids, labels)
+        seen += ids.numel()
+        mean = loss if step == 0 else 0.95 * mean + 0.05 * loss
+        if step % 25 == 0 or step == recipe.steps - 1:
+            spent = time.monotonic() - start
+            print(f"step {step:5d}  loss {mean:.4f}  {seen / spent:,.0f} tokens/s  {spent:,.0f} s", flush=True)
+        if step % 400 == 399:
+            save(model, folder)
+    return seen
+
+
+def update(
+    model: LlamaForCausalLM, steppers: list[torch.optim.Optimizer], rate: float, ids: Tensor, labels: Tensor
+) -> float:
+    """One optimisation step; returns the batch's loss before it."""
+    loss = loss_of(model, ids, labels)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for stepper in steppers:
+        for group in stepper.param_groups:
+            group["lr"] = rate
+        stepper.step()
+        stepper.zero_grad()
+    return loss.item()
+
+
+def save(model: LlamaForCausalLM, folder: Path) -> None:
+    """Write config, generation config and one `model.safetensors`, in bfloat16."""
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=160,
+        bos_token_id=SPECIAL.index(BOS),
+        eos_token_id=SPECIAL.index(EOS),
+        pad_token_id=SPECIAL.index(PAD),
+    )
+    rounded = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    rounded.load_state_dict(model.state_dict())
+    rounded.generation_config = model.generation_config
+    rounded.save_pretrained(folder)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line; every number of the recipe can be overridden for an experiment."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(RECIPES), default="s")
+    parser.add_argument("--output", type=Path, help="folder to write (default: demo/NAME)")
+    parser.add_argument("--threads", type=int, default=2)
+    for field in dataclasses.fields(Recipe)[1:]:
+        parser.add_argument(
+            f"--{field.name.replace('_', '-')}", type=type(field.default), help=f"default {field.default}"
+        )
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Tokenizer, training, evaluation and model card in one command."""
+    chosen = arguments()
+    torch.set_num_threads(chosen.threads)
+    names = [field.name for field in dataclasses.fields(Recipe)[1:]]
+    changes = {name: getattr(chosen, name) for name in names if getattr(chosen, name) is not None}
+    recipe = dataclasses.replace(RECIPES[chosen.model], **changes)
+    folder = chosen.output or ROOT / "demo" / recipe.name
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(recipe)
+    save_tokenizer(tokenizer, folder, recipe.context)
+    model = build(recipe)
+    print(f"{recipe.name}: {model.num_parameters():,} parameters", flush=True)
+    start = time.monotonic()
+    tokens = train(model, tokenizer, recipe, folder)
+    save(model, folder)
+    record = {
+        "recipe": dataclasses.asdict(recipe),
+        "training_seed": recipe.seed,
+        "steps": recipe.steps,
+        "rows": recipe.rows,
+        "tokens": tokens,
+        "minutes": (time.monotonic() - start) / 60,
+        "threads": chosen.threads,
+    }
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(field_table(write_all(folder)))
+
+
+if __name__ == "__main__":
+    main()
