@@ -1,0 +1,43 @@
+"""`python -m engine.host`: the inventory of devices, and every deployment's worker and text process."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import grpc
+
+from engine.host.service import HostService
+from engine.process import Process, run
+from engine.protos import engine_pb2_grpc
+
+NAME = "engine-host"
+SOCKET = "engine-host.sock"
+FORBIDDEN = ("torch", "sqlalchemy", "sqlite3")
+_MAX_REQUEST_BYTES = 64 << 20
+_WATCHERS_GRACE_S = 1.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Serve until SIGTERM, then drain every deployment; the exit status."""
+    parser = argparse.ArgumentParser(prog=NAME, description="Starts the processes of deployments.")
+    parser.add_argument("--run", type=Path, required=True, help="directory of sockets")
+    parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
+    chosen = parser.parse_args(argv)
+    return run(NAME, partial(_serve, chosen.run.absolute(), chosen.store.absolute()), FORBIDDEN)
+
+
+async def _serve(run_directory: Path, store: Path, process: Process) -> None:
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
+    service = HostService(run_directory, store)
+    engine_pb2_grpc.add_HostServiceServicer_to_server(service, server)
+    process.listen(server, run_directory / SOCKET)
+    await server.start()
+    process.ready()
+    await process.stopping.wait()
+    await service.close()
+    await server.stop(_WATCHERS_GRACE_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Keeps one process of a deployment running: starts it, starts it again with back-off, drains it."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from engine.host.child import Child, ChildSpec, Ending
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RestartPolicy:
+    """When a process that died is started again, and how long one may drain.
+
+    Attributes:
+        first_delay_s: before the first restart; doubled each time.
+        longest_delay_s: at most.
+        forgiven_after_s: of service, after which the delay is the first one again.
+        drain_grace_s: between SIGTERM and SIGKILL.
+    """
+
+    first_delay_s: float = 0.2
+    longest_delay_s: float = 10.0
+    forgiven_after_s: float = 30.0
+    drain_grace_s: float = 12.0
+
+
+class Keeper:
+    """One process of a deployment, over all its lives.
+
+    Attributes:
+        facts: what its last ready life told about itself.
+        restarts: times it was started again.
+        ending: how its last life ended, None while there was none or since it is ready again.
+    """
+
+    def __init__(self, spec: ChildSpec, changed: Callable[[], None], policy: RestartPolicy) -> None:
+        self.facts: Mapping[str, str] = {}
+        self.restarts = 0
+        self.ending: Ending | None = None
+        self._spec = spec
+        self._changed = changed
+        self._policy = policy
+        self._child: Child | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process id; 0 while there is no process."""
+        return self._child.pid if self._child else 0
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it serves now."""
+        return self.pid != 0 and self._child is not None and self._child.ready.is_set()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Keep the process running until it refuses its deployment, or until `stop` is set and it has drained."""
+        delay = self._policy.first_delay_s
+        while not stop.is_set():
+            served_s, ending = await self._live(stop)
+            if stop.is_set():
+                return
+            self.ending = ending
+            log.warning(
+                "process ended",
+                extra={
+                    "deployment": self._spec.name,
+                    "role": self._spec.role,
+                    "code": ending.code,
+                    "reason": ending.message,
+                },
+            )
+            if not ending.refused:
+                self.restarts += 1
+            self._changed()
+            if ending.refused:
+                return
+            if served_s >= self._policy.forgiven_after_s:
+                delay = self._policy.first_delay_s
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), delay)
+            delay = min(2 * delay, self._policy.longest_delay_s)
+
+    async def _live(self, stop: asyncio.Event) -> tuple[float, Ending]:
+        """One life: seconds of service, and how it ended."""
+        try:
+            self._child = child = await Child.start(self._spec)
+        except OSError as error:
+            return 0.0, Ending("PROCESS_NOT_STARTED", f"engine-{self._spec.role}: {error.strerror}", refused=False)
+        loop = asyncio.get_running_loop()
+        stopping, ready = asyncio.create_task(stop.wait()), asyncio.create_task(child.ready.wait())
+        try:
+            await asyncio.wait((stopping, ready, child.ended), return_when=asyncio.FIRST_COMPLETED)
+            since = loop.time()
+            if child.ready.is_set() and not child.ended.done():
+                self._on_ready(child)
+                await asyncio.wait((stopping, child.ended), return_when=asyncio.FIRST_COMPLETED)
+            if not child.ended.done():
+                await child.drain(self._policy.drain_grace_s)
+            return loop.time() - since, child.ended.result()
+        finally:
+            stopping.cancel()
+            ready.cancel()
+
+    def _on_ready(self, child: Child) -> None:
+        self.facts, self.ending = child.facts, None
+        log.info(
+            "process ready", extra={"deployment": self._spec.name, "role": self._spec.role, "child": child.pid}
+        )
+        self._changed()

@@ -1,0 +1,111 @@
+"""One deployment's place: what is wanted there, the two processes that run it, and the state they amount to."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.host.child import ChildSpec, Ending
+from engine.host.keeper import Keeper, RestartPolicy
+from engine.protos import engine_pb2
+
+_ROLES = ("worker", "text")
+
+
+class DeploymentSlot:
+    """A name under which at most one deployment runs at a time.
+
+    Args:
+        name: of the deployment.
+        run: directory of sockets.
+        store: directory of files by digest.
+        changed: called at each change of `status()`.
+        policy: restarts and draining.
+    """
+
+    def __init__(
+        self, name: str, run: Path, store: Path, changed: Callable[[], None], policy: RestartPolicy
+    ) -> None:
+        self._name = name
+        self._run = run
+        self._store = store
+        self._changed = changed
+        self._policy = policy
+        self._wanted: engine_pb2.Deployment | None = None
+        self._current = engine_pb2.Deployment(name=name)
+        self._new_wish = asyncio.Event()
+        self._draining = False
+        self._worker, self._text = self._keepers()
+
+    def want(self, deployment: engine_pb2.Deployment | None) -> None:
+        """Run this deployment, or none; the one that runs is drained first if it is another or has failed."""
+        if deployment != self._wanted or self._failure() is not None:
+            self._wanted = deployment
+            self._new_wish.set()
+
+    async def live(self) -> None:
+        """Run what is wanted until nothing is, and that has drained."""
+        while self._wanted is not None:
+            self._new_wish.clear()
+            self._current, self._draining = self._wanted, False
+            self._worker, self._text = self._keepers()
+            self._changed()
+            await self._run_current()
+
+    async def _run_current(self) -> None:
+        """Run both processes until another wish comes."""
+        stop = asyncio.Event()
+        wish = asyncio.create_task(self._new_wish.wait())
+        runs = [asyncio.create_task(keeper.run(stop)) for keeper in (self._worker, self._text)]
+        try:
+            await asyncio.wait((wish, *runs), return_when=asyncio.FIRST_COMPLETED)
+            self._draining = wish.done()
+            self._changed()
+            stop.set()
+            await asyncio.gather(*runs)
+            await wish
+        finally:
+            for task in (wish, *runs):
+                task.cancel()
+
+    def status(self) -> engine_pb2.DeploymentStatus:
+        """The deployment as it is."""
+        state, reason, message = self._state()
+        capabilities = self._text.facts.get("CAPABILITIES", "")
+        return engine_pb2.DeploymentStatus(
+            name=self._name,
+            state=state,
+            reason=reason,
+            message=message,
+            worker_socket=str(self._run / f"worker-{self._name}.sock"),
+            text_socket=str(self._run / f"text-{self._name}.sock"),
+            max_context_tokens=int(self._worker.facts.get("MAX_CONTEXT_TOKENS", "0")),
+            capabilities=capabilities.split(",") if capabilities else [],
+            restarts=self._worker.restarts + self._text.restarts,
+            model_digest=self._current.files.model_digest,
+            worker_pid=self._worker.pid,
+        )
+
+    def _state(self) -> "tuple[engine_pb2.DeploymentState.ValueType, str, str]":
+        """State, reason and message; a refusal outlives the process that was stopped because of it."""
+        endings = [keeper.ending for keeper in (self._worker, self._text) if keeper.ending]
+        failure = self._failure()
+        if self._draining:
+            return engine_pb2.DEPLOYMENT_STATE_DRAINING, "", ""
+        if failure is not None:
+            return engine_pb2.DEPLOYMENT_STATE_FAILED, failure.code, failure.message
+        if self._worker.is_ready and self._text.is_ready:
+            return engine_pb2.DEPLOYMENT_STATE_READY, "", ""
+        if endings:
+            return engine_pb2.DEPLOYMENT_STATE_RESTARTING, endings[0].code, endings[0].message
+        return engine_pb2.DEPLOYMENT_STATE_LOADING, "", ""
+
+    def _failure(self) -> Ending | None:
+        return next((k.ending for k in (self._worker, self._text) if k.ending and k.ending.refused), None)
+
+    def _keepers(self) -> tuple[Keeper, Keeper]:
+        deployment = self._current.SerializeToString(deterministic=True)
+        worker, text = (
+            Keeper(ChildSpec(role, self._name, self._run, self._store, deployment), self._changed, self._policy)
+            for role in _ROLES
+        )
+        return worker, text

@@ -1,0 +1,90 @@
+"""How a process of one deployment starts: `--store DIR --socket PATH`, the Deployment on stdin, files by digest.
+
+engine-host writes one serialised `cloister.engine.v1.Deployment` to the process's standard input and closes it. A
+deployment that cannot run as asked ends its process with status `REFUSED_STATUS` after one JSON object
+{"code", "message"} as the last line of standard output; any other end is a crash, and engine-host tries again.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from google.protobuf.message import DecodeError
+
+from engine.errors import EngineError
+from engine.protos import engine_pb2
+from engine.weights.files import File, FileSet
+
+REFUSED_STATUS = 3
+"""Exit status of a process whose deployment cannot run; starting it again would not help."""
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one process of one deployment was started with."""
+
+    deployment: engine_pb2.Deployment
+    store: Path
+    socket: Path
+
+    @property
+    def files(self) -> FileSet:
+        """The exact files of the model version."""
+        given = self.deployment.files
+        return FileSet(given.model_digest, tuple(File(f.path, f.size, f.sha256) for f in given.files))
+
+    def open_file(self, sha256: str) -> int:
+        """A read-only descriptor of the store's file with this digest; the caller closes it and checks the bytes.
+
+        Raises:
+            EngineError: INVALID_DEPLOYMENT, not a digest; FILE_MISSING, the store has no such file.
+        """
+        if not _SHA256.fullmatch(sha256):
+            raise EngineError("INVALID_DEPLOYMENT", "a file's digest is not 64 lower-case hexadecimal digits")
+        path = self.store / "sha256" / sha256[:2] / sha256
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError as error:
+            raise EngineError(
+                "FILE_MISSING", f"{path} cannot be opened ({error.strerror}); import the bundle again"
+            ) from error
+
+
+def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
+    """The launch as the command line and standard input have it; standard input is let go.
+
+    Raises:
+        EngineError: INVALID_DEPLOYMENT, standard input holds no complete Deployment.
+    """
+    parser = argparse.ArgumentParser(
+        prog=program, description="Reads one cloister.engine.v1.Deployment from standard input."
+    )
+    parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
+    parser.add_argument("--socket", type=Path, required=True, help="Unix socket to listen on")
+    chosen = parser.parse_args(argv)
+    raw = sys.stdin.buffer.read()
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    try:
+        deployment = engine_pb2.Deployment.FromString(raw)
+    except DecodeError as error:
+        raise EngineError("INVALID_DEPLOYMENT", f"{len(raw)} bytes on stdin are no Deployment") from error
+    if not deployment.name or not deployment.files.files:
+        raise EngineError("INVALID_DEPLOYMENT", "the Deployment on stdin lacks its name or its files")
+    return Launch(deployment, chosen.store, chosen.socket)
+
+
+def exit_refused(error: EngineError) -> NoReturn:
+    """End this process at once, telling engine-host why its deployment cannot run."""
+    sys.stdout.write(json.dumps({"code": error.code, "message": error.message}) + "\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(REFUSED_STATUS)

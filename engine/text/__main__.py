@@ -1,0 +1,69 @@
+"""`python -m engine.text`: tokenizer and chat template of one deployment, without torch and without devices."""
+
+import resource
+import sys
+from functools import partial
+from pathlib import Path
+
+import grpc
+
+from engine.errors import EngineError
+from engine.launch import Launch, exit_refused, read_launch
+from engine.process import Process, configure_logging, run
+from engine.protos import engine_pb2_grpc
+from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
+from engine.text.service import TextService
+from engine.weights.files import read_verified
+
+NAME = "engine-text"
+FORBIDDEN = ("torch", "sqlalchemy", "sqlite3")
+_MAX_REQUEST_BYTES = 8 << 20
+_MEMORY_HEADROOM_BYTES = 1 << 30
+_DRAIN_S = 5.0
+
+
+def main() -> int:
+    """Load, serve, drain; the exit status."""
+    configure_logging(NAME)
+    try:
+        launch = read_launch(NAME)
+        model = _load(launch)
+    except EngineError as error:
+        exit_refused(error)
+    return run(NAME, partial(_serve, launch.socket, model), FORBIDDEN)
+
+
+def _load(launch: Launch) -> TextModel:
+    files = launch.files
+
+    def read(path: str) -> bytes | None:
+        file = files.find(path)
+        if file is None:
+            return None
+        if file.size > MAX_FILE_BYTES:
+            raise EngineError("FILE_TOO_LARGE", f"{path} has {file.size} bytes; {MAX_FILE_BYTES} are allowed")
+        return bytes(read_verified(file, launch.open_file))
+
+    return load_text_model(read, _max_context(read, launch))
+
+
+async def _serve(socket: Path, model: TextModel, process: Process) -> None:
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
+    engine_pb2_grpc.add_TextServiceServicer_to_server(TextService(model), server)
+    process.listen(server, socket)
+    await server.start()
+    _limit_memory()
+    process.ready({"CAPABILITIES": ",".join(model.capabilities)})
+    await process.stopping.wait()
+    await server.stop(_DRAIN_S)
+
+
+def _limit_memory() -> None:
+    """No prompt and no template may take more than the headroom beyond what the process has now."""
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+    limit = pages * resource.getpagesize() + _MEMORY_HEADROOM_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What engine-text needs of a model: its tokenizer, its chat template and how long a prompt may be."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import EngineError
+from engine.text.conversation import render_marked
+from engine.text.template import ChatTemplate, Message
+from engine.text.tokens import ControlTokenizer
+
+ROLES = ("system", "user", "assistant")
+MAX_TEXT_CHARS = 1 << 20
+"""Characters of one prompt or conversation; the public API takes no more bytes."""
+
+MAX_FILE_BYTES = 64 << 20
+"""Bytes a tokenizer or template file may have."""
+
+ReadFile = Callable[[str], bytes | None]
+"""The bytes of a model's file by its path; None when the model has no such file."""
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model's tokenizer and chat template.
+
+    Attributes:
+        tokenizer: control tokens out of the reach of text.
+        template: None when the model has none and cannot chat.
+        max_context_tokens: prompt and answer together.
+    """
+
+    tokenizer: ControlTokenizer
+    template: ChatTemplate | None
+    max_context_tokens: int
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What the model can be asked for."""
+        return ("generate",) if self.template is None else ("generate", "chat")
+
+    def from_text(self, text: str) -> list[int]:
+        """Token ids of a plain prompt, with the special tokens the tokenizer adds by itself.
+
+        Raises:
+            EngineError: EMPTY_PROMPT, CONTEXT_OVERFLOW.
+        """
+        if not text:
+            raise EngineError("EMPTY_PROMPT", "the prompt is empty")
+        self._check_length(len(text))
+        return self._checked(self.tokenizer.encode(text, add_special_tokens=True))
+
+    def from_ids(self, ids: Sequence[int]) -> list[int]:
+        """The ids, each known to be a token.
+
+        Raises:
+            EngineError: EMPTY_PROMPT, TOKEN_OUT_OF_RANGE, CONTEXT_OVERFLOW.
+        """
+        unknown = next((number for number in ids if not self.tokenizer.has(number)), None)
+        if unknown is not None:
+            raise EngineError("TOKEN_OUT_OF_RANGE", f"{unknown} is not in the vocabulary of {self.tokenizer.size}")
+        return self._checked(list(ids))
+
+    def from_conversation(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation as the model's template writes it, ready for the answer.
+
+        Raises:
+            EngineError: EMPTY_PROMPT, INVALID_ROLE, TEMPLATE_MISSING, TEMPLATE_REFUSED, CONTROL_TEXT_REFUSED,
+                CONTEXT_OVERFLOW.
+        """
+        if self.template is None:
+            raise EngineError("TEMPLATE_MISSING", "this model has no chat template; use Generate")
+        if not messages:
+            raise EngineError("EMPTY_PROMPT", "the conversation has no message")
+        if any(message.role not in ROLES for message in messages):
+            raise EngineError("INVALID_ROLE", f"a message's role is not one of {', '.join(ROLES)}")
+        self._check_length(sum(len(message.content) for message in messages))
+        marked = render_marked(self.template, messages, self.tokenizer)
+        return self._checked(self.tokenizer.encode(marked, add_special_tokens=False))
+
+    def _check_length(self, characters: int) -> None:
+        """Refuse before tokenising what could not fit the context in any case."""
+        limit = min(MAX_TEXT_CHARS, self.max_context_tokens * self.tokenizer.longest_token)
+        if characters > limit:
+            raise EngineError(
+                "CONTEXT_OVERFLOW",
+                f"{characters} characters of text; a context of {self.max_context_tokens} tokens has room for "
+                f"{limit} at the very most",
+            )
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise EngineError("EMPTY_PROMPT", "the prompt has no tokens")
+        if len(ids) >= self.max_context_tokens:
+            raise EngineError(
+                "CONTEXT_OVERFLOW",
+                f"the prompt has {len(ids)} tokens and leaves no room for an answer in a context of "
+                f"{self.max_context_tokens}; shorten it",
+            )
+        return ids
+
+
+def load_text_model(read: ReadFile, max_context_tokens: int) -> TextModel:
+    """The tokenizer and chat template among a model's files.
+
+    Raises:
+        EngineError: TOKENIZER_MISSING, TOKENIZER_INVALID, TEMPLATE_INVALID.
+    """
+    document = read("tokenizer.json")
+    if document is None:
+        raise EngineError("TOKENIZER_MISSING", "the model has no tokenizer.json")
+    settings = _json_object(read("tokenizer_config.json"), "tokenizer_config.json")
+    special = _json_object(read("special_tokens_map.json"), "special_tokens_map.json")
+    source = _template_source(read("chat_template.jinja"), settings)
+    begin, end = (_token_text(settings, name) or _token_text(special, name) for name in ("bos_token", "eos_token"))
+    template = None if source is None else ChatTemplate(source, begin, end)
+    return TextModel(ControlTokenizer(document), template, max_context_tokens)
+
+
+def _template_source(file: bytes | None, settings: Mapping[str, Any]) -> str | None:
+    """The template: its own file, else the one named default in the tokenizer's settings."""
+    if file is not None:
+        try:
+            return file.decode()
+        except UnicodeDecodeError as error:
+            raise EngineError("TEMPLATE_INVALID", "chat_template.jinja is not UTF-8") from error
+    given = settings.get("chat_template")
+    if isinstance(given, list):
+        named = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+        given = named.get("default")
+    if given is not None and not isinstance(given, str):
+        raise EngineError("TEMPLATE_INVALID", "chat_template in tokenizer_config.json is not text")
+    return given
+
+
+def _token_text(settings: Mapping[str, Any], name: str) -> str:
+    """A special token's text; files write it as text or as an object."""
+    given = settings.get(name)
+    if isinstance(given, dict):
+        given = given.get("content")
+    return given if isinstance(given, str) else ""
+
+
+def _json_object(content: bytes | None, path: str) -> Mapping[str, Any]:
+    if content is None:
+        return {}
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise EngineError("TOKENIZER_INVALID", f"{path} is not JSON") from error
+    if not isinstance(parsed, dict):
+        raise EngineError("TOKENIZER_INVALID", f"{path} is not a JSON object")
+    return parsed

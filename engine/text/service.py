@@ -1,0 +1,75 @@
+"""The text service of one deployment: one preparation at a time, killed with its process when it takes too long.
+
+A template or a regular expression that does not end may hold the interpreter's lock, so no thread of this
+process could end it. The kernel does: a real-time timer whose signal keeps its default effect. engine-host
+starts the process again.
+
+Source: setitimer(2).
+"""
+
+import asyncio
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from typing import assert_never
+
+import grpc
+
+from engine.errors import EngineError
+from engine.protos import engine_pb2, engine_pb2_grpc
+from engine.text.model import TextModel
+from engine.text.template import Message
+
+WALL_LIMIT_S = 2.0
+"""Seconds one preparation may take."""
+
+
+class TextService(engine_pb2_grpc.TextServiceServicer):
+    """`cloister.engine.v1.TextService` for one model.
+
+    Args:
+        model: whose tokens.
+        wall_limit_s: seconds one preparation may take before the kernel ends the process.
+    """
+
+    def __init__(self, model: TextModel, wall_limit_s: float = WALL_LIMIT_S) -> None:
+        self._model = model
+        self._wall_limit_s = wall_limit_s
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
+
+    async def Prepare(  # noqa: N802  # the method's name in the proto
+        self,
+        request: engine_pb2.PrepareRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.PrepareRequest, engine_pb2.PrepareResponse],
+    ) -> engine_pb2.PrepareResponse:
+        """Token ids of the input; INVALID_ARGUMENT with "CODE: message" for an input that has none."""
+        try:
+            ids = await asyncio.get_running_loop().run_in_executor(self._worker, self._within_limit, request)
+        except EngineError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return engine_pb2.PrepareResponse(token_ids=ids)
+
+    def _within_limit(self, request: engine_pb2.PrepareRequest) -> list[int]:
+        signal.setitimer(signal.ITIMER_REAL, self._wall_limit_s)
+        try:
+            return _prepare(self._model, request)
+        except MemoryError:
+            raise EngineError(
+                "TEXT_TOO_COSTLY", "preparing this input takes more memory than is allowed"
+            ) from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _prepare(model: TextModel, request: engine_pb2.PrepareRequest) -> list[int]:
+    kind = request.WhichOneof("input")
+    match kind:
+        case "text":
+            return model.from_text(request.text)
+        case "token_ids":
+            return model.from_ids(request.token_ids.ids)
+        case "conversation":
+            return model.from_conversation([Message(m.role, m.content) for m in request.conversation.messages])
+        case None:
+            raise EngineError("EMPTY_PROMPT", "the request has no input")
+        case _:
+            assert_never(kind)
