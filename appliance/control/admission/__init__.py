@@ -1,0 +1,1 @@
+"""The way of a request through control: authorize, admit, await the intent, settle."""

@@ -1,0 +1,209 @@
+"""Open leases: each is settled exactly once, by the gateway that holds it or, when that is gone, by control.
+
+A gateway proves to be alive by its heartbeat. The leases of one that is silent for five seconds, or whose address
+a new gateway has taken over, are settled as abandoned: the prompt is charged, the record says why.
+"""
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import grpc
+
+from appliance.control import records
+from appliance.control.admission import reservations
+from appliance.control.admission.reservations import ABANDONED, Ending, Reservation
+from appliance.control.audit.record import Receipt
+from appliance.control.db.database import Database
+from appliance.control.journal import Journal
+from appliance.errors import CloisterError
+
+SILENCE_S = 5.0
+_REMEMBERED = 8192
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Lease:
+    """A reservation in force, and how far its records are."""
+
+    reservation: Reservation
+    identity: str
+    gateway_id: str
+    intent: "Future[Receipt]"
+    opened: float
+    ending: Ending | None = None
+    settlement: "asyncio.Task[Receipt] | None" = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens reserved."""
+        return self.reservation.size.prompt_tokens + self.reservation.size.max_tokens
+
+
+@dataclass
+class _Gateway:
+    address: str
+    heard: float
+    leases: set[str] = field(default_factory=set)
+
+
+class LeaseBook:
+    """All open leases, and the gateways that hold them.
+
+    Args:
+        database: control.db.
+        journal: the audit log.
+        monotonic: the clock, seconds.
+    """
+
+    def __init__(
+        self, database: Database, journal: Journal, monotonic: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._database = database
+        self._journal = journal
+        self._monotonic = monotonic
+        self._leases: dict[str, Lease] = {}
+        self._closed: OrderedDict[str, tuple[Ending, Receipt]] = OrderedDict()
+        self._gateways: dict[str, _Gateway] = {}
+
+    @property
+    def open_leases(self) -> int:
+        """Requests admitted and not settled."""
+        return len(self._leases)
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens they may still use."""
+        return sum(lease.tokens for lease in self._leases.values())
+
+    @property
+    def gateway_address(self) -> str:
+        """Where the gateway heard last listens; empty while none is up."""
+        heard = [g for g in self._gateways.values() if g.address and not self._is_silent(g)]
+        return max(heard, key=lambda g: g.heard).address if heard else ""
+
+    def open(self, reservation: Reservation, identity: str, gateway_id: str, intent: "Future[Receipt]") -> None:
+        """Put a reservation in force."""
+        lease = Lease(reservation, identity, gateway_id, intent, self._monotonic())
+        self._leases[reservation.lease] = lease
+        self._hear(gateway_id).leases.add(reservation.lease)
+
+    async def await_intent(self, name: str) -> Receipt:
+        """The receipt of a lease's intent, once durable.
+
+        Raises:
+            CloisterError: LEASE_UNKNOWN, AUDIT_BLOCKED.
+        """
+        return await self._journal.durable(self._find(name).intent)
+
+    async def settle(self, name: str, ending: Ending) -> Receipt:
+        """Close a lease; the receipt of its outcome once durable. A repetition is answered as the first time.
+
+        Raises:
+            CloisterError: LEASE_UNKNOWN, LEASE_ABANDONED, AUDIT_BLOCKED.
+        """
+        if name in self._closed:
+            first, receipt = self._closed[name]
+            _check_same(first, ending)
+            return receipt
+        lease = self._find(name)
+        if lease.ending is None:
+            lease.ending = ending
+        _check_same(lease.ending, ending)
+        if lease.settlement is None:
+            lease.settlement = asyncio.create_task(self._settle(lease, lease.ending))
+        return await asyncio.shield(lease.settlement)
+
+    async def heartbeat(self, gateway_id: str, address: str) -> None:
+        """A gateway lives; one that had its address before does not."""
+        gone = [i for i, g in self._gateways.items() if g.address == address and i != gateway_id and address]
+        self._hear(gateway_id).address = address
+        for other in gone:
+            await self._abandon(other, "GATEWAY_REPLACED")
+
+    async def sweep(self) -> None:
+        """Abandon the leases of silent gateways, and try again what could not be recorded before."""
+        for gateway_id in [i for i, g in self._gateways.items() if self._is_silent(g)]:
+            await self._abandon(gateway_id, "GATEWAY_SILENT")
+        stuck = [lease for lease in self._leases.values() if lease.ending and not lease.settlement]
+        await self._settle_all([(lease, lease.ending) for lease in stuck if lease.ending])
+
+    async def abandon_all(self, reason: str) -> None:
+        """Settle everything that is open, at the end of control's life."""
+        await self._settle_all(
+            [(lease, _abandoned(lease, reason)) for lease in self._leases.values() if not lease.ending]
+        )
+
+    async def _abandon(self, gateway_id: str, reason: str) -> None:
+        gateway = self._gateways.pop(gateway_id)
+        leases = [self._leases[name] for name in sorted(gateway.leases) if name in self._leases]
+        if leases:
+            log.warning("leases abandoned", extra={"count": len(leases), "reason": reason})
+        await self._settle_all([(lease, _abandoned(lease, reason)) for lease in leases if not lease.ending])
+
+    async def _settle_all(self, endings: list[tuple[Lease, Ending]]) -> None:
+        settled = (self.settle(lease.reservation.lease, ending) for lease, ending in endings)
+        for result in await asyncio.gather(*settled, return_exceptions=True):
+            if isinstance(result, BaseException):
+                log.error("a lease could not be settled; it is tried again", extra={"error": str(result)})
+
+    async def _settle(self, lease: Lease, ending: Ending) -> Receipt:
+        """Ledger first, then the record: a crash in between is closed from the ledger at the next start."""
+        name = lease.reservation.lease
+        try:
+            await self._database.run(lambda s: reservations.settle(s, name, ending, time.time_ns()))
+            actor = records.CONTROL if ending.outcome == ABANDONED else lease.identity
+            receipt = await self._journal.record(records.request_outcome(lease.reservation, actor, ending))
+        except BaseException:
+            lease.settlement = None
+            raise
+        self._forget(lease, ending, receipt)
+        return receipt
+
+    def _forget(self, lease: Lease, ending: Ending, receipt: Receipt) -> None:
+        name = lease.reservation.lease
+        self._leases.pop(name, None)
+        if lease.gateway_id in self._gateways:
+            self._gateways[lease.gateway_id].leases.discard(name)
+        self._closed[name] = (ending, receipt)
+        while len(self._closed) > _REMEMBERED:
+            self._closed.popitem(last=False)
+
+    def _find(self, name: str) -> Lease:
+        lease = self._leases.get(name)
+        if lease is None:
+            raise CloisterError(
+                "LEASE_UNKNOWN",
+                "no open lease has this name; it was settled, or control was started again since",
+                grpc.StatusCode.NOT_FOUND,
+            )
+        return lease
+
+    def _hear(self, gateway_id: str) -> _Gateway:
+        gateway = self._gateways.setdefault(gateway_id, _Gateway("", 0.0))
+        gateway.heard = self._monotonic()
+        return gateway
+
+    def _is_silent(self, gateway: _Gateway) -> bool:
+        return self._monotonic() - gateway.heard > SILENCE_S
+
+
+def _abandoned(lease: Lease, reason: str) -> Ending:
+    """The prompt is charged: it was computed, as far as anybody knows."""
+    return Ending(ABANDONED, reason, lease.reservation.size.prompt_tokens)
+
+
+def _check_same(first: Ending, again: Ending) -> None:
+    """A gateway must not tell its client OK about a request that the ledger has as abandoned."""
+    if first.outcome == ABANDONED and again.outcome != ABANDONED:
+        raise CloisterError(
+            "LEASE_ABANDONED",
+            "the gateway was silent too long and the request was settled as abandoned",
+            grpc.StatusCode.FAILED_PRECONDITION,
+        )

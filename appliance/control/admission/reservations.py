@@ -1,0 +1,194 @@
+"""What a request costs, in transactions: reserved before it runs, settled when it ends, never charged twice.
+
+Reserving the most that a request may use, in the same transaction that checks the limits, is what keeps concurrent
+requests from all passing one check (the check-then-charge leak of LiteLLM, issue 34732).
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import grpc
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from appliance.control.admission.tickets import Ticket
+from appliance.control.db.models import ApiKey, Request, Tenant, Usage
+from appliance.errors import CloisterError
+
+OPEN = "open"
+SETTLED = "settled"
+ABANDONED = "abandoned"
+
+
+@dataclass(frozen=True)
+class Size:
+    """Tokens of a prompt, and most tokens of its answer."""
+
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a request ended, and what it used."""
+
+    outcome: str
+    reason: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    finish_reason: str = ""
+    duration_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """A request that was admitted."""
+
+    lease: str
+    tenant: str
+    application: str
+    key_id: str
+    request_id: str
+    model: str
+    model_digest: str
+    weight: int
+    size: Size
+
+
+def check_size(size: Size, max_context_tokens: int) -> None:
+    """Refuse what cannot fit the model.
+
+    Raises:
+        CloisterError: EMPTY_PROMPT, INVALID_MAX_TOKENS, CONTEXT_OVERFLOW.
+    """
+    if size.prompt_tokens == 0:
+        raise CloisterError("EMPTY_PROMPT", "the prompt has no tokens; send some text")
+    if size.max_tokens == 0:
+        raise CloisterError("INVALID_MAX_TOKENS", "max_tokens is 0; ask for at least one token")
+    wanted = size.prompt_tokens + size.max_tokens
+    if wanted > max_context_tokens:
+        raise CloisterError(
+            "CONTEXT_OVERFLOW",
+            f"prompt and answer want {wanted} tokens and the model holds {max_context_tokens}; shorten one",
+            metadata={"tokens": str(wanted), "max_context_tokens": str(max_context_tokens)},
+        )
+
+
+def reserve(session: Session, ticket: Ticket, size: Size, lease: str, now_ns: int) -> Reservation:
+    """Admit a request: its id is taken, and prompt + max_tokens are reserved under `lease`.
+
+    Raises:
+        CloisterError: DUPLICATE_REQUEST_ID, TENANT_CONCURRENCY, or the key or tenant was stopped since Authorize.
+    """
+    principal = ticket.principal
+    tenant = session.get_one(Tenant, principal.tenant)
+    _check_still_allowed(tenant, session.get_one(ApiKey, principal.key_id))
+    if session.get(Request, (tenant.name, ticket.request_id)) is not None:
+        raise CloisterError(
+            "DUPLICATE_REQUEST_ID",
+            "this request id was used before; use a new one for a new request",
+            grpc.StatusCode.ALREADY_EXISTS,
+        )
+    running = session.scalar(select(func.count()).where(Request.tenant == tenant.name, Request.state == OPEN))
+    if (running or 0) >= tenant.max_concurrent:
+        raise CloisterError(
+            "TENANT_CONCURRENCY",
+            f"the tenant already has its {tenant.max_concurrent} requests running; wait for one to end",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            {"max_concurrent": str(tenant.max_concurrent)},
+            retry_after=timedelta(seconds=1),
+        )
+    session.add(
+        Request(
+            tenant=tenant.name,
+            request_id=ticket.request_id,
+            lease=lease,
+            gateway_id=ticket.gateway_id,
+            application=principal.application,
+            key_id=principal.key_id,
+            model=ticket.model,
+            deployment=ticket.deployment,
+            model_digest=ticket.model_digest,
+            prompt_tokens=size.prompt_tokens,
+            max_tokens=size.max_tokens,
+            state=OPEN,
+            admitted_ns=now_ns,
+        )
+    )
+    return _reservation(lease, ticket, tenant.weight, size)
+
+
+def settle(session: Session, lease: str, ending: Ending, now_ns: int) -> None:
+    """Write the ledger row and release the reservation; nothing happens when that was done before."""
+    request = session.scalars(select(Request).where(Request.lease == lease)).one()
+    if request.state == SETTLED:
+        return
+    request.state, request.settled_ns = SETTLED, now_ns
+    tenant = session.get_one(Tenant, request.tenant)
+    tenant.tokens_used += ending.prompt_tokens + ending.completion_tokens
+    session.add(
+        Usage(
+            lease=lease,
+            tenant=request.tenant,
+            application=request.application,
+            key_id=request.key_id,
+            request_id=request.request_id,
+            model=request.model,
+            model_digest=request.model_digest,
+            outcome=ending.outcome,
+            reason=ending.reason,
+            finish_reason=ending.finish_reason,
+            prompt_tokens=ending.prompt_tokens,
+            completion_tokens=ending.completion_tokens,
+            duration_ns=ending.duration_ns,
+            settled_ns=now_ns,
+        )
+    )
+
+
+def settle_left_open(session: Session, reason: str, now_ns: int) -> list[str]:
+    """Settle every open request as abandoned, charging the prompt; their leases. For a control that starts."""
+    left = session.scalars(select(Request).where(Request.state == OPEN)).all()
+    for request in left:
+        settle(session, request.lease, Ending(ABANDONED, reason, request.prompt_tokens), now_ns)
+    return [request.lease for request in left]
+
+
+def ending_of(session: Session, lease: str) -> Ending | None:
+    """How a settled request ended; None when the ledger does not have it."""
+    row = session.scalars(select(Usage).where(Usage.lease == lease)).one_or_none()
+    if row is None:
+        return None
+    return Ending(
+        row.outcome, row.reason, row.prompt_tokens, row.completion_tokens, row.finish_reason, row.duration_ns
+    )
+
+
+def reserved_tokens(session: Session, tenant: str) -> int:
+    """Tokens reserved by a tenant's open requests."""
+    total = func.coalesce(func.sum(Request.prompt_tokens + Request.max_tokens), 0)
+    return session.scalar(select(total).where(Request.tenant == tenant, Request.state == OPEN)) or 0
+
+
+def _check_still_allowed(tenant: Tenant, key: ApiKey) -> None:
+    if tenant.suspended:
+        raise CloisterError(
+            "TENANT_SUSPENDED", "the tenant was suspended just now", grpc.StatusCode.PERMISSION_DENIED
+        )
+    if key.revoked_ns is not None:
+        raise CloisterError("KEY_REVOKED", "the API key was revoked just now", grpc.StatusCode.UNAUTHENTICATED)
+
+
+def _reservation(lease: str, ticket: Ticket, weight: int, size: Size) -> Reservation:
+    principal = ticket.principal
+    return Reservation(
+        lease=lease,
+        tenant=principal.tenant,
+        application=principal.application,
+        key_id=principal.key_id,
+        request_id=ticket.request_id,
+        model=ticket.model,
+        model_digest=ticket.model_digest,
+        weight=weight,
+        size=size,
+    )

@@ -1,0 +1,50 @@
+"""Which models a tenant may use: granted aliases that point at a deployment. What it may not use is not there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grpc
+from sqlalchemy import Select, select
+from sqlalchemy.orm import Session
+
+from appliance.control.db.models import Alias, Deployment, Grant
+from appliance.errors import CloisterError
+
+
+@dataclass(frozen=True)
+class VisibleModel:
+    """An alias a tenant may call, and what answers."""
+
+    alias: str
+    deployment: str
+    model_digest: str
+
+
+def visible_model(session: Session, tenant: str, alias: str) -> VisibleModel:
+    """The model behind `alias`.
+
+    Raises:
+        CloisterError: MODEL_NOT_FOUND, in the same words whether it does not exist or is not granted.
+    """
+    row = session.execute(_visible(tenant).where(Alias.name == alias)).one_or_none()
+    if row is None:
+        raise CloisterError(
+            "MODEL_NOT_FOUND",
+            "no model of that name that this tenant may use; ListModels names those it may",
+            grpc.StatusCode.NOT_FOUND,
+        )
+    return VisibleModel(row[0], row[1], row[2])
+
+
+def visible_models(session: Session, tenant: str) -> Sequence[VisibleModel]:
+    """All of them, by name."""
+    return [VisibleModel(row[0], row[1], row[2]) for row in session.execute(_visible(tenant).order_by(Alias.name))]
+
+
+def _visible(tenant: str) -> "Select[str, str, str]":
+    return (
+        select(Alias.name, Deployment.name, Deployment.model_digest)
+        .join(Grant, Grant.alias == Alias.name)
+        .join(Deployment, Deployment.name == Alias.deployment)
+        .where(Grant.tenant == tenant)
+    )

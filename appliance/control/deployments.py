@@ -1,0 +1,152 @@
+"""Desired and running deployments: control tells engine-host the first and hears from it about the second.
+
+Desired deployments lie in control.db. Whenever engine-host is reached again, and at every change, it is told all
+of them; its watch then says how each one is. While it is not reached, nothing counts as ready.
+"""
+
+import asyncio
+import contextlib
+import logging
+from datetime import timedelta
+from pathlib import Path
+
+import grpc
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from appliance.control.db.database import Database
+from appliance.control.db.models import Deployment
+from appliance.errors import CloisterError
+from engine.protos import engine_pb2, engine_pb2_grpc
+
+WAITING = "waiting for engine-host"
+_TELL_LIMIT_S = 5.0
+_PAUSE_S = 0.2
+_READY = engine_pb2.DEPLOYMENT_STATE_READY
+CHANNEL_OPTIONS = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
+
+log = logging.getLogger(__name__)
+
+
+class Deployments:
+    """The reconciler. `run` it as a task; the rest answers from memory.
+
+    Args:
+        database: control.db.
+        socket: engine-host's.
+    """
+
+    def __init__(self, database: Database, socket: Path) -> None:
+        self._database = database
+        self._socket = socket
+        self._desired: dict[str, str] = {}
+        self._running: dict[str, engine_pb2.DeploymentStatus] = {}
+        self._host: engine_pb2_grpc.HostServiceAsyncStub | None = None
+        self._telling = asyncio.Lock()
+        self._told = False
+        self._changing: set[str] = set()
+
+    @property
+    def connected(self) -> bool:
+        """engine-host is reached."""
+        return self._host is not None
+
+    def status(self, name: str) -> engine_pb2.DeploymentStatus:
+        """How a deployment is, as engine-host said last; LOADING until it has said anything about this version."""
+        status = self._running.get(name)
+        if name in self._changing or status is None or status.model_digest not in ("", self._desired.get(name)):
+            return engine_pb2.DeploymentStatus(name=name, state=engine_pb2.DEPLOYMENT_STATE_LOADING)
+        return status
+
+    def state(self, name: str) -> str:
+        """Its state in words."""
+        if not self.connected:
+            return WAITING
+        return engine_pb2.DeploymentState.Name(self.status(name).state).removeprefix("DEPLOYMENT_STATE_").lower()
+
+    def is_ready(self, name: str) -> bool:
+        """It answers requests."""
+        return self.connected and self.status(name).state == _READY
+
+    def ready(self, name: str) -> engine_pb2.DeploymentStatus:
+        """The status of a deployment that answers.
+
+        Raises:
+            CloisterError: MODEL_NOT_READY.
+        """
+        if not self.is_ready(name):
+            raise CloisterError(
+                "MODEL_NOT_READY",
+                f"the model is not ready ({self.state(name)}); try again in a moment",
+                grpc.StatusCode.UNAVAILABLE,
+                {"state": self.state(name)},
+                retry_after=timedelta(seconds=1),
+            )
+        return self.status(name)
+
+    async def changed(self, name: str | None = None) -> None:
+        """Tell engine-host what is desired now, `name` having changed; when it is not reached, as soon as it is."""
+        if name is not None:
+            self._changing.add(name)
+        try:
+            async with self._telling:
+                await self._tell()
+        finally:
+            self._changing.discard(name or "")
+
+    async def sweep(self) -> None:
+        """Tell again what engine-host would not hear before."""
+        if self.connected and not self._told:
+            await self.changed()
+
+    async def run(self) -> None:
+        """Keep in touch with engine-host until cancelled."""
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                async with grpc.aio.insecure_channel(f"unix:{self._socket}", options=CHANNEL_OPTIONS) as channel:
+                    await channel.channel_ready()
+                    await self._follow(engine_pb2_grpc.HostServiceStub(channel))
+            log.warning("engine-host is gone")
+            self._host, self._running = None, {}
+            await asyncio.sleep(_PAUSE_S)
+
+    async def _follow(self, host: engine_pb2_grpc.HostServiceAsyncStub) -> None:
+        """Tell all, then listen until the stream breaks."""
+        log.info("engine-host is reached")
+        self._host = host
+        await self.changed()
+        async for update in host.WatchDeployments(engine_pb2.WatchDeploymentsRequest()):
+            self._running = {status.name: status for status in update.deployments}
+
+    async def _tell(self) -> None:
+        rows = await self._database.run(_all)
+        self._desired = {row.name: row.model_digest for row in rows}
+        self._told = False
+        if self._host is None:
+            return
+        try:
+            await self._host.Reconcile(_reconcile_request(rows), timeout=_TELL_LIMIT_S)
+            self._told = True
+        except grpc.aio.AioRpcError as error:
+            log.warning("engine-host was not told", extra={"status": error.code().name})
+
+
+def _all(session: Session) -> list[Deployment]:
+    return list(session.scalars(select(Deployment).order_by(Deployment.name)))
+
+
+def _reconcile_request(rows: list[Deployment]) -> engine_pb2.ReconcileRequest:
+    deployments = [
+        engine_pb2.Deployment(
+            name=row.name,
+            files=engine_pb2.FileSet.FromString(row.files),
+            options=engine_pb2.DeploymentOptions.FromString(row.options),
+        )
+        for row in rows
+    ]
+    return engine_pb2.ReconcileRequest(deployments=deployments)

@@ -1,0 +1,114 @@
+"""A caller, checked: the certificate and the API key belong to the same application and both are in force.
+
+Whoever does not hold the secret learns only API_KEY_INVALID, whether the key's id exists or not; what is wrong
+with a key (expired, revoked, another application's certificate) is told only to somebody who has it.
+"""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+import grpc
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from appliance.control.db.models import ApiKey, Tenant
+from appliance.control.identity.api_keys import PresentedKey
+from appliance.control.identity.authority import identity_of
+from appliance.control.identity.secret_keys import SecretKeys
+from appliance.errors import CloisterError
+from appliance.protos import control_pb2
+
+_IDENTITY = re.compile(r"spiffe://[a-z0-9.-]{1,253}/tenant/([a-z0-9-]{1,63})/app/([a-z0-9-]{1,63})")
+
+
+@dataclass(frozen=True)
+class Principal:
+    """A caller who is who they say."""
+
+    tenant: str
+    application: str
+    key_id: str
+    certificate_sha256: bytes
+
+
+@dataclass(frozen=True)
+class CallerCheck:
+    """What callers are checked against.
+
+    Attributes:
+        site: the trust domain of identities.
+        keys: for the HMAC of secrets.
+        now_ns: the clock, nanoseconds since the epoch.
+    """
+
+    site: str
+    keys: SecretKeys
+    now_ns: Callable[[], int] = time.time_ns
+
+    def identity(self, principal: Principal) -> str:
+        """The URI SAN of a caller."""
+        return identity_of(self.site, principal.tenant, principal.application)
+
+    def principal(self, session: Session, caller: control_pb2.Caller) -> Principal:
+        """Who `caller` is.
+
+        Raises:
+            CloisterError: why this is nobody we know.
+        """
+        _require(caller)
+        presented = PresentedKey.parse(caller.api_key)
+        key = session.get(ApiKey, presented.key_id)
+        if not presented.matches(key.secret_hmac if key else None, self.keys) or key is None:
+            _refuse("API_KEY_INVALID", "the API key is not one of this appliance; check that it was copied whole")
+        self._check_in_force(key, "KEY", "API key")
+        self._check_certificate(session, key, caller)
+        tenant = session.get_one(Tenant, key.tenant)
+        if tenant.suspended:
+            _forbid("TENANT_SUSPENDED", "the tenant is suspended; ask the operator of the appliance")
+        return Principal(key.tenant, key.application, key.key_id, caller.certificate_sha256)
+
+    def _check_certificate(self, session: Session, key: ApiKey, caller: control_pb2.Caller) -> None:
+        own = session.scalars(
+            select(ApiKey).where(ApiKey.tenant == key.tenant, ApiKey.application == key.application)
+        )
+        issued = _with_certificate(own.all(), caller.certificate_sha256)
+        if issued is None or caller.identity != identity_of(self.site, key.tenant, key.application):
+            _forbid(
+                "KEY_CERTIFICATE_MISMATCH",
+                "API key and client certificate belong to different applications; use the pair issued together",
+            )
+        self._check_in_force(issued, "CERTIFICATE", "client certificate")
+
+    def _check_in_force(self, key: ApiKey, what: str, spoken: str) -> None:
+        if key.revoked_ns is not None:
+            _refuse(f"{what}_REVOKED", f"the {spoken} was revoked; ask the operator for a new one")
+        if key.expires_ns <= self.now_ns():
+            _refuse(f"{what}_EXPIRED", f"the {spoken} has expired; ask the operator for a new one")
+
+
+def claimed_tenant(identity: str) -> str | None:
+    """The tenant that a certificate names; for records, it proves nothing about the key."""
+    match = _IDENTITY.fullmatch(identity)
+    return match[1] if match else None
+
+
+def _with_certificate(keys: Sequence[ApiKey], fingerprint: bytes) -> ApiKey | None:
+    return next((key for key in keys if key.certificate_sha256 == fingerprint), None)
+
+
+def _require(caller: control_pb2.Caller) -> None:
+    if claimed_tenant(caller.identity) is None or len(caller.certificate_sha256) != 32:
+        _refuse("IDENTITY_INVALID", "the client certificate names no application of a tenant")
+    if not caller.api_key:
+        _refuse("API_KEY_MISSING", "send the API key as metadata `authorization: Bearer KEY`")
+
+
+def _refuse(code: str, message: str) -> NoReturn:
+    raise CloisterError(code, message, grpc.StatusCode.UNAUTHENTICATED)
+
+
+def _forbid(code: str, message: str) -> NoReturn:
+    raise CloisterError(code, message, grpc.StatusCode.PERMISSION_DENIED)

@@ -1,0 +1,73 @@
+"""The audit log as the rest of control uses it: from the event loop, with a bounded wait, closed when it fails."""
+
+import asyncio
+from concurrent.futures import Future
+from datetime import timedelta
+
+import grpc
+
+from appliance.control.audit.log import AuditLog
+from appliance.control.audit.record import Receipt, Record
+from appliance.errors import CloisterError
+
+WAIT_S = 2.0
+
+
+class Journal:
+    """Records go in and come out durable, or nothing that depends on them is answered.
+
+    Args:
+        log: the open audit log.
+    """
+
+    def __init__(self, log: AuditLog) -> None:
+        self.log = log
+
+    def check(self) -> None:
+        """Refuse at once while the log takes no records.
+
+        Raises:
+            CloisterError: AUDIT_BLOCKED.
+        """
+        if self.log.blocked:
+            raise _blocked(self.log.blocked)
+
+    def begin(self, record: Record) -> "Future[Receipt]":
+        """Start to commit a record."""
+        return self.log.append(record)
+
+    async def durable(self, pending: "Future[Receipt]") -> Receipt:
+        """Where a record stands, once it is durable.
+
+        Raises:
+            CloisterError: AUDIT_BLOCKED, the log failed or took longer than two seconds.
+        """
+        waiting = asyncio.wrap_future(pending)
+        try:
+            return await asyncio.wait_for(asyncio.shield(waiting), WAIT_S)
+        except TimeoutError:
+            waiting.add_done_callback(_seen)
+            raise _blocked("it did not become durable in time") from None
+
+    async def record(self, record: Record) -> Receipt:
+        """Commit a record and wait for it.
+
+        Raises:
+            CloisterError: AUDIT_BLOCKED.
+        """
+        return await self.durable(self.begin(record))
+
+
+def _seen(waiting: "asyncio.Future[Receipt]") -> None:
+    """A late failure was reported as a timeout already."""
+    if not waiting.cancelled():
+        waiting.exception()
+
+
+def _blocked(why: str) -> CloisterError:
+    return CloisterError(
+        "AUDIT_BLOCKED",
+        f"the audit log takes no records: {why}; nothing is answered until it does",
+        grpc.StatusCode.UNAVAILABLE,
+        retry_after=timedelta(seconds=1),
+    )
