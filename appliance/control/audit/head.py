@@ -1,0 +1,121 @@
+"""The signed head outside the database, and the key that signs it.
+
+The head is replaced whole (temporary file, fdatasync, rename): a reader, and the next start after a power cut, see
+the old one or the new one.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from appliance.control.audit import note
+from appliance.control.audit.note import Checkpoint
+
+
+@dataclass(frozen=True)
+class Signer:
+    """Who signs for the log: its name and its private key."""
+
+    origin: str
+    key: Ed25519PrivateKey
+
+    @property
+    def public_key(self) -> bytes:
+        """The public half, 32 bytes."""
+        return self.key.public_key().public_bytes_raw()
+
+    def sign(self, size: int, root: bytes, *, head: bool) -> str:
+        """A signed note over this state of the log."""
+        return note.sign(Checkpoint(self.origin, size, root), self.key, head=head)
+
+
+def load_signer(path: Path, origin: str) -> Signer:
+    """The signer whose PKCS#8 PEM key lies at `path`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no unencrypted Ed25519 private key, or the origin is no name for a log.
+    """
+    try:
+        key = serialization.load_pem_private_key(path.read_bytes(), password=None)
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise ValueError(f"{path} holds no unencrypted private key in PEM") from None
+    if not isinstance(key, Ed25519PrivateKey):
+        raise ValueError(f"{path} holds no Ed25519 key")
+    return Signer(note.check_origin(origin), key)
+
+
+def make_key(path: Path, origin: str) -> None:
+    """Make the audit key at `path` (mode 0600) and its public half beside it, as `.pub`.
+
+    Raises:
+        FileExistsError: a key is there already.
+    """
+    note.check_origin(origin)
+    key = Ed25519PrivateKey.generate()
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(pem)
+        file.flush()
+        os.fsync(file.fileno())
+    public = note.verifier_key(origin, key.public_key().public_bytes_raw())
+    path.with_suffix(".pub").write_text(public + "\n", encoding="ascii")
+    sync_directory(path.parent)
+
+
+def load_public_key(path: Path) -> bytes:
+    """The 32 bytes of a public key file: a verifier key (`name+id+base64`) or PEM.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is neither, or not Ed25519.
+    """
+    data = path.read_bytes()
+    if data.startswith(b"-----BEGIN"):
+        key = serialization.load_pem_public_key(data)
+        if isinstance(key, Ed25519PublicKey):
+            return key.public_bytes_raw()
+        raise ValueError(f"{path} holds no Ed25519 key")
+    return note.parse_verifier_key(data.decode("ascii", errors="replace"))
+
+
+def read_head(path: Path, public_key: bytes) -> Checkpoint:
+    """What the head file states.
+
+    Raises:
+        FileNotFoundError: there is none.
+        NoteError: it is no head signed by `public_key`.
+    """
+    return note.verify(path.read_bytes().decode("utf-8", errors="replace"), public_key, head=True)
+
+
+def write_head(path: Path, signed: str) -> None:
+    """Replace the head file.
+
+    Raises:
+        OSError: it could not be written; the old one is still there.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        os.write(descriptor, signed.encode())
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
