@@ -1,0 +1,1 @@
+"""Model families on the op protocol: a strict configuration, shared blocks, and one short file per family."""

@@ -1,0 +1,121 @@
+"""Tensors from safetensors files: a strict reader of the header, and the tensors a model needs and no others.
+
+The header must describe its data exactly: tensors in any order, without gap, overlap or surplus. Whatever a model
+did not declare is refused, so nothing rides along unread.
+
+Source: the safetensors format, huggingface/safetensors README ("Format").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from engine.errors import EngineError
+from engine.weights.files import FileSet, OpenFile, read_verified
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX = "model.safetensors.index.json"
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_LENGTH_BYTES = 8
+_MAX_HEADER_BYTES = 100_000_000
+
+
+class TensorEntry(NamedTuple):
+    """Where a tensor lies: number type, shape, and byte range from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def read_header(content: bytes | bytearray | memoryview, file_size: int, path: str) -> dict[str, TensorEntry]:
+    """The tensors that a safetensors file describes.
+
+    Args:
+        content: the file, or at least its header.
+        file_size: bytes of the whole file.
+        path: of the file, for messages.
+
+    Raises:
+        EngineError: WEIGHTS_INVALID.
+    """
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    start = _LENGTH_BYTES + length
+    if file_size < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or start > min(file_size, len(content)):
+        raise _invalid(path, "its header does not fit")
+    try:
+        header = json.loads(bytes(content[_LENGTH_BYTES:start]), object_pairs_hook=_unique)
+        header.pop("__metadata__", None)
+        entries = {name: _entry(value, start) for name, value in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise _invalid(path, "its header is malformed") from error
+    position = start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.begin, entry.end)):
+        if entry.begin != position or entry.end - entry.begin != math.prod(entry.shape) * ITEM_BYTES[entry.dtype]:
+            raise _invalid(path, "its tensors leave gaps, overlap, or are not as long as their shapes say")
+        position = entry.end
+    if position != file_size:
+        raise _invalid(path, "it holds bytes that belong to no tensor")
+    return entries
+
+
+def load_weights(files: FileSet, open_file: OpenFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of `shapes` from the file set's safetensors files, every byte hashed before use.
+
+    Tensors are views of the buffers that were read and hashed: whoever keeps one must copy it.
+
+    Raises:
+        EngineError: WEIGHTS_DIGEST_MISMATCH, WEIGHTS_INVALID, or TENSORS_MISMATCH (a tensor missing, surplus or of
+            another shape than the model's configuration implies; the message names it).
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _tensors(files, open_file):
+        if name in tensors or tuple(tensor.shape) != tuple(shapes.get(name, ())):
+            wanted = shapes.get(name)
+            raise EngineError("TENSORS_MISMATCH", f"tensor {name} is {tuple(tensor.shape)}, wanted {wanted}")
+        tensors[name] = tensor
+    missing = sorted(set(shapes) - set(tensors))
+    if missing:
+        raise EngineError("TENSORS_MISMATCH", f"{len(missing)} tensors are missing, {missing[0]} the first")
+    return tensors
+
+
+def _tensors(files: FileSet, open_file: OpenFile) -> Iterator[tuple[str, Tensor]]:
+    import torch  # the header is read by engine-inspect too, which must not load torch
+
+    for file in files.matching(".safetensors"):
+        content = read_verified(file, open_file)
+        for name, entry in read_header(content, file.size, file.path).items():
+            dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+            count = math.prod(entry.shape)
+            if not count:
+                raise _invalid(file.path, f"tensor {name} is empty")
+            yield name, torch.frombuffer(content, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
+
+
+def _entry(value: Mapping[str, Any], start: int) -> TensorEntry:
+    begin, end = value["data_offsets"]
+    shape = tuple(value["shape"])
+    if set(value) != {"dtype", "shape", "data_offsets"} or value["dtype"] not in ITEM_BYTES:
+        raise ValueError("unknown field or number type")
+    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+        raise ValueError("not a size")
+    return TensorEntry(value["dtype"], shape, start + begin, start + end)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return result
+
+
+def _invalid(path: str, what: str) -> EngineError:
+    return EngineError("WEIGHTS_INVALID", f"{path} is not a sound safetensors file: {what}")

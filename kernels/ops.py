@@ -1,0 +1,147 @@
+"""The op protocol: about a dozen fused operations that a model is written in, and what a backend must promise.
+
+A backend owns the layout of weights and of the KV pages: it takes plain tensors once, in `prepare_*` and
+`allocate_kv`, and hands out opaque objects that only it reads. Models and the scheduler therefore never ask which
+device they run on.
+
+A step's tokens are flattened: row after row, `T` tokens in all. A backend may pad them (to whole tiles); what it
+hands from op to op is its own business, and only `logits` gives the caller one row per sampled row.
+
+Promise of a deterministic backend: the logits of a row have the same bits whatever other rows share the step,
+wherever the row lies among them, and however its prompt was cut into chunks at page borders.
+
+Source: Dao et al., "FlashAttention", NeurIPS 2022; Kwon et al., SOSP 2023 (paged attention); He et al.,
+"Defeating Nondeterminism in LLM Inference", 2025 (batch invariance by fixed tiles and splits).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Linear: TypeAlias = Any  # a weight matrix, or several stacked, in the backend's layout
+Vector: TypeAlias = Any  # the weight of a norm
+Table: TypeAlias = Any  # an embedding table
+Rope: TypeAlias = Any  # cosines and sines of every position
+KvCache: TypeAlias = Any  # keys and values of all layers, in pages
+Batch: TypeAlias = Any  # one step's rows, prepared
+Hidden: TypeAlias = Any  # activations of a step's tokens
+
+
+class KvSpec(NamedTuple):
+    """Size of a KV cache: layers, pages, tokens per page, KV heads, and numbers per head."""
+
+    num_layers: int
+    num_blocks: int
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Heads(NamedTuple):
+    """How a fused projection splits into heads: query heads, KV heads, numbers per head."""
+
+    query: int
+    kv: int
+    dim: int
+
+
+class Rows(NamedTuple):
+    """One step's rows.
+
+    Attributes:
+        token_ids: all rows' tokens, one after another; T in all.
+        starts: position of each row's first token.
+        counts: tokens of each row; positive.
+        block_tables: KV pages of each row, enough for start + count tokens.
+        sampled: which rows want logits for their last token.
+    """
+
+    token_ids: Sequence[int]
+    starts: Sequence[int]
+    counts: Sequence[int]
+    block_tables: Sequence[Sequence[int]]
+    sampled: Sequence[int]
+
+
+class Sampling(NamedTuple):
+    """How to draw one token for each of R rows of logits.
+
+    Attributes:
+        temperature: float64 [R]; 0 takes the likeliest token.
+        top_k: int64 [R]; 0 keeps all tokens.
+        top_p: float64 [R]; 1 keeps all tokens.
+        uniform: float64 [R]; the random number in [0, 1) that decides the draw.
+    """
+
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    uniform: Tensor
+
+
+class Draw(NamedTuple):
+    """The drawn tokens, and which rows had only finite logits; a row that had not has no meaningful token."""
+
+    token_ids: list[int]
+    finite: list[bool]
+
+
+class Backend(Protocol):
+    """What a model needs of a device."""
+
+    def prepare_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Linear:
+        """Stack matrices [out_i, in] into one that maps `in` numbers to sum(out_i); a bias for each, or none."""
+
+    def prepare_vector(self, weight: Tensor) -> Vector:
+        """The weight [n] of a norm."""
+
+    def prepare_table(self, weight: Tensor) -> Table:
+        """An embedding table [vocabulary, hidden]."""
+
+    def prepare_rope(self, inv_freq: Sequence[float], max_positions: int) -> Rope:
+        """Rotary tables of positions 0 .. max_positions - 1 for frequencies [head_dim / 2], in radians a token."""
+
+    def allocate_kv(self, spec: KvSpec) -> KvCache:
+        """Zeroed pages for keys and values."""
+
+    def scrub(self, kv: KvCache, blocks: Sequence[int]) -> None:
+        """Zero the pages `blocks` in every layer."""
+
+    def begin(self, rows: Rows, kv: KvCache) -> Batch:
+        """Prepare a step over `rows`; a page whose first position the step writes is zeroed first.
+
+        So a stale page is never read, not even multiplied by zero.
+        """
+
+    def embed(self, batch: Batch, table: Table) -> Hidden:
+        """Embeddings [T, hidden] of the step's tokens."""
+
+    def rms_norm(self, x: Hidden, weight: Vector, eps: float) -> Hidden:
+        """x / sqrt(mean(x²) + eps) · weight, over the last dimension."""
+
+    def add_rms_norm(self, x: Hidden, residual: Hidden, weight: Vector, eps: float) -> tuple[Hidden, Hidden]:
+        """The norm of x + residual, and x + residual."""
+
+    def linear(self, x: Hidden, weight: Linear) -> Hidden:
+        """x · weightᵀ + bias."""
+
+    def rope_and_write_kv(
+        self, qkv: Hidden, heads: Heads, rope: Rope, kv: KvCache, layer: int, batch: Batch
+    ) -> Hidden:
+        """Rotate queries and keys [T, (query + 2·kv)·dim], store keys and values; the queries [T, query·dim]."""
+
+    def paged_attention(self, q: Hidden, heads: Heads, kv: KvCache, layer: int, batch: Batch) -> Hidden:
+        """softmax(q·kᵀ / sqrt(dim)) · v of each token over its row's tokens up to itself; [T, query·dim]."""
+
+    def gated_silu(self, gate_up: Hidden) -> Hidden:
+        """silu(gate) · up of [T, 2·n], gate first; [T, n]."""
+
+    def logits(self, x: Hidden, head: Linear, batch: Batch) -> Tensor:
+        """Logits [len(sampled), vocabulary] of the sampled rows' last tokens, float32 or wider."""
+
+    def sample(self, logits: Tensor, sampling: Sampling) -> Draw:
+        """One token for each row of logits, whatever the other rows are."""
