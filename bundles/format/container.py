@@ -1,7 +1,7 @@
 """The bundle's container: an uncompressed POSIX ustar with one legal encoding of every member.
 
-The writer makes exactly one header for a name and a size; the reader accepts that header and no other, byte by byte,
-so whatever an archive can hide (links, devices, sparse maps, long names, owners, times) does not exist here. Both
+The writer makes one header for a name and a size; the reader accepts that header and no other, byte by byte, so
+whatever an archive can hide (links, devices, sparse maps, long names, owners, times) does not exist here. Both
 stream; neither holds more than a header and the caller's buffer. Any tar program can list a bundle.
 
 Source: POSIX.1-2017, pax, "ustar Interchange Format".

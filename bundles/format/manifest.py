@@ -1,7 +1,7 @@
 """The manifest: what a bundle holds, which release of which model it is, and where it may be used.
 
-The signed bytes are parsed once, strictly, after their signatures hold; there is no canonical JSON and no field that
-a reader may skip. Sizes are bytes, digests are SHA-256 in lower-case hex, times are UTC to the second.
+The signed bytes are parsed strictly, after their signatures hold; there is no canonical JSON and no field that a
+reader may skip. Sizes are bytes, digests are SHA-256 in lower-case hex, times are UTC to the second.
 """
 
 import json
@@ -14,7 +14,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from bundles.format import strict_json
 from bundles.format.chunks import CHUNK_SIZE, EMPTY_SHA256, MIN_CHUNK_SIZE, extents
-from bundles.format.container import MAX_MEMBER
 from bundles.format.errors import BundleError
 from bundles.format.paths import check_paths
 
@@ -22,7 +21,7 @@ SCHEMA = "cloister.bundle/1"
 PAYLOAD_TYPE = "application/vnd.cloister.bundle-manifest.v1+json"
 PRODUCT = "cloister"
 MAX_MANIFEST = 32 * 1024 * 1024
-MAX_FILES = 100_000
+MAX_FILES = 500  # each is held open while the model is judged
 MAX_TOTAL = 2**50
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -211,9 +210,13 @@ def _check_scope(manifest: Manifest) -> None:
     if manifest.volumes:
         raise BundleError("BUNDLE_VOLUMES", "the bundle is split into volumes; join it on the build side")
     if manifest.base is not None:
-        raise BundleError("BASE_ABSENT", "the bundle holds only what changed since another; carry in the whole one")
+        raise BundleError(
+            "BASE_ABSENT", "the bundle holds only what changed since another; carry in the whole one"
+        )
     if bool(manifest.requires) != (manifest.kind != "model"):
-        raise BundleError("MANIFEST_REQUIRES", f"a bundle of kind {manifest.kind} must say what it requires, or not")
+        raise BundleError(
+            "MANIFEST_REQUIRES", f"a bundle of kind {manifest.kind} must say what it requires, or not"
+        )
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -223,6 +226,8 @@ def _check_files(manifest: Manifest) -> None:
     if manifest.total_size != sum(file.size for file in manifest.files):
         raise BundleError("MANIFEST_SIZES", "the files' sizes do not add up to the manifest's total_size")
     for file in manifest.files:
+        if (file.role, file.media_type) != (role_of(file.path), media_type_of(file.path)):
+            raise BundleError("MANIFEST_FILES", f"{file.path} is given a role or type that its name does not have")
         _check_chunks(file, manifest.chunk_size)
 
 

@@ -15,16 +15,18 @@ from bundles.format.errors import BundleError
 
 MAX_DEPTH = 32
 MAX_INTEGER = 2**53
+_DIGITS = 16  # of 2^53
+_MANY_DIGITS = 64
 _BOM = b"\xef\xbb\xbf"
 
 
-def parse(raw: bytes, what: str, *, floats: bool = False) -> object:
+def parse(raw: bytes, what: str, *, any_number: bool = False) -> object:
     """The value that `raw` holds.
 
     Args:
         raw: the document, UTF-8.
         what: names the document in errors.
-        floats: numbers with a fraction or exponent are allowed (configuration of models has them).
+        any_number: fractions and large integers are allowed; models' configuration has them (1e-6, 10**30).
 
     Raises:
         BundleError: JSON_BOM, JSON_ENCODING, JSON_SYNTAX, JSON_TRAILING, JSON_DUPLICATE_KEY, JSON_CONSTANT,
@@ -40,8 +42,8 @@ def parse(raw: bytes, what: str, *, floats: bool = False) -> object:
         value: object = json.loads(
             text,
             object_pairs_hook=_without_duplicates(what),
-            parse_int=_bounded_integer(what),
-            parse_float=float if floats else _refused("JSON_FLOAT", f"{what} has a number with a fraction"),
+            parse_int=_bounded_integer(what, _MANY_DIGITS if any_number else _DIGITS),
+            parse_float=float if any_number else _refused("JSON_FLOAT", f"{what} has a number with a fraction"),
             parse_constant=_refused("JSON_CONSTANT", f"{what} has NaN or Infinity"),
         )
     except json.JSONDecodeError as error:
@@ -53,13 +55,13 @@ def parse(raw: bytes, what: str, *, floats: bool = False) -> object:
     return value
 
 
-def parse_object(raw: bytes, what: str, *, floats: bool = False) -> dict[str, object]:
+def parse_object(raw: bytes, what: str, *, any_number: bool = False) -> dict[str, object]:
     """Like `parse`, for a document that must be an object.
 
     Raises:
         BundleError: as `parse`, or JSON_NOT_OBJECT.
     """
-    value = parse(raw, what, floats=floats)
+    value = parse(raw, what, any_number=any_number)
     if not isinstance(value, dict):
         raise BundleError("JSON_NOT_OBJECT", f"{what} is not a JSON object")
     return value
@@ -75,11 +77,12 @@ def _without_duplicates(what: str) -> Callable[[list[tuple[str, object]]], dict[
     return build
 
 
-def _bounded_integer(what: str) -> Callable[[str], int]:
+def _bounded_integer(what: str, most_digits: int) -> Callable[[str], int]:
     def convert(digits: str) -> int:
-        if len(digits) > 17 or abs(int(digits)) > MAX_INTEGER:
-            raise BundleError("JSON_INTEGER", f"{what} has an integer beyond 2^53")
-        return int(digits)
+        number = int(digits) if len(digits.lstrip("-")) <= most_digits else None
+        if number is None or (most_digits == _DIGITS and abs(number) > MAX_INTEGER):
+            raise BundleError("JSON_INTEGER", f"{what} has an integer beyond what is accepted")
+        return number
 
     return convert
 

@@ -47,7 +47,7 @@ class Envelope:
         return Envelope(self.payload, self.payload_type, (*others, added))
 
     def valid_keys(self, keys: Iterable[Key]) -> tuple[str, ...]:
-        """Ids of those `keys` that signed this, each once; a signature that names a key counts for that key only."""
+        """Ids of those `keys` that signed this, each once; a signature that names a key counts for it only."""
         message = self.signed_bytes
         valid = [
             key.keyid

@@ -81,8 +81,8 @@ class Key:
             BundleError: KEY_UNSUPPORTED.
         """
         match value:
-            case {"keytype": "ed25519" | "ecdsa", "scheme": str(), "keyval": {"public": str(public)}}:
-                key = cls(value["scheme"], public)
+            case {"scheme": "ed25519" | "ecdsa-sha2-nistp256" | "ecdsa-sha2-nistp384" as scheme, "keyval": keyval}:
+                key = cls(scheme, str(keyval.get("public")) if isinstance(keyval, dict) else "")
             case _:
                 raise BundleError("KEY_UNSUPPORTED", "a key of the trust root has an unknown form")
         if key.as_dict() != value or cls.of(key.public_key) != key:

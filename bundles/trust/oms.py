@@ -1,8 +1,8 @@
 """The publisher's signature of a model folder: OpenSSF Model Signing v1.0, written and verified with raw keys.
 
-Our profile: every file by SHA-256, no symbolic links, resources in code point order. In verifying, the listed order is
-taken as it is (the reference tool orders by path component), and the world is closed: the resources must be exactly
-the bundle's files, and `ignore_paths` excuses none.
+Our profile: every file by SHA-256, no symbolic links, resources in code point order. In verifying, the listed order
+is taken as it is (the reference tool orders by path component), and the world is closed: the resources must be
+exactly the bundle's files, and `ignore_paths` excuses none.
 
 Source: OpenSSF Model Signing specification v1.0; in-toto Statement v1; DSSE v1; Sigstore bundle v0.3.
 """
@@ -74,8 +74,8 @@ def verify_model(raw: bytes, keys: Sequence[Key]) -> SignedModel:
     """What `raw` says, once at least one of `keys` is found to have signed it.
 
     Raises:
-        BundleError: OMS_SCHEMA, OMS_KEY_KIND, OMS_SIGNATURE, OMS_UNKNOWN_KEY, OMS_METHOD, OMS_ROOT_DIGEST, BASE64, or
-            a JSON code.
+        BundleError: OMS_SCHEMA, OMS_KEY_KIND, OMS_SIGNATURE, OMS_UNKNOWN_KEY, OMS_METHOD, OMS_ROOT_DIGEST, BASE64,
+            or a JSON code.
     """
     material, envelope = _open(raw)
     hint = _hint(material)
@@ -108,7 +108,12 @@ def _statement(name: str, resources: Sequence[Resource]) -> dict[str, object]:
         "subject": [{"name": name, "digest": {"sha256": _root_digest(resources)}}],
         "predicateType": PREDICATE_TYPE,
         "predicate": {
-            "serialization": {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": []},
+            "serialization": {
+                "method": "files",
+                "hash_type": "sha256",
+                "allow_symlinks": False,
+                "ignore_paths": [],
+            },
             "resources": [{"name": r.name, "algorithm": "sha256", "digest": r.digest} for r in resources],
         },
     }

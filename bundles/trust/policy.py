@@ -9,7 +9,6 @@ Source: TUF specification 1.0.34, sections 1.5.2 (attacks) and 5; docs/bundle-fo
 import hashlib
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from importlib import metadata
 
 from bundles.format import manifest as manifests
 from bundles.format.errors import BundleError
@@ -18,6 +17,7 @@ from bundles.trust import dsse, oms, roots
 from bundles.trust.roots import Root
 
 CLOCK_TOLERANCE = timedelta(days=1)
+ENGINE_VERSION = "0.1.0"  # of this distribution; a test holds it to pyproject.toml
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,9 @@ def check_release(envelope: dsse.Envelope, root: Root) -> tuple[str, ...]:
         BundleError: PAYLOAD_TYPE and the SIGNATURE codes.
     """
     if envelope.payload_type != manifests.PAYLOAD_TYPE:
-        raise BundleError("PAYLOAD_TYPE", f"the signed document is a {envelope.payload_type[:80]!a}, not a manifest")
+        raise BundleError(
+            "PAYLOAD_TYPE", f"the signed document is a {envelope.payload_type[:80]!a}, not a manifest"
+        )
     role = root.roles["release"]
     valid = envelope.valid_keys(root.role_keys("release"))
     if len(valid) >= role.threshold:
@@ -98,7 +100,9 @@ def _release_refusal(envelope: dsse.Envelope, root: Root, valid: int) -> BundleE
     if not named:
         return BundleError("SIGNATURE_MISSING", "the manifest is not signed")
     if named & set(role.keyids):
-        return BundleError("SIGNATURE_INVALID", "the manifest's signature does not verify: it was changed after signing")
+        return BundleError(
+            "SIGNATURE_INVALID", "the manifest's signature does not verify: it was changed after signing"
+        )
     if named & root.keys.keys():
         return BundleError("SIGNATURE_WRONG_ROLE", "the manifest is signed by a key that may not sign releases")
     return BundleError("SIGNATURE_UNKNOWN_KEY", "the manifest is signed by nobody this trust root knows")
@@ -106,7 +110,9 @@ def _release_refusal(envelope: dsse.Envelope, root: Root, valid: int) -> BundleE
 
 def _check_publisher(raw: bytes | None, manifest: Manifest, root: Root) -> tuple[str, ...]:
     if raw is None or manifest.oms_sha256 is None:
-        raise BundleError("OMS_MISSING", "the publisher's signature is missing; sign the bundle with a publisher key")
+        raise BundleError(
+            "OMS_MISSING", "the publisher's signature is missing; sign the bundle with a publisher key"
+        )
     if hashlib.sha256(raw).hexdigest() != manifest.oms_sha256:
         raise BundleError("OMS_DIGEST", "the publisher's signature is not the one that the manifest names")
     signed = oms.verify_model(raw, root.role_keys("publisher"))
@@ -154,7 +160,7 @@ def check_policy(verified: Verified, site: Site) -> None:
         raise BundleError("WRONG_PRODUCT", f"the bundle is for {manifest.product!a}")
     if manifest.targets and site.appliance not in manifest.targets:
         raise BundleError("WRONG_TARGET", "the bundle is for other appliances; ask for one for this")
-    if _numbers(manifest.min_engine) > _numbers(metadata.version("cloister")):
+    if _numbers(manifest.min_engine) > _numbers(ENGINE_VERSION):
         raise BundleError("ENGINE_TOO_OLD", f"the bundle needs Cloister {manifest.min_engine}; upgrade first")
     _check_time(manifest, site)
     _check_sequence(verified, dict(site.floors).get(manifest.name))
@@ -182,4 +188,6 @@ def _check_sequence(verified: Verified, floor: Floor | None) -> None:
             "ROLLBACK_REFUSED", f"{manifest.name} has sequence {manifest.sequence}, {floor.sequence} was accepted"
         )
     if verified.model_digest != floor.model_digest:
-        raise BundleError("SEQUENCE_REUSED", f"another {manifest.name} with sequence {floor.sequence} was accepted")
+        raise BundleError(
+            "SEQUENCE_REUSED", f"another {manifest.name} with sequence {floor.sequence} was accepted"
+        )

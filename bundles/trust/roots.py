@@ -1,8 +1,8 @@
-"""The trust root: which keys may sign which kind of statement, how many of them, and how it follows its predecessor.
+"""The trust root: which keys may sign what, how many of them must, and how it follows its predecessor.
 
-A root is a TUF root document with our roles: `root` signs the next root, `release` signs manifests, `publisher` signs
-models. A root is believed when it is pinned here, or when it is exactly one version on and a threshold of both its
-predecessor's and its own root keys signed it.
+A root is a TUF root document with our roles: `root` signs the next root, `release` signs manifests, `publisher`
+signs models. A root is believed when it is pinned here, or when it is exactly one version on and a threshold of both
+its predecessor's and its own root keys signed it.
 
 Source: TUF specification 1.0.34, sections 4.3 and 5.3.
 """
@@ -23,6 +23,7 @@ REQUIRED_ROLES = ("root", "release", "publisher")
 MAX_ROOT = 1024 * 1024
 MAX_ROOTS = 16
 MAX_KEYS = 64
+_SIGNED_FIELDS = {"_type", "spec_version", "version", "expires", "consistent_snapshot", "keys", "roles"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Root:
         """
         if now >= self.expires:
             raise BundleError(
-                "ROOT_EXPIRED", f"trust root {self.version} expired at {format_time(self.expires)}; install a newer one"
+                "ROOT_EXPIRED",
+                f"trust root {self.version} expired at {format_time(self.expires)}; install a newer one",
             )
 
 
@@ -165,18 +167,17 @@ def make(
 def sign_root(signed: Mapping[str, object], keys: Iterable[PrivateKey]) -> bytes:
     """A root document: `signed` and the signatures of `keys`, as bytes to keep."""
     message = canonical_json(dict(signed))
-    signatures = [
-        {"keyid": Key.of(key.public_key()).keyid, "sig": sign(key, message).hex()} for key in keys
-    ]
+    signatures = [{"keyid": Key.of(key.public_key()).keyid, "sig": sign(key, message).hex()} for key in keys]
     return json.dumps({"signatures": signatures, "signed": signed}, indent=1).encode() + b"\n"
 
 
 def _split(raw: bytes) -> tuple[dict[str, object], list[object]]:
-    match strict_json.parse_object(raw, "the trust root"):
-        case {"signed": {"_type": "root", **signed}, "signatures": list(signatures), **rest} if not rest:
-            known = {"spec_version", "version", "expires", "consistent_snapshot", "keys", "roles"}
-            if signed.keys() == known and str(signed["spec_version"]).startswith("1."):
-                return {"_type": "root", **signed}, signatures
+    document = strict_json.parse_object(raw, "the trust root")
+    signed, signatures = document.get("signed"), document.get("signatures")
+    if document.keys() == {"signed", "signatures"} and isinstance(signed, dict) and isinstance(signatures, list):
+        is_root = signed.get("_type") == "root" and str(signed.get("spec_version")).startswith("1.")
+        if is_root and signed.keys() == _SIGNED_FIELDS:
+            return signed, signatures
     raise BundleError("ROOT_SCHEMA", "the trust root is not a TUF root document of version 1")
 
 
@@ -214,7 +215,7 @@ def _roles(value: object, keys: Mapping[str, Key]) -> dict[str, Role]:
 def _role(name: str, entry: object, keys: Mapping[str, Key]) -> Role:
     match entry:
         case {"keyids": list(keyids), "threshold": int(threshold), **rest} if not rest:
-            known = all(isinstance(keyid, str) and keyid in keys for keyid in keyids)
+            known = all(isinstance(keyid, str) and keyid in keys for keyid in keyids) and threshold is not True
             if known and len(set(keyids)) == len(keyids) and 1 <= threshold <= len(keyids):
                 return Role(tuple(keyids), threshold)
     raise BundleError("ROOT_SCHEMA", f"the trust root's role {name!a} names unknown or repeated keys, or too few")

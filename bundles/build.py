@@ -1,0 +1,395 @@
+"""Build a bundle from a model's folder, and sign one.
+
+    manifest = build(Release(name="demo", version="1.0.0", sequence=1), Path("model"), Path("demo.bundle"))
+    sign(Path("demo.bundle"), Signing(root=root, release_keys=(release,), publisher_key=publisher))
+
+Building judges the folder as importing will. Signing copies the bundle and verifies every chunk on the way, so no
+key ever signs for bytes that are not there.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from bundles.content import forbidden
+from bundles.content.inspector import Inspector
+from bundles.content.judge import judge, model_of
+from bundles.durable import replacing
+from bundles.format import manifest as manifests
+from bundles.format import strict_json
+from bundles.format.chunks import CHUNK_SIZE, Extent, digest_file, extents, read_extent
+from bundles.format.container import ContainerWriter, open_source
+from bundles.format.errors import BundleError
+from bundles.format.manifest import Canary, Document, File, Kind, Licence, Manifest, Requirement, Resources
+from bundles.format.paths import check_paths
+from bundles.pipeline import Progress, Report, State, stream_payload
+from bundles.reader import END, HEADER, MANIFEST, OMS, BundleReader, end_document, header_hints, root_member
+from bundles.trust import dsse, oms
+from bundles.trust.keys import Key, PrivateKey
+from bundles.trust.policy import ENGINE_VERSION, Head
+from bundles.trust.roots import Root, parse
+
+CANARIES = "canaries.json"
+PUBLISHED_SIGNATURE = "model.sig"
+_BESIDE = frozenset({CANARIES, PUBLISHED_SIGNATURE})
+_LICENCE_NAMES = ("license", "licence", "copying")
+
+
+@dataclass(frozen=True)
+class Release:
+    """What a release states about a model beyond its files.
+
+    Attributes:
+        name: the model's name: lower case, digits, '.', '_', '-'.
+        version: free text without spaces, shown to people.
+        sequence: grows with every release of this name; an appliance never goes back.
+        kind: model, adapter or draft.
+        requires: of an adapter or draft: the models it works with.
+        licence: SPDX expression.
+        licence_files: its text, where the folder has no LICENSE file.
+        accept_licence: an operator must accept it before first use.
+        attestations: provenance, bill of materials, scan reports; carried as they are.
+        targets: appliances it is for; any where empty.
+        expires: when it stops being importable.
+        issued_at: now where not given.
+        chunk_size: bytes; smaller in tests only.
+    """
+
+    name: str
+    version: str
+    sequence: int
+    kind: Kind = "model"
+    requires: tuple[Requirement, ...] = ()
+    licence: str = "NOASSERTION"
+    licence_files: tuple[Path, ...] = ()
+    accept_licence: bool = False
+    attestations: tuple[Path, ...] = ()
+    targets: tuple[str, ...] = ()
+    expires: datetime | None = None
+    issued_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    chunk_size: int = CHUNK_SIZE
+
+
+@dataclass(frozen=True)
+class Signing:
+    """Who signs.
+
+    Attributes:
+        root: the trust root whose keys these are; it travels in the bundle.
+        release_keys: sign the manifest; more may be added in later rounds until the role's threshold is met.
+        publisher_key: signs the model (ECDSA).
+        oms: a publisher's existing OMS signature, kept byte for byte, instead of `publisher_key`.
+    """
+
+    root: Root
+    release_keys: tuple[PrivateKey, ...] = ()
+    publisher_key: PrivateKey | None = None
+    oms: bytes | None = None
+
+
+def _silent(_: Progress) -> None:
+    """Report nothing."""
+
+
+def build(
+    release: Release, model: Path, out: Path, *, inspector: Inspector | None = None, report: Report = _silent
+) -> Manifest:
+    """Write an unsigned bundle of the files in `model`; its manifest.
+
+    Hidden files are left out. `canaries.json` becomes the manifest's canaries and `model.sig` the publisher's
+    signature; neither is a file of the model.
+
+    Raises:
+        BundleError: the folder, its files or the statement are refused.
+    """
+    with _opened(model) as files:
+        forbidden.check_names(files)
+        check_paths(files)
+        verdict = judge({path: (fd, os.fstat(fd).st_size) for path, fd in files.items()}, inspector or Inspector())
+        listed = tuple(_file(path, fd, release.chunk_size) for path, fd in files.items())
+        licences = _licences(release, model)
+        attestations = _documents("attest", release.attestations)
+        published = _optional(model / PUBLISHED_SIGNATURE)
+        manifest = _manifest(
+            release,
+            files=listed,
+            model=model_of(verdict, {file.path: file.sha256 for file in listed}),
+            oms_sha256=hashlib.sha256(published).hexdigest() if published else None,
+            attestations=tuple(document for document, _ in attestations),
+            licences=tuple(licence for licence, _ in licences),
+            canary=_canaries(model / CANARIES),
+        )
+        documents = [content for _, content in (*attestations, *licences)]
+        _write(out, manifest, published, documents, files, report)
+    return manifest
+
+
+def sign(path: Path, signing: Signing, *, report: Report = _silent) -> tuple[str, ...]:
+    """Sign a bundle, in place; the key ids that have signed its manifest now.
+
+    Raises:
+        BundleError: KEY_NOT_IN_ROLE, OMS_MISSING, OMS_FILES_DIFFER, or the bundle itself is refused.
+    """
+    _check_roles(signing)
+    fd = open_source(path)
+    try:
+        reader = BundleReader(fd)
+        head = reader.read_head()
+        envelope = dsse.parse(head.envelope, "the signed manifest")
+        manifest = manifests.parse(envelope.payload)
+        oms_raw = _publisher_signature(manifest, head, signing)
+        digest = hashlib.sha256(oms_raw).hexdigest()
+        if digest != manifest.oms_sha256:
+            manifest = manifest.model_copy(update={"oms_sha256": digest})
+            envelope = dsse.Envelope(manifest.encode(), manifests.PAYLOAD_TYPE)
+        for key in signing.release_keys:
+            envelope = envelope.signed_by(key)
+        signed = replace(head, roots=_roots(head, signing.root), envelope=envelope.encode(), oms=oms_raw)
+        _copy(reader, manifest, signed, path, report)
+    finally:
+        os.close(fd)
+    return tuple(signature.keyid for signature in envelope.signatures)
+
+
+def _check_roles(signing: Signing) -> None:
+    held = [("release", key) for key in signing.release_keys]
+    held += [("publisher", signing.publisher_key)] if signing.publisher_key else []
+    for role, key in held:
+        if Key.of(key.public_key()).keyid not in signing.root.roles[role].keyids:
+            raise BundleError("KEY_NOT_IN_ROLE", f"the {role} key is not one of the trust root's {role} keys")
+
+
+def _publisher_signature(manifest: Manifest, head: Head, signing: Signing) -> bytes:
+    resources = [oms.Resource(file.path, file.sha256) for file in manifest.files]
+    if signing.publisher_key is not None:
+        raw: bytes | None = oms.sign_model(manifest.name, resources, signing.publisher_key)
+    else:
+        raw = signing.oms if signing.oms is not None else head.oms
+    if raw is None:
+        raise BundleError("OMS_MISSING", "the model has no publisher's signature yet; give a publisher key")
+    signed = oms.verify_model(raw, signing.root.role_keys("publisher"))
+    oms.check_files(signed, {resource.name: resource.digest for resource in resources})
+    return raw
+
+
+def _roots(head: Head, root: Root) -> tuple[bytes, ...]:
+    """The bundle's chain with `root` in it, oldest first."""
+    chain = {parse(raw).version: raw for raw in head.roots} | {root.version: root.raw}
+    return tuple(chain[version] for version in sorted(chain))
+
+
+class _CopySink:
+    """Writes verified chunks into a new container."""
+
+    def __init__(self, writer: ContainerWriter, chunk_size: int) -> None:
+        self._writer = writer
+        self._chunk_size = chunk_size
+        self._file: File | None = None
+
+    def begin(self, file: File) -> None:
+        """See `pipeline.Sink`."""
+        self._file = file
+
+    def write(self, offset: int, block: memoryview) -> None:
+        """See `pipeline.Sink`."""
+        if self._file is not None and offset % self._chunk_size == 0:
+            digest = self._file.chunks[offset // self._chunk_size]
+            self._writer.begin(f"c/{digest}", min(self._chunk_size, self._file.size - offset))
+        self._writer.write(block)
+
+    def end(self, file: File) -> None:
+        """See `pipeline.Sink`."""
+
+    def keep(self, digest: str, content: bytes) -> None:
+        """See `pipeline.Sink`."""
+
+    def files(self) -> Mapping[str, tuple[int, int]]:
+        """See `pipeline.Sink`."""
+        return {}
+
+
+def _copy(reader: BundleReader, manifest: Manifest, head: Head, path: Path, report: Report) -> None:
+    at = Progress(State.STREAMING, bytes_total=manifest.total_size, model_version=manifest.reference)
+    with replacing(path) as stream:
+        writer = ContainerWriter(stream)
+        _write_head(writer, manifest, head)
+        reader.expect(manifest)
+        for document in manifest.documents:
+            writer.add(document.member, reader.read_document(document))
+        stream_payload(reader, manifest, _CopySink(writer, manifest.chunk_size), at, report)
+        reader.read_end(manifest, head.header)
+        writer.add(END, _compact(end_document(manifest)))
+        writer.close()
+
+
+def _write_head(writer: ContainerWriter, manifest: Manifest, head: Head) -> None:
+    writer.add(HEADER, head.header)
+    for raw in head.roots:
+        writer.add(root_member(parse(raw).version), raw)
+    writer.add(MANIFEST, head.envelope)
+    if head.oms is not None:
+        writer.add(OMS, head.oms)
+
+
+def _write(
+    out: Path,
+    manifest: Manifest,
+    published: bytes | None,
+    documents: Sequence[bytes],
+    files: Mapping[str, int],
+    report: Report,
+) -> None:
+    envelope = dsse.Envelope(manifest.encode(), manifests.PAYLOAD_TYPE)
+    head = Head(_compact(header_hints(manifest)), (), envelope.encode(), published)
+    at = Progress(State.STREAMING, bytes_total=manifest.total_size, model_version=manifest.reference)
+    with replacing(out) as stream:
+        writer = ContainerWriter(stream)
+        _write_head(writer, manifest, head)
+        for document, content in zip(manifest.documents, documents, strict=True):
+            writer.add(document.member, content)
+        for file in manifest.files:
+            for extent, digest in zip(extents(file.size, manifest.chunk_size), file.chunks, strict=True):
+                _write_chunk(writer, files[file.path], extent, digest)
+                at = replace(at, bytes_done=at.bytes_done + extent.length, file=file.path)
+                report(at)
+        writer.add(END, _compact(end_document(manifest)))
+        writer.close()
+
+
+def _write_chunk(writer: ContainerWriter, fd: int, extent: Extent, digest: str) -> None:
+    writer.begin(f"c/{digest}", extent.length)
+    chunk = hashlib.sha256()
+    for block in read_extent(fd, extent):
+        chunk.update(block)
+        writer.write(block)
+    if chunk.hexdigest() != digest:
+        raise BundleError("SOURCE_CHANGED", "a file changed while the bundle was built; leave the folder alone")
+
+
+def _manifest(release: Release, *, files: tuple[File, ...], **parts: object) -> Manifest:
+    fields = {
+        "schema": manifests.SCHEMA,
+        "bundle_id": secrets.token_hex(16),
+        "product": manifests.PRODUCT,
+        "kind": release.kind,
+        "name": release.name,
+        "version": release.version,
+        "sequence": release.sequence,
+        "issued_at": manifests.format_time(release.issued_at),
+        "not_before": manifests.format_time(release.issued_at),
+        "expires": manifests.format_time(release.expires) if release.expires else None,
+        "min_engine": ENGINE_VERSION,
+        "supersedes": None,
+        "base": None,
+        "targets": release.targets,
+        "requires": release.requires,
+        "resources": Resources(gpu_memory=0, gpus=0),
+        "chunk_size": release.chunk_size,
+        "files": files,
+        "total_size": sum(file.size for file in files),
+        "volumes": (),
+        "critical": (),
+        **parts,
+    }
+    try:
+        manifest = Manifest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError("MANIFEST_SCHEMA", f"{where} cannot be {first['input']!a}: {first['msg']}") from None
+    return manifests.parse(manifest.encode())
+
+
+def _file(path: str, fd: int, chunk_size: int) -> File:
+    size, sha256, chunks = digest_file(fd, chunk_size)
+    role, media_type = manifests.role_of(path), manifests.media_type_of(path)
+    return File(path=path, size=size, sha256=sha256, media_type=media_type, role=role, chunks=chunks)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[dict[str, int]]:
+    """Descriptors of a folder's visible files by relative path, in code point order."""
+    with ExitStack() as stack:
+        files = {}
+        for path in sorted(_visible(folder)):
+            files[path] = open_source(folder / path)
+            stack.callback(os.close, files[path])
+        if not files:
+            raise BundleError("SOURCE_UNREADABLE", f"{folder} is not a folder with files in it")
+        yield files
+
+
+def _visible(folder: Path) -> Iterator[str]:
+    for base, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in folders:
+            if (Path(base) / name).is_symlink():
+                raise BundleError("SOURCE_SYMLINK", f"{base}/{name} is a symbolic link; a bundle has none")
+        relative = Path(base).relative_to(folder)
+        inside = relative != Path(".")
+        yield from (
+            (relative / name).as_posix()
+            for name in names
+            if not name.startswith(".") and (inside or name not in _BESIDE)
+        )
+
+
+def _licences(release: Release, model: Path) -> list[tuple[Licence, bytes]]:
+    found = sorted(path for path in model.iterdir() if path.name.lower().startswith(_LICENCE_NAMES))
+    documents = _documents("licence", release.licence_files or found)
+    if not documents:
+        raise BundleError("LICENCE_MISSING", f"{model} has no LICENSE file; name one with --licence-file")
+    accept = release.accept_licence
+    return [
+        (Licence(**document.model_dump(), spdx=release.licence, accept=accept), content)
+        for document, content in documents
+    ]
+
+
+def _documents(folder: str, paths: Sequence[Path]) -> list[tuple[Document, bytes]]:
+    documents = []
+    for path in paths:
+        content = _optional(path)
+        if content is None:
+            raise BundleError("SOURCE_UNREADABLE", f"{path} does not exist")
+        try:
+            member, digest = f"{folder}/{path.name}", hashlib.sha256(content).hexdigest()
+            documents.append((Document(member=member, size=len(content), sha256=digest), content))
+        except ValidationError:
+            raise BundleError(
+                "MANIFEST_DOCUMENTS", f"{path} has a name or size that no document may have"
+            ) from None
+    return documents
+
+
+def _canaries(path: Path) -> tuple[Canary, ...]:
+    raw = _optional(path)
+    if raw is None:
+        return ()
+    strict_json.parse(raw, str(path))
+    try:
+        return TypeAdapter(tuple[Canary, ...]).validate_json(raw)
+    except ValidationError:
+        raise BundleError(
+            "MANIFEST_SCHEMA", f"{path} is not a list of objects with prompt, expected, match and max_tokens"
+        ) from None
+
+
+def _optional(path: Path) -> bytes | None:
+    if not path.exists():
+        return None
+    fd = open_source(path)
+    with open(fd, "rb") as stream:
+        return stream.read()
+
+
+def _compact(value: Mapping[str, object]) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"

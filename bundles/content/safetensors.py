@@ -1,0 +1,120 @@
+"""Whether a safetensors file is what its header says: every byte of data owned by one tensor of known type.
+
+Source: safetensors format description (8-byte little-endian header length, JSON header, contiguous data).
+"""
+
+import os
+import struct
+from collections.abc import Mapping
+from math import prod
+from typing import NamedTuple
+
+from bundles.format import strict_json
+from bundles.format.chunks import Extent, read_extent
+from bundles.format.errors import BundleError
+
+MAX_HEADER = 100_000_000
+_PREFIX = 8
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64,
+}  # fmt: skip
+
+
+class Tensor(NamedTuple):
+    """A tensor's type, shape and place in the data, bytes from the data's beginning."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def header_end(prefix: bytes, size: int, path: str) -> int:
+    """Bytes from the file's beginning to the end of its header, told by its first eight.
+
+    Raises:
+        BundleError: SAFETENSORS_HEADER.
+    """
+    if len(prefix) < _PREFIX:
+        raise BundleError("SAFETENSORS_HEADER", f"{path} is too short for a safetensors file")
+    (length,) = struct.unpack("<Q", prefix[:_PREFIX])
+    if length > MAX_HEADER or length > size - _PREFIX:
+        raise BundleError("SAFETENSORS_HEADER", f"{path} announces a header of {length} bytes")
+    return _PREFIX + int(length)
+
+
+def read_tensors(fd: int, size: int, path: str) -> tuple[Tensor, ...]:
+    """The tensors of an open file of `size` bytes, in the order of their data.
+
+    Raises:
+        BundleError: SAFETENSORS_HEADER, SAFETENSORS_TENSOR, SAFETENSORS_OVERLAP, SAFETENSORS_HOLE,
+            SAFETENSORS_SIZE, or a JSON code.
+    """
+    end = header_end(os.pread(fd, _PREFIX, 0), size, path)
+    raw = b"".join(read_extent(fd, Extent(_PREFIX, end - _PREFIX)))
+    header = strict_json.parse_object(raw, f"the header of {path}")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise BundleError("SAFETENSORS_HEADER", f"{path} has metadata that is not text")
+    tensors = sorted(
+        (_tensor(name, entry, path) for name, entry in header.items()), key=lambda t: (t.begin, t.end)
+    )
+    _check_cover(tensors, size - end, path)
+    return tuple(tensors)
+
+
+def _tensor(name: str, entry: object, path: str) -> Tensor:
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if (
+            not rest
+        ):
+            if all(type(dim) is int and dim >= 0 for dim in shape) and 0 <= begin <= end:
+                _check_bytes(name, dtype, shape, end - begin, path)
+                return Tensor(name, dtype, tuple(shape), begin, end)
+    raise BundleError("SAFETENSORS_TENSOR", f"{path} describes the tensor {name[:80]!a} in an unknown form")
+
+
+def _check_bytes(name: str, dtype: str, shape: list[int], length: int, path: str) -> None:
+    if dtype not in _BITS:
+        raise BundleError("SAFETENSORS_TENSOR", f"{path}: {name[:80]!a} has the unknown type {dtype[:16]!a}")
+    if prod(shape) * _BITS[dtype] != 8 * length:
+        raise BundleError("SAFETENSORS_SIZE", f"{path}: {name[:80]!a} has other bytes than its shape needs")
+
+
+def _check_cover(tensors: list[Tensor], data: int, path: str) -> None:
+    position = 0
+    for tensor in tensors:
+        if tensor.begin < position:
+            raise BundleError("SAFETENSORS_OVERLAP", f"{path}: {tensor.name[:80]!a} overlaps another tensor")
+        if tensor.begin > position:
+            raise BundleError("SAFETENSORS_HOLE", f"{path} has bytes that belong to no tensor")
+        position = tensor.end
+    if position != data:
+        code = "SAFETENSORS_HOLE" if position < data else "SAFETENSORS_SIZE"
+        raise BundleError(code, f"{path} has {data} bytes of data, its tensors need {position}")
+
+
+def check_index(index: Mapping[str, object], shards: Mapping[str, frozenset[str]], path: str) -> None:
+    """Refuse a weights index that names a shard or tensor that is not there.
+
+    Args:
+        index: the parsed `*.safetensors.index.json`.
+        shards: names of the tensors in each weights file, by path.
+
+    Raises:
+        BundleError: INDEX_SHARD_ABSENT, INDEX_SCHEMA.
+    """
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise BundleError("INDEX_SCHEMA", f"{path} has no weight_map")
+    folder = path.rpartition("/")[0]
+    for tensor, shard in weight_map.items():
+        full = f"{folder}/{shard}" if folder else str(shard)
+        if full not in shards:
+            raise BundleError("INDEX_SHARD_ABSENT", f"{path} names the shard {full[:120]!a}, which is not there")
+        if tensor not in shards[full]:
+            raise BundleError("INDEX_SHARD_ABSENT", f"{path} looks for {tensor[:80]!a} in the wrong shard")
