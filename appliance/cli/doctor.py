@@ -1,0 +1,187 @@
+"""`cloister doctor`: looks at this machine and a home directory; each finding says what to do about it."""
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import socket
+import sqlite3
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from appliance.cli.failure import FAILED
+from appliance.cli.output import emit, printable, size
+from appliance.cli.serve import socket_room
+
+_GIB = 1 << 30
+_SOCKETS = ("control.sock", "admin.sock", "login.sock", "importer.sock", "engine-host.sock")
+_TORCH = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.get_num_threads())"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        check: what was looked at.
+        level: OK, WARN or FAIL.
+        found: what is there.
+        remedy: what to do; empty with OK.
+    """
+
+    check: str
+    level: str
+    found: str
+    remedy: str = ""
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `cloister doctor`."""
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    home = args.home.resolve()
+    findings = [check(home) for check in CHECKS]
+    emit(args, [asdict(finding) for finding in findings], "\n".join(_shown(f) for f in findings))
+    return FAILED if any(f.level == "FAIL" for f in findings) else 0
+
+
+def _shown(finding: Finding) -> str:
+    line = f"{finding.level:<5} {finding.check:<10} {printable(finding.found)}"
+    return f"{line}\n{'':17}{printable(finding.remedy)}" if finding.remedy else line
+
+
+def _python(_: Path) -> Finding:
+    return Finding("python", "OK", f"{platform.python_version()}, {sys.executable}")
+
+
+def _torch(_: Path) -> Finding:
+    """In a process of its own: a torch that crashes on this CPU must not take the doctor along."""
+    try:
+        command = [sys.executable, "-P", "-c", _TORCH]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding(
+            "torch", "FAIL", "does not load within 120 s", "look at the disk and memory of this machine"
+        )
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        return Finding(
+            "torch", "FAIL", last, "install the server extra: ./install.sh --demo, or pip install '.[server]'"
+        )
+    version, cuda, threads = done.stdout.split()
+    return Finding(
+        "torch", "OK", f"{version}, CUDA {'usable' if cuda == 'True' else 'not usable'}, {threads} threads"
+    )
+
+
+def _cpu(_: Path) -> Finding:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return Finding("cpu", "WARN", f"{platform.machine()}, flags unknown", "only Linux is measured and tested")
+    flags = set(re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.M)[0].split()) if text else set()
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "sha_ni", "asimd", "sha2") if f in flags]
+    found = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {' '.join(known) or 'no vector flags'}"
+    if not {"avx2", "asimd"} & flags:
+        return Finding("cpu", "WARN", found, "without AVX2 models run, slowly; choose a newer machine")
+    return Finding("cpu", "OK", found)
+
+
+def _memory(_: Path) -> Finding:
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = f"{size(free)} free of {size(total)}"
+    if total < 2 * _GIB:
+        return Finding("memory", "WARN", found, "2 GiB is the least that the processes and a small model need")
+    return Finding("memory", "OK", found)
+
+
+def _sqlite(_: Path) -> Finding:
+    """STRICT tables came with 3.37."""
+    version = sqlite3.sqlite_version
+    if sqlite3.sqlite_version_info < (3, 37):
+        return Finding("sqlite", "FAIL", version, "use a Python built with SQLite 3.37 or newer")
+    return Finding("sqlite", "OK", version)
+
+
+def _disk(home: Path) -> Finding:
+    place = next(path for path in (home, *home.parents) if path.exists())
+    free = shutil.disk_usage(place).free
+    found = f"{size(free)} free where {place} lies"
+    if free < _GIB:
+        return Finding(
+            "disk", "FAIL", found, "free some space: imports and the audit log stop when the disk is full"
+        )
+    if free < 10 * _GIB:
+        return Finding("disk", "WARN", found, "models are large; choose a home on a larger disk")
+    return Finding("disk", "OK", found)
+
+
+def _home(home: Path) -> Finding:
+    if not home.exists():
+        return Finding("home", "WARN", f"{home} does not exist", "make it with `cloister init`")
+    if not (home / "control").is_dir():
+        return Finding("home", "WARN", f"{home} is not initialised", "run `cloister init`")
+    for path in (home, *(home / name for name in ("run", "control", "gateway", "trust", "store"))):
+        if not path.exists():
+            continue
+        facts = path.stat()
+        if facts.st_uid != os.getuid():
+            return Finding("home", "FAIL", f"{path} belongs to user {facts.st_uid}", "run as the user who made it")
+        mode = stat.S_IMODE(facts.st_mode)
+        if mode & 0o077:
+            return Finding(
+                "home", "FAIL", f"{path} has mode {mode:04o}", f"others can enter it: chmod 0700 {path}"
+            )
+    return Finding("home", "OK", str(home))
+
+
+def _sockets(home: Path) -> Finding:
+    room = socket_room(home)
+    if room < 0:
+        remedy = f"choose a home whose path is {-room} bytes shorter"
+        return Finding("sockets", "FAIL", f"paths in {home / 'run'} exceed the kernel's 107 bytes", remedy)
+    return Finding("sockets", "OK", f"{room} bytes of path to spare")
+
+
+def _processes(home: Path) -> Finding:
+    """Each socket is connected to; none that answers is the ordinary state of a stopped appliance."""
+    silent = [name for name in _SOCKETS if not _answers(home / "run" / name)]
+    if not silent:
+        return Finding("processes", "OK", "all answer")
+    if len(silent) == len(_SOCKETS):
+        return Finding(
+            "processes", "WARN", "none answers: the appliance is not running", "start it: `cloister serve`"
+        )
+    remedy = f"read the logs in {home / 'logs'}"
+    return Finding("processes", "FAIL", f"no answer on {', '.join(silent)}", remedy)
+
+
+def _answers(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(2)
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+CHECKS: tuple[Callable[[Path], Finding], ...] = (
+    _python,
+    _torch,
+    _cpu,
+    _memory,
+    _sqlite,
+    _disk,
+    _home,
+    _sockets,
+    _processes,
+)

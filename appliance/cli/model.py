@@ -1,0 +1,106 @@
+"""`cloister model`: deployments, that is model versions made to run."""
+
+import argparse
+import time
+from collections.abc import Iterable
+
+import grpc
+
+from appliance.cli.arguments import positive
+from appliance.cli.output import emit, plain, table
+from appliance.client.admin import AdminClient
+from appliance.errors import CloisterError
+from appliance.protos import admin_pb2
+
+_POLL_S = 0.1
+_WAITING = {"loading", "restarting", "draining"}
+_SIZES = ("kv_blocks", "block_size", "max_step_tokens", "max_running", "max_context_tokens", "threads")
+
+
+def register(parser: argparse.ArgumentParser) -> None:
+    """The verbs of `cloister model`."""
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    verbs.add_parser("list", help="the deployments and their states").set_defaults(run=_list)
+    load = verbs.add_parser("load", help="make a deployment of a model version and wait until it is ready")
+    load.add_argument("version", metavar="MODEL", help="name@version, a name for its newest version, or a digest")
+    load.add_argument("--as", dest="name", required=True, metavar="NAME", help="name of the deployment")
+    load.add_argument(
+        "--backend", default="", metavar="NAME", help="cpu or reference; the host chooses when absent"
+    )
+    load.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"), metavar="float32|bfloat16")
+    load.add_argument(
+        "--deterministic", action="store_true", help="same output bit for bit, whatever shares the batch; slower"
+    )
+    load.add_argument("--kv-blocks", type=positive, default=0, metavar="N", help="pages of the KV cache")
+    load.add_argument("--block-size", type=positive, default=0, metavar="N", help="tokens per KV page")
+    load.add_argument("--max-step-tokens", type=positive, default=0, metavar="N", help="most tokens in one step")
+    load.add_argument("--max-running", type=positive, default=0, metavar="N", help="most requests in one step")
+    load.add_argument(
+        "--max-context-tokens", type=positive, default=0, metavar="N", help="prompt and answer together"
+    )
+    load.add_argument("--threads", type=positive, default=0, metavar="N", help="threads of the worker")
+    load.add_argument("--no-wait", action="store_true", help="return once the deployment is recorded")
+    load.set_defaults(run=_load)
+    unload = verbs.add_parser("unload", help="end a deployment")
+    unload.add_argument("name", metavar="NAME")
+    unload.set_defaults(run=_unload)
+
+
+def deployments_table(deployments: Iterable[admin_pb2.Deployment]) -> str:
+    """The deployments for people; why one failed stands under the table."""
+    found = list(deployments)
+    if not found:
+        return "no deployments; `cloister model load` makes one"
+    rows = [(d.name, d.model_version, d.state, d.options.backend, d.max_context_tokens, d.restarts) for d in found]
+    reasons = [f"{d.name}: {d.reason}: {d.message}" for d in found if d.reason]
+    return "\n".join([table(("deployment", "model", "state", "backend", "context", "restarts"), rows), *reasons])
+
+
+def _list(args: argparse.Namespace) -> int:
+    with AdminClient(args.home) as admin:
+        found = admin.models.ListDeployments(admin_pb2.ListDeploymentsRequest()).deployments
+    emit(args, [plain(d) for d in found], deployments_table(found))
+    return 0
+
+
+def _load(args: argparse.Namespace) -> int:
+    options = admin_pb2.DeploymentOptions(
+        backend=args.backend,
+        dtype=args.dtype,
+        deterministic=args.deterministic,
+        **{name: getattr(args, name) for name in _SIZES},
+    )
+    request = admin_pb2.LoadModelRequest(model_version=args.version, name=args.name, options=options)
+    with AdminClient(args.home) as admin:
+        deployment = admin.models.LoadModel(request).deployment
+        if not args.no_wait:
+            deployment = _wait(admin, args.name)
+    emit(args, plain(deployment), deployments_table([deployment]))
+    return 0
+
+
+def _wait(admin: AdminClient, name: str) -> admin_pb2.Deployment:
+    """The deployment once it is ready; a busy or absent engine-host is waited for.
+
+    Raises:
+        CloisterError: the deployment's own reason, when it failed; NOT_FOUND, when somebody unloaded it.
+    """
+    while True:
+        found = admin.models.ListDeployments(admin_pb2.ListDeploymentsRequest()).deployments
+        deployment = next((d for d in found if d.name == name), None)
+        if deployment is None:
+            raise CloisterError("DEPLOYMENT_GONE", f"{name} was unloaded meanwhile", grpc.StatusCode.ABORTED)
+        if deployment.state == "ready":
+            return deployment
+        if deployment.state == "failed":
+            raise CloisterError(
+                deployment.reason or "MODEL_FAILED", deployment.message, grpc.StatusCode.FAILED_PRECONDITION
+            )
+        time.sleep(_POLL_S)
+
+
+def _unload(args: argparse.Namespace) -> int:
+    with AdminClient(args.home) as admin:
+        admin.models.UnloadModel(admin_pb2.UnloadModelRequest(name=args.name))
+    emit(args, {"unloaded": args.name}, f"{args.name} unloaded")
+    return 0

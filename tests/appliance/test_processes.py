@@ -1,0 +1,230 @@
+"""The process table, and the supervisor that runs it, with real child processes of a few lines each."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from appliance.errors import CloisterError
+from appliance.logfile import LogFile
+from appliance.processes import LONGEST_SOCKET_NAME, TABLE, ProcessSpec, problems
+from appliance.supervisor import Report, RestartPolicy, Supervisor, sole_supervisor
+
+HASTY = RestartPolicy(first_delay=0.01, longest_delay=0.02, attempts=3)
+CHILD = """
+import os, signal, socket, sys, time
+def notify(text):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as s:
+        s.sendto(text, os.environ["NOTIFY_SOCKET"])
+def serve():
+    signal.signal(signal.SIGTERM, lambda *_: (notify(b"STOPPING=1"), sys.exit(0)))
+    notify(b"READY=1")
+    while True:
+        time.sleep(60)
+mode = sys.argv[1]
+if mode == "serve":
+    serve()
+elif mode == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    notify(b"READY=1")
+    while True:
+        time.sleep(60)
+elif mode == "fail":
+    print("cannot: the reason")
+    sys.exit(7)
+elif mode == "silent":
+    time.sleep(60)
+elif mode == "impostor":  # a child of the process speaks for it
+    if os.fork() == 0:
+        notify(b"READY=1")
+        os._exit(0)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))
+    for name in ("run", "logs", "code"):
+        (path / name).mkdir()
+    (path / "code" / "stand_in.py").write_text(CHILD)
+    monkeypatch.setenv("PYTHONPATH", str(path / "code"))
+    yield path
+    shutil.rmtree(path)
+
+
+def spec(name: str, mode: str = "serve", needs: tuple[str, ...] = (), within: float = 20.0) -> ProcessSpec:
+    return ProcessSpec(name, "stand_in", (mode,), needs, ready_within=within, drain_within=within)
+
+
+class Running:
+    """A supervisor in the background, and what it reported."""
+
+    def __init__(self, home: Path, *specs: ProcessSpec) -> None:
+        self.reports: list[Report] = []
+        self.stopping = asyncio.Event()
+        self.ready = asyncio.Event()
+        self._changed = asyncio.Event()
+        supervisor = Supervisor(specs, home, "127.0.0.1:0", self._report, HASTY)
+        self.task = asyncio.create_task(supervisor.run(self.stopping, self.ready.set))
+
+    def _report(self, report: Report) -> None:
+        self.reports.append(report)
+        self._changed.set()
+
+    def states(self, name: str) -> list[str]:
+        return [r.state for r in self.reports if r.process == name]
+
+    async def until(self, name: str, state: str, times: int = 1) -> Report:
+        while self.states(name).count(state) < times:
+            self._changed.clear()
+            await asyncio.wait_for(self._changed.wait(), 30)
+        return [r for r in self.reports if (r.process, r.state) == (name, state)][times - 1]
+
+
+@asynccontextmanager
+async def running(home: Path, *specs: ProcessSpec) -> AsyncIterator[Running]:
+    run = Running(home, *specs)
+    try:
+        yield run
+    finally:
+        run.stopping.set()
+        await run.task
+
+
+def test_the_table_starts_what_is_needed_first() -> None:
+    assert list(problems(TABLE)) == []
+    assert [s.name for s in TABLE] == ["control", "importer", "engine-host", "gateway"]
+
+
+def test_a_table_with_a_need_that_comes_later_is_reported() -> None:
+    found = list(problems((spec("a", needs=("b",)), spec("b"), spec("b"))))
+    assert found == ["a needs b, which does not come before it", "b is in the table twice"]
+
+
+def test_arguments_are_filled_in_and_the_current_directory_is_not_imported_from() -> None:
+    argv = {s.name: s.argv(Path("/srv/home"), "[::1]:1") for s in TABLE}
+    assert argv["engine-host"] == (
+        sys.executable, "-P", "-m", "engine.host", "--run", "/srv/home/run", "--store", "/srv/home/store",
+    )  # fmt: skip
+    assert argv["gateway"][3:] == ("appliance.gateway", "--home", "/srv/home", "--listen", "[::1]:1")
+
+
+def test_a_home_of_eighty_bytes_leaves_room_for_every_socket() -> None:
+    assert len("/" * 56 + "/run/") + LONGEST_SOCKET_NAME <= 107
+
+
+async def test_a_process_starts_when_what_it_needs_is_ready_and_they_drain_in_reverse(home: Path) -> None:
+    async with running(home, spec("first"), spec("second", needs=("first",))) as run:
+        await run.ready.wait()
+        order = [(r.process, r.state) for r in run.reports]
+        assert order == [("first", "starting"), ("first", "ready"), ("second", "starting"), ("second", "ready")]
+    ends = [(r.process, r.state, r.detail) for r in run.reports[4:]]
+    assert ends == [
+        ("second", "stopping", ""),
+        ("second", "stopped", "exit status 0"),
+        ("first", "stopping", ""),
+        ("first", "stopped", "exit status 0"),
+    ]
+
+
+async def test_a_killed_process_is_started_again(home: Path) -> None:
+    async with running(home, spec("only")) as run:
+        first = await run.until("only", "ready")
+        os.kill(first.pid, signal.SIGKILL)
+        second = await run.until("only", "ready", times=2)
+        assert second.pid != first.pid
+        assert (await run.until("only", "ended")).detail == "killed by SIGKILL"
+
+
+async def test_a_process_that_never_becomes_ready_is_named_with_the_end_of_its_log(home: Path) -> None:
+    run = Running(home, spec("good"), spec("bad", "fail"))
+    with pytest.raises(CloisterError) as error:
+        await run.task
+    assert error.value.code == "PROCESS_NOT_READY"
+    assert "bad did not become ready in 3 starts" in error.value.message
+    assert error.value.message.endswith("cannot: the reason")
+    assert run.states("bad").count("starting") == 3
+    assert run.states("good")[-1] == "stopped"
+
+
+@pytest.mark.parametrize("mode", ["silent", "impostor"])
+async def test_a_process_that_does_not_say_ready_itself_is_killed(home: Path, mode: str) -> None:
+    run = Running(home, spec("mute", mode, within=0.2))
+    with pytest.raises(CloisterError):
+        await run.task
+    assert "ready" not in run.states("mute")
+    assert (await run.until("mute", "killed")).detail == "not ready in 0.2 s"
+
+
+async def test_a_process_that_ignores_sigterm_is_killed_after_its_time(home: Path) -> None:
+    async with running(home, spec("stubborn", "stubborn", within=0.5)) as run:
+        await run.ready.wait()
+    assert (await run.until("stubborn", "stopped")).detail == "killed by SIGKILL"
+
+
+def test_children_die_with_a_killed_supervisor(home: Path) -> None:
+    code = (
+        "import asyncio, sys, pathlib\n"
+        "from appliance.supervisor import Supervisor\n"
+        "from appliance.processes import ProcessSpec\n"
+        "def report(r): print(r.state, r.pid, flush=True)\n"
+        "async def main():\n"
+        "    table = (ProcessSpec('child', 'stand_in', ('serve',)),)\n"
+        "    await Supervisor(table, pathlib.Path(sys.argv[1]), '', report).run(asyncio.Event(), lambda: None)\n"
+        "asyncio.run(main())\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, home], stdout=subprocess.PIPE, text=True) as supervisor:
+        assert supervisor.stdout is not None
+        pid = next(int(line.split()[1]) for line in supervisor.stdout if line.startswith("ready"))
+        descriptor = os.pidfd_open(pid)
+        supervisor.kill()
+    assert asyncio.run(_readable(descriptor)), "the child outlived its supervisor"
+    os.close(descriptor)
+
+
+async def _readable(descriptor: int) -> bool:
+    """A process's descriptor becomes readable when it ends; pidfd_open(2)."""
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_reader(descriptor, ended.set)
+    return await asyncio.wait_for(ended.wait(), 20)
+
+
+def test_a_home_is_served_once(home: Path) -> None:
+    with sole_supervisor(home), pytest.raises(CloisterError) as error, sole_supervisor(home):
+        pass
+    assert f"by process {os.getpid()}" in error.value.message
+    assert error.value.code == "ALREADY_RUNNING"
+    with sole_supervisor(home):
+        pass
+
+
+def test_a_log_rotates_by_size_and_keeps_three_older_files(tmp_path: Path) -> None:
+    log = LogFile(tmp_path / "x.log", max_bytes=10)
+    for number in range(6):
+        log.write(b"line %d\n" % number)
+    log.close()
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {
+        "x.log": "line 5\n",
+        "x.log.1": "line 4\n",
+        "x.log.2": "line 3\n",
+        "x.log.3": "line 2\n",
+    }
+    assert (tmp_path / "x.log").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_log_is_appended_to_and_shows_its_last_lines(tmp_path: Path) -> None:
+    for text in (b"one\ntwo\n", b"three\n"):
+        log = LogFile(tmp_path / "x.log")
+        log.write(text)
+        log.close()
+    assert LogFile(tmp_path / "x.log").last_lines(2) == ["two", "three"]
