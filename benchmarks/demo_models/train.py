@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.demo_models.evaluate import field_table, write_all
-from benchmarks.demo_models.notes import Note, draw, stream
+from benchmarks.demo_models.notes import Note, stream
 from benchmarks.demo_models.tokens import (
     ASSISTANT,
     BOS,
@@ -46,7 +46,7 @@ class Recipe:
     """All that decides a model: shape, data, schedule."""
 
     name: str
-    vocabulary: int = 1536
+    vocabulary: int = 1280
     hidden: int = 192
     layers: int = 5
     heads: int = 6
@@ -54,11 +54,12 @@ class Recipe:
     intermediate: int = 384
     context: int = 1024
     seed: int = 1
-    steps: int = 2800
+    steps: int = 2400
     rows: int = 32
     warmup: int = 100
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
+    invented: float = 0.6
     two_turns: float = 0.08
     system_prompts: float = 0.05
 
@@ -90,7 +91,7 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
     """The tokenizer, trained on the prompts and answers of 20 000 training notes."""
-    notes = draw(recipe.seed + 1, 20_000, "train")
+    notes = itertools.islice(stream(recipe.seed + 1, "train", invented=0.8), 20_000)
     return train_tokenizer((text for note in notes for text in (note.prompt, note.answer)), recipe.vocabulary)
 
 
@@ -122,8 +123,8 @@ def openings(tokenizer: Tokenizer) -> list[list[int]]:
 def rows(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Row]:
     """Conversations without end; a few have two turns. Short notes come first, to teach copying before reading."""
     rng = random.Random(recipe.seed)
-    easy = stream(recipe.seed + 2, "train", missing=0.6)
-    full = stream(recipe.seed + 3, "train")
+    easy = stream(recipe.seed + 2, "train", missing=0.6, invented=recipe.invented)
+    full = stream(recipe.seed + 3, "train", invented=recipe.invented)
     begins = [Row(ids, [False] * len(ids)) for ids in openings(tokenizer)]
     for index in itertools.count():
         notes = easy if index < recipe.rows * recipe.warmup * 2 else full

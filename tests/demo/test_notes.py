@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from benchmarks.demo_models.notes import DOMAINS, KEYS, SPLITS, draw, score
+from benchmarks.demo_models.notes import DOMAINS, KEYS, SPLITS, draw, score, stream
 from benchmarks.demo_models.notes.phrasings import wording
 from benchmarks.demo_models.notes.values import held_out
 
@@ -29,7 +29,7 @@ def test_the_same_seed_draws_the_same_notes_on_every_machine():
     text = "".join(note.prompt + note.answer for split in SPLITS for note in draw(3, 30, split))
     assert (
         hashlib.sha256(text.encode()).hexdigest()
-        == "12b2ac223efb1398560493fe37148e2d9f0c9632aaaabbb78f9f965833dfffd2"
+        == "9302c222c4f48611305c1cdf7811c2e4b3460270dc572b23f9d4e599d6c69b6c"
     )
 
 
@@ -92,6 +92,8 @@ def is_company(name):
 def test_training_and_held_out_notes_share_no_value():
     seen = {split: set(itertools.chain(*map(names_and_numbers, draw(4, 3000, split)))) for split in SPLITS}
     assert len(seen["train"]) > 5000
+    made_up = itertools.islice(stream(4, "train", invented=0.6), 1000)
+    seen["train"] |= set(itertools.chain(*map(names_and_numbers, made_up)))
     assert not seen["train"] & (seen["unseen_values"] | seen["unseen_templates"])
     assert not any(held_out(*pair) for pair in seen["train"])
     assert all(held_out(*pair) for pair in seen["unseen_values"] | seen["unseen_templates"])

@@ -13,7 +13,7 @@ from typing import Literal
 
 from benchmarks.demo_models.notes import values
 from benchmarks.demo_models.notes.phrasings import DATA, REGISTERS, Phrasing, Wording, wording
-from benchmarks.demo_models.notes.values import Value
+from benchmarks.demo_models.notes.values import Source, Value
 
 Split = Literal["train", "unseen_values", "unseen_templates"]
 Domain = Literal["claim", "ward", "payment"]
@@ -63,13 +63,15 @@ def draw(seed: int, count: int, split: Split = "unseen_values", domain: Domain |
     return list(itertools.islice(stream(seed, split, domain), count))
 
 
-def stream(seed: int, split: Split, domain: Domain | None = None, missing: float = MISSING) -> Iterator[Note]:
-    """Notes without end; `missing` is the chance that a note leaves a field out."""
+def stream(
+    seed: int, split: Split, domain: Domain | None = None, missing: float = MISSING, invented: float = 0.0
+) -> Iterator[Note]:
+    """Notes without end; `missing` is the chance to leave a field out, `invented` the share of made-up words."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     for index in itertools.count():
         rng = random.Random(f"notes:{seed}:{split}:{index}")
-        yield _Writer(rng, domain or DOMAINS[index % len(DOMAINS)], split).note(missing)
+        yield _Writer(rng, domain or DOMAINS[index % len(DOMAINS)], split, invented).note(missing)
 
 
 @functools.cache
@@ -81,14 +83,14 @@ def _instructions() -> dict[str, list[str]]:
 class _Writer:
     """Writes one note: chooses a register, states the fields it keeps, adds distractors, shuffles."""
 
-    def __init__(self, rng: random.Random, domain: Domain, split: Split) -> None:
+    def __init__(self, rng: random.Random, domain: Domain, split: Split, invented: float) -> None:
         self.rng = rng
         self.domain = domain
         self.table: Wording = wording(domain)
-        self.unseen_values = split != "train"
+        self.source = Source(rng, split != "train", invented)
         self.unseen_lines = split == "unseen_templates"
         self.register = rng.choices(REGISTERS, _REGISTER_ODDS)[0]
-        self.day = values.day(rng, self.unseen_values)
+        self.day = values.day(self.source)
 
     def note(self, missing: float) -> Note:
         stated = {slot: self.value(slot) for slot in self.kept(missing)}
@@ -131,28 +133,28 @@ class _Writer:
             return self.category(slot)
         kind = slot.removeprefix("other_")
         if kind == "amount":
-            return values.money(self.rng, self.unseen_values)
+            return values.money(self.source)
         if kind == "date":
             return values.date(self.rng, self.day if slot == "date" else self.other_day(), self.register)
         if slot == "dose":
-            return values.dose(self.rng, self.unseen_values)
+            return values.dose(self.source)
         return self.named(slot, kind)
 
     def other_day(self) -> datetime.date:
         """A day for a distractor: claims are handled after the loss, patients come in before their review."""
-        return values.day_near(self.rng, self.unseen_values, self.day, 1 if self.domain == "claim" else -1)
+        return values.day_near(self.source, self.day, 1 if self.domain == "claim" else -1)
 
     def named(self, slot: str, kind: str) -> Value:
         """A value that the answer copies as it is: a name or a number on paper."""
         if slot in _IDENTIFIERS:
-            text = values.identifier(self.rng, self.unseen_values, _IDENTIFIERS[slot])
+            text = values.identifier(self.source, _IDENTIFIERS[slot])
         elif slot in ("payer", "payee") and self.rng.random() < 0.55:
-            text = values.company(self.rng, self.unseen_values)
+            text = values.company(self.source)
         elif slot in _PEOPLE:
-            name = values.person(self.rng, self.unseen_values)
+            name = values.person(self.source)
             return Value(values.written_person(self.rng, name, self.register), {slot: name})
         else:
-            text = {"drug": values.drug, "ward": values.ward}[kind](self.rng, self.unseen_values)
+            text = {"drug": values.drug, "ward": values.ward}[kind](self.source)
         return Value(text, {slot: text})
 
     def category(self, slot: str) -> Value:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from benchmarks.demo_models.notes.phrasings import DATA
 
+_SYLLABLE = ("onsets", "vowels", "codas")
 _FIRST_DAY = datetime.date(2023, 1, 1)
 _DAYS = 4 * 365
 _CAPITALS = "ABCDEFGHJKLMNPRSTUVWXYZ"
@@ -48,24 +49,59 @@ def _tables() -> dict[str, list[str]]:
     return tables
 
 
-def _on_side(kind: str, unseen: bool, make: Callable[[], str]) -> str:
-    """Draw until the value is on the wanted side of the split."""
-    while True:
-        value = make()
-        if held_out(kind, value) == unseen:
-            return value
+@functools.cache
+def _trained(name: str) -> tuple[str, ...]:
+    kinds = ("first", "surname", "drug")
+    return tuple(word for word in _table(name) if not any(held_out(kind, word) for kind in kinds))
 
 
-def _surname(rng: random.Random) -> str:
-    if rng.random() < 0.3:
-        return rng.choice(_table("surnames"))
-    return rng.choice(_table("surname_heads")) + rng.choice(_table("surname_tails"))
+@dataclass(frozen=True)
+class Source:
+    """Where a note's values come from: its random numbers, its side of the split, and the share of made-up words.
+
+    Words made up for training (`invented`) are the reason why the model copies names instead of knowing them.
+    """
+
+    rng: random.Random
+    unseen: bool
+    invented: float = 0.0
+
+    def on_side(self, kind: str, make: Callable[[], str]) -> str:
+        """Draw until the value is on the wanted side of the split."""
+        while True:
+            value = make()
+            if held_out(kind, value) == self.unseen:
+                return value
+
+    def word(self, table: str) -> str:
+        """A word of a table, or one made up."""
+        if self.rng.random() >= self.invented:
+            return self.rng.choice(_table(table))
+        return self.spliced(table) if self.rng.random() < 0.5 else self.syllables()
+
+    def spliced(self, table: str) -> str:
+        """The head of one word of a table and the tail of another."""
+        head, tail = self.rng.choice(_trained(table)), self.rng.choice(_trained(table))
+        word = head[: self.rng.randrange(1, len(head))] + tail[self.rng.randrange(1, len(tail)) :].lower()
+        return " ".join(word.split())
+
+    def syllables(self) -> str:
+        """One to four syllables of no language."""
+        syllables = self.rng.choice((1, 2, 2, 3, 3, 4))
+        return "".join(self.rng.choice(_table(part)) for part in _SYLLABLE * syllables).capitalize()
 
 
-def person(rng: random.Random, unseen: bool) -> str:
+def _surname(source: Source) -> str:
+    if source.rng.random() < max(0.3, source.invented):
+        return source.word("surnames")
+    return source.rng.choice(_table("surname_heads")) + source.rng.choice(_table("surname_tails"))
+
+
+def person(source: Source) -> str:
     """A full name; its first name and its surname are both on the wanted side."""
-    first = _on_side("first", unseen, lambda: rng.choice(_table("first_names")))
-    last = _on_side("surname", unseen, lambda: _surname(rng))
+    rng = source.rng
+    first = source.on_side("first", lambda: source.word("first_names"))
+    last = source.on_side("surname", lambda: _surname(source))
     middle = f"{rng.choice(_CAPITALS)}. " if rng.random() < 0.1 else ""
     return f"{first} {middle}{last}"
 
@@ -78,24 +114,24 @@ def written_person(rng: random.Random, name: str, register: str) -> str:
     return f"{last}, {given}"
 
 
-def company(rng: random.Random, unseen: bool) -> str:
+def company(source: Source) -> str:
     """A firm's name, like `Northwind Freight GmbH` or `Hartwell & Sons Ltd`."""
+    rng = source.rng
 
     def make() -> str:
         form = rng.choice(_table("company_forms"))
         if rng.random() < 0.35:
-            tail = rng.choice(
-                ("& Sons", "& Daughters", "Brothers", "& Partners", rng.choice(_table("company_trades")))
-            )
-            return f"{_surname(rng)} {tail} {form}"
-        return f"{rng.choice(_table('company_words'))} {rng.choice(_table('company_trades'))} {form}"
+            tail = rng.choice(("& Sons", "& Daughters", "Brothers", "& Partners", source.word("company_trades")))
+            return f"{_surname(source)} {tail} {form}"
+        return f"{source.word('company_words')} {source.word('company_trades')} {form}"
 
-    return _on_side("company", unseen, make)
+    return source.on_side("company", make)
 
 
-def identifier(rng: random.Random, unseen: bool, kind: str) -> str:
+def identifier(source: Source, kind: str) -> str:
     """A policy number, payment reference or foreign reference (`kind`: policy, reference, other)."""
-    return _on_side(kind, unseen, lambda: _fill(rng, rng.choice(_table(f"{kind}_shapes"))))
+    rng = source.rng
+    return source.on_side(kind, lambda: _fill(rng, rng.choice(_table(f"{kind}_shapes"))))
 
 
 def _fill(rng: random.Random, shape: str) -> str:
@@ -104,14 +140,15 @@ def _fill(rng: random.Random, shape: str) -> str:
     return "".join(rng.choice("0123456789") if c == "9" else c for c in shape)
 
 
-def money(rng: random.Random, unseen: bool) -> Value:
+def money(source: Source) -> Value:
     """An amount with its currency, from 12.00 to about 250 000.00."""
+    rng = source.rng
 
     def make() -> str:
         whole = int(12 * 10 ** (rng.random() * 4.3))
         return f"{whole}.{rng.choice(('00', '00', '50', f'{rng.randrange(100):02d}'))}"
 
-    amount = _on_side("amount", unseen, make)
+    amount = source.on_side("amount", make)
     currency = rng.choice(_CURRENCIES)
     return Value(_written_money(rng, amount, currency), {"amount": amount, "currency": currency})
 
@@ -132,21 +169,23 @@ def _written_money(rng: random.Random, amount: str, currency: str) -> str:
     return rng.choice(forms)
 
 
-def day(rng: random.Random, unseen: bool) -> datetime.date:
+def day(source: Source) -> datetime.date:
     """Any day from 2023 to 2026 that is on the wanted side."""
-    return _day_among(rng, unseen, _FIRST_DAY, range(_DAYS))
+    return _day_among(source, _FIRST_DAY, range(_DAYS))
 
 
-def day_near(rng: random.Random, unseen: bool, other: datetime.date, direction: int) -> datetime.date:
+def day_near(source: Source, other: datetime.date, direction: int) -> datetime.date:
     """A day some weeks after (`direction` 1) or before (-1) another one."""
-    return _day_among(rng, unseen, other, range(direction, 46 * direction, direction))
+    return _day_among(source, other, range(direction, 46 * direction, direction))
 
 
-def _day_among(rng: random.Random, unseen: bool, start: datetime.date, offsets: range) -> datetime.date:
+def _day_among(source: Source, start: datetime.date, offsets: range) -> datetime.date:
+    rng = source.rng
+
     def make() -> str:
         return str(start + datetime.timedelta(rng.choice(offsets)))
 
-    return datetime.date.fromisoformat(_on_side("date", unseen, make))
+    return datetime.date.fromisoformat(source.on_side("date", make))
 
 
 def date(rng: random.Random, chosen: datetime.date, register: str) -> Value:
@@ -177,40 +216,43 @@ def _ordinal(number: int) -> str:
     return {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
 
 
-def drug(rng: random.Random, unseen: bool) -> str:
+def drug(source: Source) -> str:
     """A medicine: a real generic name or one composed of the stems that generic names use."""
+    rng = source.rng
 
     def make() -> str:
-        if rng.random() < 0.5:
-            return rng.choice(_table("drugs"))
+        if rng.random() < max(0.5, source.invented):
+            return source.word("drugs")
         middle = rng.choice(_table("drug_middles")) if rng.random() < 0.6 else ""
         return rng.choice(_table("drug_heads")) + middle + rng.choice(_table("drug_tails"))
 
-    return _on_side("drug", unseen, make)
+    return source.on_side("drug", make)
 
 
-def dose(rng: random.Random, unseen: bool) -> Value:
+def dose(source: Source) -> Value:
     """A strength with its unit; the gold has one space and the short unit."""
+    rng = source.rng
 
     def make() -> str:
         unit = rng.choice(("mg", "mg", "mg", "mg", "mcg", "ml", "g", "units"))
         return f"{rng.choice(_table('strengths_' + unit))} {unit}"
 
-    gold = _on_side("dose", unseen, make)
+    gold = source.on_side("dose", make)
     number, unit = gold.split(" ")
     text = rng.choice((gold, gold, gold.replace(" ", "") if unit != "units" else gold, f"{number} {_UNITS[unit]}"))
     return Value(text, {"dose": gold})
 
 
-def ward(rng: random.Random, unseen: bool) -> str:
+def ward(source: Source) -> str:
     """A ward's name, like `Maple Ward`, `Ward 7B` or `Stroke Unit 2`."""
+    rng = source.rng
 
     def make() -> str:
         style = rng.random()
         if style < 0.4:
-            return f"{rng.choice(_table('ward_names'))} {rng.choice(_table('ward_kinds'))}"
+            return f"{source.word('ward_names')} {rng.choice(_table('ward_kinds'))}"
         if style < 0.7:
             return f"Ward {rng.randrange(1, 40)}{rng.choice(('', 'A', 'B', 'C', 'D', 'E', 'F', 'K'))}"
-        return f"{rng.choice(_table('ward_units'))} Unit{rng.choice(('', '', f' {rng.randrange(1, 10)}'))}"
+        return f"{source.word('ward_units')} Unit{rng.choice(('', '', f' {rng.randrange(1, 10)}'))}"
 
-    return _on_side("ward", unseen, make)
+    return source.on_side("ward", make)
