@@ -8,6 +8,7 @@ from appliance.control.audit.errors import AuditTamperedError
 from appliance.control.audit.head import load_public_key, make_key
 from appliance.control.audit.log import AuditLog
 from appliance.control.audit.record import AuditRecordError, Receipt, Record, Stamp, StoredRecord
+from appliance.control.audit.verification import Verdict, verify
 
 __all__ = [
     "AuditLog",
@@ -19,6 +20,8 @@ __all__ = [
     "Stamp",
     "StoredRecord",
     "SystemClock",
+    "Verdict",
     "load_public_key",
     "make_key",
+    "verify",
 ]

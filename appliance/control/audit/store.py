@@ -1,8 +1,8 @@
 """The tables of audit.db, and the one connection that writes them.
 
 One connection writes and checkpoints; all others are read-only with automatic checkpoints off. That is a rule, not
-a taste: SQLite 3.7.0 to 3.51.2 can corrupt a WAL database that two connections write or checkpoint at once, and the
-SQLite of most distributions is older than the fix.
+a taste: SQLite 3.7.0 to 3.51.2 can corrupt a WAL database that two connections write or checkpoint at once, and
+the SQLite of most distributions is older than the fix.
 
 Source: sqlite.org, "Write-Ahead Logging" and release notes of 3.51.3; STRICT tables.
 """

@@ -19,7 +19,7 @@ class BadRow(Exception):  # noqa: N818  # a finding, not a failure
 
     Attributes:
         sequence: the number the row should have.
-        row: the row that stands there, or None when none does.
+        row: the row that stands there or, when none does, the next one, if any.
     """
 
     def __init__(self, sequence: int, row: Row | None, what: str) -> None:
@@ -51,7 +51,7 @@ class Walk:
         for row in rows:
             sequence, body = self.sequence + 1, row[11]
             if row[0] != sequence:
-                raise BadRow(sequence, None, f"the next record is number {row[0]}")
+                raise BadRow(sequence, row, f"it is not there, the next is number {row[0]}")
             if not isinstance(body, bytes):
                 raise BadRow(sequence, row, "it has no body")
             leaf = sha256(b"\x00" + body).digest()
