@@ -1,0 +1,42 @@
+"""Client of a Cloister appliance: chat, generate and list models over mutual TLS. Needs grpcio and protobuf only.
+
+Example:
+    >>> from appliance.client import Client
+    >>> with Client.from_dir("credentials") as client:
+    ...     for text in client.chat("notes", [{"role": "user", "content": "Hello"}], temperature=0):
+    ...         print(text, end="", flush=True)
+"""
+
+from appliance.client.aio import AsyncClient, AsyncStream
+from appliance.client.requests import Options
+from appliance.client.results import (
+    Accepted,
+    Completed,
+    Completion,
+    Finished,
+    Message,
+    Model,
+    Receipt,
+    Timings,
+    Usage,
+)
+from appliance.client.sync import Client, Stream
+from appliance.errors import CloisterError
+
+__all__ = [
+    "Accepted",
+    "AsyncClient",
+    "AsyncStream",
+    "Client",
+    "CloisterError",
+    "Completed",
+    "Completion",
+    "Finished",
+    "Message",
+    "Model",
+    "Options",
+    "Receipt",
+    "Stream",
+    "Timings",
+    "Usage",
+]

@@ -1,0 +1,191 @@
+"""The asynchronous client."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Self, Unpack
+
+import grpc
+
+from appliance.client.connection import OPTIONS, Connection, connection, connection_from
+from appliance.client.requests import DEFAULT_TIMEOUT_S, Options, chat_request, generate_request
+from appliance.client.results import Completion, Message, Model, read_models
+from appliance.client.transcript import Transcript
+from appliance.errors import CloisterError, from_rpc_error
+from appliance.protos import inference_pb2 as api
+from appliance.protos import inference_pb2_grpc
+
+_Call = (
+    grpc.aio.UnaryStreamCall[api.GenerateRequest, api.GenerateResponse]
+    | grpc.aio.UnaryStreamCall[api.ChatRequest, api.ChatResponse]
+)
+
+
+class AsyncStream(Transcript, AsyncIterator[str]):
+    """One answer: an asynchronous iterator of text as it is generated, then its facts.
+
+    Example:
+        >>> stream = client.chat("notes", [{"role": "user", "content": "Hello"}])
+        >>> async for text in stream:
+        ...     print(text, end="", flush=True)
+        >>> stream.usage.completion_tokens, stream.receipt.audit_sequence
+    """
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__()
+        self._call = call
+        self._cancelled = False
+
+    async def __anext__(self) -> str:
+        """The next piece of text; never empty.
+
+        Raises:
+            CloisterError: the request was refused, failed, or was cancelled with `cancel`.
+            StopAsyncIteration: the answer is complete, and so are the stream's facts.
+        """
+        try:
+            async for event in self._call:
+                if text := self._take(event):
+                    return text
+            self._take_trailers(await self._call.trailing_metadata() or ())
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        except asyncio.CancelledError:
+            if not self._cancelled:
+                self._call.cancel()
+                raise
+            raise CloisterError("CANCELLED", "the stream was cancelled", grpc.StatusCode.CANCELLED) from None
+        raise StopAsyncIteration
+
+    async def result(self) -> Completion:
+        """The whole answer, once it is there."""
+        async for _ in self:
+            pass
+        return self._completion()
+
+    def cancel(self) -> None:
+        """Give up the answer; the appliance stops computing it within one step."""
+        self._cancelled = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class AsyncClient:
+    """A tenant's application at one appliance, for one event loop.
+
+    Use it in `async with`, or await `close`.
+
+    Args:
+        address: host:port of the gateway.
+        ca: PEM of the authority that signed the gateway's certificate.
+        certificate: PEM of the application's certificate.
+        key: PEM of its private key.
+        api_key: the application's API key.
+
+    Example:
+        >>> from appliance.client import AsyncClient
+        >>> async with AsyncClient.from_dir("credentials") as client:
+        ...     async for text in client.chat("notes", [{"role": "user", "content": "Hello"}]):
+        ...         print(text, end="", flush=True)
+    """
+
+    def __init__(self, address: str, *, ca: bytes, certificate: bytes, key: bytes, api_key: str) -> None:
+        self._open(connection(address, ca, certificate, key, api_key))
+
+    @classmethod
+    def from_dir(cls, path: Path | str, address: str | None = None) -> Self:
+        """A client made from the directory that `cloister key issue --out DIR` wrote.
+
+        Args:
+            path: the directory.
+            address: host:port, when it is not the one in the directory.
+
+        Raises:
+            CloisterError: CREDENTIALS_MISSING, or ADDRESS_MISSING.
+        """
+        client = cls.__new__(cls)
+        client._open(connection_from(path, address))
+        return client
+
+    def chat(
+        self, model: str, messages: Iterable[Message | Mapping[str, str]], **options: Unpack[Options]
+    ) -> AsyncStream:
+        """An answer to a conversation whose last message is the user's; see `Options`.
+
+        Returns at once; refusals are raised by the stream.
+
+        Example:
+            >>> (await client.chat("notes", [{"role": "user", "content": "Hello"}]).result()).text
+        """
+        request = chat_request(model, messages, options)
+        call = self._stub(options).Chat(
+            request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
+        )
+        return AsyncStream(call)
+
+    def generate(
+        self,
+        model: str,
+        text: str | None = None,
+        *,
+        token_ids: Iterable[int] | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncStream:
+        """A continuation of a raw prompt, either text or token ids; no chat template is applied. See `Options`.
+
+        Returns at once; refusals are raised by the stream.
+
+        Example:
+            >>> (await client.generate("notes", "Once upon a time", max_tokens=32, seed=7).result()).text
+        """
+        request = generate_request(model, text, token_ids, options)
+        call = self._stub(options).Generate(
+            request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
+        )
+        return AsyncStream(call)
+
+    async def list_models(self, timeout: float | None = DEFAULT_TIMEOUT_S) -> tuple[Model, ...]:
+        """The models that this application may use, by name.
+
+        Raises:
+            CloisterError: the appliance refused, or is not there.
+        """
+        try:
+            response = await self._stub({}).ListModels(
+                api.ListModelsRequest(), timeout=timeout, metadata=self._connection.metadata
+            )
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        return read_models(response)
+
+    async def close(self) -> None:
+        """Hang up; running streams are cancelled."""
+        for channel in self._channels.values():
+            await channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    def _open(self, where: Connection) -> None:
+        self._connection = where
+        self._channels = {
+            retry: grpc.aio.secure_channel(where.address, where.credentials, options=options)
+            for retry, options in OPTIONS.items()
+        }
+
+    def _stub(self, options: Options) -> inference_pb2_grpc.InferenceServiceAsyncStub:
+        """Of the channel that sends again, or of the one that does not; a channel connects when first used."""
+        return inference_pb2_grpc.InferenceServiceStub(self._channels[options.get("retry", True)])

@@ -1,0 +1,188 @@
+"""The synchronous client."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, Unpack
+
+import grpc
+
+from appliance.client.connection import OPTIONS, Connection, connection, connection_from
+from appliance.client.requests import DEFAULT_TIMEOUT_S, Options, chat_request, generate_request
+from appliance.client.results import Completion, Message, Model, read_models
+from appliance.client.transcript import Transcript
+from appliance.errors import from_rpc_error
+from appliance.protos import inference_pb2 as api
+from appliance.protos import inference_pb2_grpc
+
+
+class _Call(Protocol):
+    """A server-streaming call, of either kind of answer."""
+
+    def __iter__(self) -> Iterator[api.GenerateResponse | api.ChatResponse]: ...
+
+    def trailing_metadata(self) -> Iterable[tuple[str, str | bytes]] | None: ...
+
+    def cancel(self) -> object: ...
+
+
+class Stream(Transcript, Iterator[str]):
+    """One answer: an iterator of text as it is generated, then its facts.
+
+    Example:
+        >>> stream = client.chat("notes", [{"role": "user", "content": "Hello"}])
+        >>> for text in stream:
+        ...     print(text, end="", flush=True)
+        >>> stream.usage.completion_tokens, stream.receipt.audit_sequence
+    """
+
+    def __init__(self, call: _Call) -> None:
+        super().__init__()
+        self._call = call
+
+    def __next__(self) -> str:
+        """The next piece of text; never empty.
+
+        Raises:
+            CloisterError: the request was refused, failed, or was cancelled.
+            StopIteration: the answer is complete, and so are the stream's facts.
+        """
+        try:
+            for event in self._call:
+                if text := self._take(event):
+                    return text
+            self._take_trailers(self._call.trailing_metadata() or ())
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        raise StopIteration
+
+    def result(self) -> Completion:
+        """The whole answer, once it is there."""
+        for _ in self:
+            pass
+        return self._completion()
+
+    def cancel(self) -> None:
+        """Give up the answer; the appliance stops computing it within one step."""
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.cancel()
+
+
+class Client:
+    """A tenant's application at one appliance.
+
+    Safe to share between threads. Use it in `with`, or call `close`.
+
+    Args:
+        address: host:port of the gateway.
+        ca: PEM of the authority that signed the gateway's certificate.
+        certificate: PEM of the application's certificate.
+        key: PEM of its private key.
+        api_key: the application's API key.
+
+    Example:
+        >>> from appliance.client import Client
+        >>> with Client.from_dir("credentials") as client:
+        ...     for text in client.chat("notes", [{"role": "user", "content": "Hello"}], temperature=0):
+        ...         print(text, end="", flush=True)
+    """
+
+    def __init__(self, address: str, *, ca: bytes, certificate: bytes, key: bytes, api_key: str) -> None:
+        self._open(connection(address, ca, certificate, key, api_key))
+
+    @classmethod
+    def from_dir(cls, path: Path | str, address: str | None = None) -> Self:
+        """A client made from the directory that `cloister key issue --out DIR` wrote.
+
+        Args:
+            path: the directory.
+            address: host:port, when it is not the one in the directory.
+
+        Raises:
+            CloisterError: CREDENTIALS_MISSING, or ADDRESS_MISSING.
+        """
+        client = cls.__new__(cls)
+        client._open(connection_from(path, address))
+        return client
+
+    def chat(
+        self, model: str, messages: Iterable[Message | Mapping[str, str]], **options: Unpack[Options]
+    ) -> Stream:
+        """An answer to a conversation whose last message is the user's; see `Options`.
+
+        Returns at once; refusals are raised by the stream.
+
+        Example:
+            >>> client.chat("notes", [{"role": "user", "content": "Hello"}], max_tokens=64).result().text
+        """
+        request = chat_request(model, messages, options)
+        call = self._stub(options).Chat(
+            request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
+        )
+        return Stream(call)
+
+    def generate(
+        self,
+        model: str,
+        text: str | None = None,
+        *,
+        token_ids: Iterable[int] | None = None,
+        **options: Unpack[Options],
+    ) -> Stream:
+        """A continuation of a raw prompt, either text or token ids; no chat template is applied. See `Options`.
+
+        Returns at once; refusals are raised by the stream.
+
+        Example:
+            >>> client.generate("notes", "Once upon a time", max_tokens=32, seed=7).result().text
+        """
+        request = generate_request(model, text, token_ids, options)
+        call = self._stub(options).Generate(
+            request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
+        )
+        return Stream(call)
+
+    def list_models(self, timeout: float | None = DEFAULT_TIMEOUT_S) -> tuple[Model, ...]:
+        """The models that this application may use, by name.
+
+        Raises:
+            CloisterError: the appliance refused, or is not there.
+        """
+        try:
+            response = self._stub({}).ListModels(
+                api.ListModelsRequest(), timeout=timeout, metadata=self._connection.metadata
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return read_models(response)
+
+    def close(self) -> None:
+        """Hang up; running streams are cancelled."""
+        for channel in self._channels.values():
+            channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _open(self, where: Connection) -> None:
+        self._connection = where
+        self._channels = {
+            retry: grpc.secure_channel(where.address, where.credentials, options=options)
+            for retry, options in OPTIONS.items()
+        }
+
+    def _stub(self, options: Options) -> inference_pb2_grpc.InferenceServiceStub:
+        """Of the channel that sends again, or of the one that does not; a channel connects when first used."""
+        return inference_pb2_grpc.InferenceServiceStub(self._channels[options.get("retry", True)])
