@@ -9,9 +9,10 @@ import grpc
 
 from engine.errors import EngineError
 from engine.launch import Launch, exit_refused, read_launch
+from engine.models.config import parse_config
 from engine.process import Process, configure_logging, run
 from engine.protos import engine_pb2_grpc
-from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
+from engine.text.model import MAX_FILE_BYTES, ReadFile, TextModel, load_text_model
 from engine.text.service import TextService
 from engine.weights.files import read_verified
 
@@ -44,7 +45,15 @@ def _load(launch: Launch) -> TextModel:
             raise EngineError("FILE_TOO_LARGE", f"{path} has {file.size} bytes; {MAX_FILE_BYTES} are allowed")
         return bytes(read_verified(file, launch.open_file))
 
-    return load_text_model(read, _max_context(read, launch))
+    return load_text_model(read, _max_context(read, launch.deployment.options.max_context_tokens))
+
+
+def _max_context(read: ReadFile, wanted: int) -> int:
+    """Prompt and answer together: as the deployment wants it, else the model's own limit."""
+    content = read("config.json")
+    if content is None:
+        raise EngineError("MODEL_FILE_MISSING", "the model has no config.json")
+    return wanted or parse_config(content).max_context_tokens
 
 
 async def _serve(socket: Path, model: TextModel, process: Process) -> None:

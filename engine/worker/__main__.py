@@ -1,0 +1,71 @@
+"""`python -m engine.worker`: one deployment's model, its KV pages and its steps."""
+
+import asyncio
+import sys
+from functools import partial
+from pathlib import Path
+
+import grpc
+
+from engine.errors import EngineError
+from engine.launch import Launch, exit_refused, read_launch
+from engine.loop import EngineLoop
+from engine.process import Process, configure_logging, run
+from engine.protos import engine_pb2_grpc
+from engine.worker.engine_thread import EngineThread
+from engine.worker.service import WorkerService
+from engine.worker.translate import to_options
+
+NAME = "engine-worker"
+FORBIDDEN = ("sqlalchemy", "cryptography", "jinja2")
+_DRAIN_S = 10.0
+_STREAMS_GRACE_S = 0.5
+_MAX_REQUEST_BYTES = 16 << 20
+
+
+def main() -> int:
+    """Load, serve, drain; the exit status."""
+    configure_logging(NAME)
+    try:
+        launch = read_launch(NAME)
+    except EngineError as error:
+        exit_refused(error)
+    return run(NAME, partial(_main, launch), FORBIDDEN)
+
+
+async def _main(launch: Launch, process: Process) -> None:
+    thread = EngineThread(partial(_build, launch))
+    thread.start()
+    built = asyncio.wrap_future(thread.built)
+    stopping = asyncio.create_task(process.stopping.wait())
+    await asyncio.wait((built, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if not built.done():
+        return
+    try:
+        engine = built.result()
+    except EngineError as error:
+        exit_refused(error)
+    await _serve(launch.socket, thread, engine, process)
+
+
+async def _serve(socket: Path, thread: EngineThread, engine: EngineLoop, process: Process) -> None:
+    service = WorkerService(thread, engine.backend)
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
+    engine_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
+    process.listen(server, socket)
+    await server.start()
+    process.ready({"MAX_CONTEXT_TOKENS": str(engine.max_context_tokens)})
+    await process.stopping.wait()
+    await service.drain(_DRAIN_S)
+    await server.stop(_STREAMS_GRACE_S)
+
+
+def _build(launch: Launch) -> EngineLoop:
+    """Load and hash the weights; torch is imported here, where its threads are set."""
+    from engine.loop import build_engine
+
+    return build_engine(launch.files, launch.open_file, to_options(launch.deployment.options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
