@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 from engine.detokenizer import Detokenizer, Vocabulary
 from engine.errors import EngineError
+from engine.options import EngineOptions
 from engine.plan import PlanRow, ResultRow, StepPlan, StepResult
 from engine.request import End, EndReason, Request
 from engine.scheduler import Scheduler
@@ -62,6 +63,7 @@ class EngineLoop:
         scheduler: makes them.
         vocabulary: the bytes of each token.
         eos_ids: the model's end tokens.
+        options: what it all was built with, every default filled in.
         clock: nanoseconds, monotonic.
     """
 
@@ -71,9 +73,11 @@ class EngineLoop:
         scheduler: Scheduler,
         vocabulary: Vocabulary,
         eos_ids: Iterable[int],
+        options: EngineOptions,
         clock: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self.scheduler = scheduler
+        self.options = options
         self._runner = runner
         self._vocabulary = vocabulary
         self._eos_ids = frozenset(eos_ids)

@@ -1,10 +1,10 @@
 """The sampling state of every slot, and the random number that decides each draw.
 
-The number depends on (seed, position) alone: not on the slot, the step, or the rows beside it. So a repeated request
-with the same seed draws the same tokens.
+The number depends on (seed, position) alone: not on the slot, the step, or the rows beside it. So a repeated
+request with the same seed draws the same tokens.
 
-Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014 (the mixing function and
-the golden-ratio increment).
+Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014 (the mixing function
+and the golden-ratio increment).
 """
 
 from collections.abc import Sequence

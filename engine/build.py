@@ -1,0 +1,97 @@
+"""Puts a deployment together: from a set of files and options to a loop that answers."""
+
+import os
+
+import torch
+
+from engine.block_pool import BlockPool
+from engine.detokenizer import Vocabulary
+from engine.errors import EngineError
+from engine.loop import EngineLoop
+from engine.models.config import ModelConfig, parse_config
+from engine.models.registry import architecture
+from engine.options import EngineOptions
+from engine.runner import ModelRunner
+from engine.scheduler import Limits, Scheduler
+from engine.weights.files import FileSet, OpenFile, read_verified
+from engine.weights.safetensors import load_weights
+from kernels.cpu import CpuBackend
+from kernels.ops import Backend, KvSpec
+from kernels.reference import ReferenceBackend
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_KV_SHARE_OF_MEMORY = 0.25  # of what is available, when the options do not say
+
+
+def read_config(files: FileSet, open_file: OpenFile) -> ModelConfig:
+    """The model's configuration, from the files' verified bytes.
+
+    Raises:
+        EngineError: FILE_DIGEST_MISMATCH, MODEL_FILE_MISSING, CONFIG_INVALID or CONFIG_UNSUPPORTED.
+    """
+    generation = files.find("generation_config.json")
+    return parse_config(
+        bytes(read_verified(files.get("config.json"), open_file)),
+        bytes(read_verified(generation, open_file)) if generation else None,
+    )
+
+
+def build_engine(files: FileSet, open_file: OpenFile, options: EngineOptions) -> EngineLoop:
+    """A loop over the model in `files`, ready to take requests.
+
+    Every byte that is used is hashed and compared first. Sets the number of torch's threads for this process.
+
+    Raises:
+        EngineError: any code of `read_config` and `load_weights`; ARCHITECTURE_UNSUPPORTED, TOKENIZER_UNSUPPORTED,
+            OPTIONS_INVALID.
+    """
+    config = read_config(files, open_file)
+    family = architecture(config)
+    options = resolve_options(options, config)
+    torch.set_num_threads(options.threads)
+    vocabulary = Vocabulary(bytes(read_verified(files.get("tokenizer.json"), open_file)), config.vocab_size)
+    weights = load_weights(files, open_file, family.tensor_shapes(config))
+    ops = make_backend(options)
+    model = family.build(config, weights, ops, options.max_context_tokens)
+    kv = KvSpec(config.num_layers, options.kv_blocks, options.block_size, config.num_kv_heads, config.head_dim)
+    limits = Limits(
+        options.max_step_tokens, options.max_running, options.max_context_tokens, options.deterministic
+    )
+    return EngineLoop(
+        runner=ModelRunner(model, ops, kv, options.max_running),
+        scheduler=Scheduler(BlockPool(options.kv_blocks, options.block_size), limits),
+        vocabulary=vocabulary,
+        eos_ids=config.eos_token_ids,
+        options=options,
+    )
+
+
+def resolve_options(options: EngineOptions, config: ModelConfig) -> EngineOptions:
+    """`options` with every default filled in for this model on this machine.
+
+    Raises:
+        EngineError: OPTIONS_INVALID.
+    """
+    item = 2 if options.dtype == "bfloat16" else 4
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item
+    memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return options.resolve(
+        model_context=config.max_context_tokens,
+        block_bytes_per_token=per_token,
+        memory_bytes=int(memory * _KV_SHARE_OF_MEMORY),
+        cores=len(os.sched_getaffinity(0)),
+    )
+
+
+def make_backend(options: EngineOptions) -> Backend:
+    """The backend that resolved options name.
+
+    Raises:
+        EngineError: OPTIONS_INVALID.
+    """
+    dtype = _DTYPES[options.dtype]
+    if options.backend == "reference":
+        return ReferenceBackend(dtype)
+    if options.backend == "cpu":
+        return CpuBackend(dtype, options.deterministic)
+    raise EngineError("OPTIONS_INVALID", f"there is no backend {options.backend!r}")
