@@ -1,0 +1,142 @@
+"""Models for tests: random tiny Llamas in the Hugging Face layout, their file sets, and engines over them."""
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from engine.build import build_engine
+from engine.loop import EngineLoop
+from engine.options import EngineOptions
+from engine.plan import StepPlan
+from engine.request import End, Request, SamplingParams, StopCriteria
+from engine.weights.files import File, FileSet, OpenFile
+
+VOCAB = 300
+
+
+def save_llama(folder: Path, seed: int = 0, tokenizer: Tokenizer | None = None, **overrides: Any) -> Any:
+    """A random Llama saved to `folder` beside a byte-level tokenizer; the transformers model itself."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fields = {
+        "vocab_size": VOCAB,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    } | overrides
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**fields)).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and norms too, which start as zeros and ones
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save(str(folder / "tokenizer.json"))
+    return model
+
+
+def byte_tokenizer(size: int = VOCAB) -> Tokenizer:
+    """A byte-level BPE tokenizer: two special tokens, every byte, and merges of pairs of letters."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    merges = [(a, b) for a in letters for b in letters][: size - len(alphabet) - 2]
+    tokens = ["<s>", "</s>", *alphabet, *(a + b for a, b in merges)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    return tokenizer
+
+
+def file_set(folder: Path) -> tuple[FileSet, OpenFile]:
+    """The files of `folder`, and what opens them by digest."""
+    paths = {hashlib.sha256(p.read_bytes()).hexdigest(): p for p in sorted(folder.iterdir()) if p.is_file()}
+    files = tuple(File(path.name, path.stat().st_size, digest) for digest, path in paths.items())
+    return FileSet("0" * 64, files), lambda digest: os.open(paths[digest], os.O_RDONLY)
+
+
+def engine(folder: Path, **options: Any) -> EngineLoop:
+    """A small engine over the model in `folder`; on one thread unless told."""
+    defaults = {"kv_blocks": 64, "block_size": 8, "threads": 1}
+    return build_engine(*file_set(folder), EngineOptions(**(defaults | options)))
+
+
+def request(handle: int, prompt: Sequence[int], max_tokens: int = 8, scope: str = "a", **rest: Any) -> Request:
+    """A request; `rest` goes to SamplingParams and StopCriteria by name."""
+    sampling = {name: rest.pop(name) for name in ("temperature", "top_k", "top_p", "seed") if name in rest}
+    return Request(handle, prompt, SamplingParams(**sampling), StopCriteria(max_tokens, **rest), scope)
+
+
+class Answer:
+    """All that an engine said about one request."""
+
+    def __init__(self) -> None:
+        self.token_ids: list[int] = []
+        self.pieces: list[str] = []
+        self.ends: list[End] = []
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def end(self) -> End:
+        (end,) = self.ends
+        return end
+
+
+def run(loop: EngineLoop, after_step: Callable[[], None] = lambda: None) -> dict[int, Answer]:
+    """Step until nothing is left; the answers by handle. Pages are checked after every step."""
+    answers: dict[int, Answer] = {}
+    while loop.has_work:
+        for row in loop.step():
+            answer = answers.setdefault(row.handle, Answer())
+            answer.token_ids.extend(row.token_ids)
+            answer.pieces.append(row.text)
+            if row.end is not None:
+                answer.ends.append(row.end)
+        loop.scheduler.check()
+        after_step()
+    assert loop.status().blocks_free == loop.status().blocks_total
+    return answers
+
+
+def record_logits(loop: EngineLoop) -> dict[tuple[int, int], torch.Tensor]:
+    """From now on every row of logits the engine computes, by handle and position of the token it decides."""
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    runner: Any = loop._runner
+    compute = runner.logits
+
+    def recording(plan: StepPlan) -> torch.Tensor:
+        logits = compute(plan)
+        sampled = [row for row in plan.rows if row.sampling_slot is not None]
+        seen.update({(row.handle, row.end): logits[i].clone() for i, row in enumerate(sampled)})
+        return logits
+
+    runner.logits = recording
+    return seen
+
+
+def teacher_forced(loop: EngineLoop, tokens: Sequence[int], prompt_length: int) -> torch.Tensor:
+    """Logits [len(tokens) - prompt_length + 1, vocabulary] with `tokens` in place of what the engine draws."""
+    seen = record_logits(loop)
+    forced = request(0, tokens[:prompt_length], len(tokens) - prompt_length + 1, ignore_eos=True)
+    loop.submit(forced)
+    while loop.has_work:
+        loop.step()
+        if forced.num_generated:
+            forced.tokens[:] = tokens[: forced.num_tokens]
+    return torch.stack([seen[0, position] for position in range(prompt_length, len(tokens) + 1)])
