@@ -90,7 +90,7 @@ class Deployments:
         return self.status(name)
 
     async def changed(self, name: str | None = None) -> None:
-        """Tell engine-host what is desired now, `name` having changed; when it is not reached, as soon as it is."""
+        """Tell engine-host what is desired now, `name` having changed; or as soon as it is reached."""
         if name is not None:
             self._changing.add(name)
         try:

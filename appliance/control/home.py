@@ -26,6 +26,21 @@ class Home:
         return self.control / "control.db"
 
     @property
+    def audit_database(self) -> Path:
+        """audit.db."""
+        return self.control / "audit.db"
+
+    @property
+    def audit_head(self) -> Path:
+        """The signed head of the audit log."""
+        return self.control / "audit.head"
+
+    @property
+    def audit_key(self) -> Path:
+        """The key that signs it."""
+        return self.keys / "audit-head.key"
+
+    @property
     def keys(self) -> Path:
         """Secret keys of control."""
         return self.control / "keys"

@@ -2,13 +2,9 @@
 
 import asyncio
 from concurrent.futures import Future
-from datetime import timedelta
 
-import grpc
-
-from appliance.control.audit.log import AuditLog
-from appliance.control.audit.record import Receipt, Record
-from appliance.errors import CloisterError
+from appliance.control.audit import AuditLog, Receipt, Record
+from appliance.control.audit.errors import blocked
 
 WAIT_S = 2.0
 
@@ -30,7 +26,7 @@ class Journal:
             CloisterError: AUDIT_BLOCKED.
         """
         if self.log.blocked:
-            raise _blocked(self.log.blocked)
+            raise blocked(self.log.blocked)
 
     def begin(self, record: Record) -> "Future[Receipt]":
         """Start to commit a record."""
@@ -47,7 +43,7 @@ class Journal:
             return await asyncio.wait_for(asyncio.shield(waiting), WAIT_S)
         except TimeoutError:
             waiting.add_done_callback(_seen)
-            raise _blocked("it did not become durable in time") from None
+            raise blocked("it did not become durable in time") from None
 
     async def record(self, record: Record) -> Receipt:
         """Commit a record and wait for it.
@@ -62,12 +58,3 @@ def _seen(waiting: "asyncio.Future[Receipt]") -> None:
     """A late failure was reported as a timeout already."""
     if not waiting.cancelled():
         waiting.exception()
-
-
-def _blocked(why: str) -> CloisterError:
-    return CloisterError(
-        "AUDIT_BLOCKED",
-        f"the audit log takes no records: {why}; nothing is answered until it does",
-        grpc.StatusCode.UNAVAILABLE,
-        retry_after=timedelta(seconds=1),
-    )

@@ -24,7 +24,6 @@ from bundles.protos import importer_pb2
 
 CONTROL = "control"
 REQUEST = "inference.request"
-BUNDLE_STATE = "bundle.state"
 CHANGE = "operator.change"
 
 Facts = Mapping[str, Json]
@@ -144,7 +143,7 @@ def bundle_state(entry: importer_pb2.ReadOutboxResponse) -> Record:
         "model_digest": entry.model_digest,
         "utc_ns": entry.utc_ns,
     }
-    return Record(BUNDLE_STATE, "event", "importer", state, f"{entry.import_id}/{entry.sequence}", facts=facts)
+    return Record("bundle.state", "event", "importer", state, f"{entry.import_id}/{entry.sequence}", facts=facts)
 
 
 def _request_id(tenant: str, request_id: str) -> str:

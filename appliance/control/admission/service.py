@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import grpc
 
-from appliance import errors, policy
+from appliance import policy
 from appliance.control import records
 from appliance.control.admission import reservations
 from appliance.control.admission.leases import LeaseBook
@@ -22,6 +22,7 @@ from appliance.control.deployments import Deployments
 from appliance.control.identity.callers import CallerCheck, Principal, claimed_tenant
 from appliance.control.identity.secret_keys import SecretKeys
 from appliance.control.journal import Journal
+from appliance.control.refusal import refuse
 from appliance.errors import CloisterError
 from appliance.protos import control_pb2, control_pb2_grpc
 
@@ -89,8 +90,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         try:
             self._check_open()
             ticket = self._tickets.take(request.ticket)
-        except CloisterError as error:
-            await errors.abort(context, error)
+        except Exception as error:
+            await refuse(context, error)
         principal = ticket.principal
         identity = self._callers.identity(principal)
         caller = control_pb2.Caller(identity=identity, certificate_sha256=principal.certificate_sha256)
@@ -104,8 +105,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         """Once the intent is durable."""
         try:
             receipt = await self._leases.await_intent(request.lease)
-        except CloisterError as error:
-            await errors.abort(context, error)
+        except Exception as error:
+            await refuse(context, error)
         return control_pb2.AwaitIntentResponse(audit_sequence=receipt.sequence)
 
     async def Settle(  # noqa: N802  # gRPC's name
@@ -114,8 +115,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         """Ledger, release, durable outcome."""
         try:
             receipt = await self._leases.settle(request.lease, _ending(request))
-        except CloisterError as error:
-            await errors.abort(context, error)
+        except Exception as error:
+            await refuse(context, error)
         return control_pb2.SettleResponse(audit_sequence=receipt.sequence, leaf_hash=receipt.leaf_hash)
 
     async def ListVisibleModels(  # noqa: N802  # gRPC's name
@@ -144,8 +145,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         reason = request.reason if _REASON.fullmatch(request.reason) else "UNKNOWN"
         try:
             await self._record_refusal(request.caller, request.method, request.request_id, reason)
-        except CloisterError as error:
-            await errors.abort(context, error)
+        except Exception as error:
+            await refuse(context, error)
         return control_pb2.RecordRefusalResponse()
 
     def _check_open(self) -> None:
@@ -224,8 +225,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 if refusal.code not in ("AUDIT_BLOCKED", "DRAINING"):
                     await self._record_refusal(caller, method, request_id, refusal.code)
                 raise
-        except CloisterError as error:
-            await errors.abort(context, error)
+        except Exception as error:
+            await refuse(context, error)
 
     async def _record_refusal(self, caller: control_pb2.Caller, method: str, request_id: str, reason: str) -> None:
         """Text that came from outside is recorded only where it has the form it should have."""

@@ -1,0 +1,81 @@
+"""AuditService: operators with the auditor's role read the log and have it verified."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+from appliance.control.admin.views import timestamp
+from appliance.control.audit import AuditLog, StoredRecord
+from appliance.control.audit.verification import verify
+from appliance.control.home import Home
+from appliance.protos import admin_pb2, admin_pb2_grpc
+
+_DEFAULT_LIMIT = 100
+_AT_ONCE = 500
+_LOOK_AGAIN_S = 0.2
+
+# grpc.aio gives servicers a context whose type the generated stubs keep private.
+Context = Any
+
+
+class AuditService(admin_pb2_grpc.AuditServiceServicer):
+    """Reads the log, behind the gate; works while the log takes no records, except that its reading is recorded.
+
+    Args:
+        log: the open log.
+        home: where its files lie, for verification.
+    """
+
+    def __init__(self, log: AuditLog, home: Home) -> None:
+        self._log = log
+        self._home = home
+
+    async def TailAudit(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.TailAuditRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.TailAuditResponse]:
+        """Records after a sequence number; with `follow`, then new ones until the caller leaves."""
+        left = request.limit or _DEFAULT_LIMIT
+        after = request.after_sequence
+        while left > 0 or request.follow:
+            limit = min(left, _AT_ONCE) if not request.follow else _AT_ONCE
+            found = await asyncio.to_thread(self._log.read, after, limit)
+            for record in found:
+                yield _view(record)
+            left -= len(found)
+            after = found[-1].sequence if found else after
+            if not found and not request.follow:
+                return
+            if not found:
+                await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def VerifyAudit(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.VerifyAuditRequest, context: Context
+    ) -> admin_pb2.VerifyAuditResponse:
+        """The whole log against its signed head, while it goes on growing."""
+        verdict = await asyncio.to_thread(
+            verify, self._home.audit_database, self._home.audit_head, self._log.public_key
+        )
+        return admin_pb2.VerifyAuditResponse(
+            intact=verdict.intact,
+            size=verdict.size,
+            root=verdict.root,
+            first_bad_sequence=verdict.first_bad_sequence or 0,
+            reason=verdict.reason or "",
+            message=verdict.message or "",
+            open_intents=verdict.open_intents,
+        )
+
+
+def _view(record: StoredRecord) -> admin_pb2.TailAuditResponse:
+    return admin_pb2.TailAuditResponse(
+        sequence=record.sequence,
+        time=timestamp(record.utc_ns),
+        kind=record.kind,
+        phase=record.phase,
+        tenant=record.tenant,
+        actor=record.actor,
+        decision=record.decision,
+        request_id=record.request_id,
+        body_json=record.body.decode(),
+        leaf_hash=record.leaf_hash,
+    )

@@ -1,0 +1,110 @@
+"""Rows of control.db and states of the engine as the admin protocol shows them."""
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from appliance.control.admission import reservations
+from appliance.control.db.models import ApiKey, Deployment, Grant, Tenant
+from appliance.control.deployments import Deployments
+from appliance.protos import admin_pb2
+from bundles.protos import importer_pb2
+from engine.protos import engine_pb2
+
+
+def timestamp(nanoseconds: int) -> Timestamp:
+    """A time as the protocol has it."""
+    stamp = Timestamp()
+    stamp.FromNanoseconds(nanoseconds)
+    return stamp
+
+
+def tenant_view(session: Session, tenant: Tenant) -> admin_pb2.Tenant:
+    """A tenant with its grants, what it used, and what it has reserved."""
+    models = session.scalars(select(Grant.alias).where(Grant.tenant == tenant.name).order_by(Grant.alias))
+    return admin_pb2.Tenant(
+        name=tenant.name,
+        models=models.all(),
+        max_concurrent=tenant.max_concurrent,
+        weight=tenant.weight,
+        suspended=tenant.suspended,
+        created_at=timestamp(tenant.created_ns),
+        tokens_used=tenant.tokens_used,
+        tokens_reserved=reservations.reserved_tokens(session, tenant.name),
+    )
+
+
+def key_view(key: ApiKey, now_ns: int) -> admin_pb2.Key:
+    """A key without its secret."""
+    in_time = "active" if key.expires_ns > now_ns else "expired"
+    return admin_pb2.Key(
+        key_id=key.key_id,
+        tenant=key.tenant,
+        application=key.application,
+        created_at=timestamp(key.created_ns),
+        expires_at=timestamp(key.expires_ns),
+        state=in_time if key.revoked_ns is None else "revoked",
+        certificate_sha256=key.certificate_sha256.hex(),
+    )
+
+
+def deployment_view(row: Deployment, deployments: Deployments) -> admin_pb2.Deployment:
+    """A deployment as desired, and how it is."""
+    status = deployments.status(row.name)
+    return admin_pb2.Deployment(
+        name=row.name,
+        model_version=row.model_version,
+        model_digest=row.model_digest,
+        state=deployments.state(row.name),
+        reason=status.reason,
+        message=status.message,
+        restarts=status.restarts,
+        options=_admin_options(row.options),
+        max_context_tokens=status.max_context_tokens,
+        worker_pid=status.worker_pid,
+    )
+
+
+def _admin_options(stored: bytes) -> admin_pb2.DeploymentOptions:
+    options = engine_pb2.DeploymentOptions.FromString(stored)
+    return admin_pb2.DeploymentOptions(**{field.name: value for field, value in options.ListFields()})
+
+
+def engine_options(options: admin_pb2.DeploymentOptions) -> engine_pb2.DeploymentOptions:
+    """The options in the engine's own words."""
+    return engine_pb2.DeploymentOptions(**{field.name: value for field, value in options.ListFields()})
+
+
+def version_view(version: importer_pb2.ModelVersion) -> admin_pb2.ModelVersion:
+    """A model version without its files."""
+    return admin_pb2.ModelVersion(
+        name=version.name,
+        version=version.version,
+        sequence=version.sequence,
+        model_digest=version.model_digest,
+        kind=version.kind,
+        imported_at=Timestamp(seconds=version.imported_at),
+        signers=version.signers,
+        total_size=version.total_size,
+        architecture=version.architecture,
+    )
+
+
+def progress_view(progress: importer_pb2.ImportBundleResponse) -> admin_pb2.ImportBundleResponse:
+    """Progress of an import."""
+    return admin_pb2.ImportBundleResponse(
+        import_id=progress.import_id,
+        state=import_state(progress.state),
+        bytes_done=progress.bytes_done,
+        bytes_total=progress.bytes_total,
+        file=progress.file,
+        reason=progress.reason,
+        message=progress.message,
+        model_version=progress.model_version,
+        model_digest=progress.model_digest,
+    )
+
+
+def import_state(state: "importer_pb2.ImportState.ValueType") -> str:
+    """A state in words."""
+    return importer_pb2.ImportState.Name(state).removeprefix("IMPORT_STATE_").lower()
