@@ -78,6 +78,19 @@ class Release:
     chunk_size: int = CHUNK_SIZE
 
 
+def requirement(text: str) -> Requirement:
+    """A requirement from NAME or NAME=DIGEST.
+
+    Raises:
+        BundleError: MANIFEST_REQUIRES.
+    """
+    name, _, digest = text.partition("=")
+    try:
+        return Requirement(name=name, model_digest=digest or None)
+    except ValidationError:
+        raise BundleError("MANIFEST_REQUIRES", f"{text!a} is not NAME or NAME=DIGEST of a manifest") from None
+
+
 @dataclass(frozen=True)
 class Signing:
     """Who signs.

@@ -16,6 +16,8 @@ from bundles.format import strict_json
 from bundles.format.errors import BundleError
 
 MAX_ANSWER = 64 * 1024
+# The child finds our packages where this process found them.
+_PYTHON = (sys.executable, *(("-P",) if sys.flags.safe_path else ()))
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL")
 
 
@@ -41,7 +43,7 @@ class Inspector:
         memory: bytes of address space.
     """
 
-    command: tuple[str, ...] = (sys.executable, "-m", "engine.inspect", "--folder-json", "-")
+    command: tuple[str, ...] = (*_PYTHON, "-m", "engine.inspect", "--folder-json", "-")
     timeout: float = 120.0
     cpu_seconds: int = 60
     memory: int = 8 * 2**30

@@ -1,4 +1,4 @@
-"""The judgement on a model's files, whoever holds them: the builder's folder, the verifier's memory, the staging."""
+"""The judgement on a model's files, whoever holds them: a builder, a verifier or the importer."""
 
 import os
 from collections.abc import Mapping

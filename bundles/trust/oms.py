@@ -1,8 +1,8 @@
 """The publisher's signature of a model folder: OpenSSF Model Signing v1.0, written and verified with raw keys.
 
-Our profile: every file by SHA-256, no symbolic links, resources in code point order. In verifying, the listed order
-is taken as it is (the reference tool orders by path component), and the world is closed: the resources must be
-exactly the bundle's files, and `ignore_paths` excuses none.
+Our profile: every file by SHA-256, no symbolic links, resources in code point order. In verifying, the listed
+order is taken as it is (the reference tool orders by path component), and the world is closed: the resources must
+be exactly the bundle's files, and `ignore_paths` excuses none.
 
 Source: OpenSSF Model Signing specification v1.0; in-toto Statement v1; DSSE v1; Sigstore bundle v0.3.
 """

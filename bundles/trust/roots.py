@@ -1,8 +1,8 @@
 """The trust root: which keys may sign what, how many of them must, and how it follows its predecessor.
 
 A root is a TUF root document with our roles: `root` signs the next root, `release` signs manifests, `publisher`
-signs models. A root is believed when it is pinned here, or when it is exactly one version on and a threshold of both
-its predecessor's and its own root keys signed it.
+signs models. A root is believed when it is pinned here, or when it is exactly one version on and a threshold of
+both its predecessor's and its own root keys signed it.
 
 Source: TUF specification 1.0.34, sections 4.3 and 5.3.
 """
@@ -108,12 +108,12 @@ def load(path: Path) -> Root:
 
 
 def load_pinned(folder: Path) -> Root:
-    """The newest root of a trust folder (`N.root.json`), each checked to follow the one before.
+    """The newest root of a trust folder (`root.json`, `N.root.json`), each checked to follow the one before.
 
     Raises:
         BundleError: ROOT_MISSING, or as `load` and `advance`.
     """
-    found = sorted((load(path) for path in folder.glob("*.root.json")), key=lambda root: root.version)
+    found = sorted((load(path) for path in folder.glob("*root.json")), key=lambda root: root.version)
     if not found:
         raise BundleError("ROOT_MISSING", f"no trust root in {folder}; install one as 1.root.json")
     return advance(found[0], found[1:])
