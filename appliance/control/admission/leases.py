@@ -60,6 +60,9 @@ class LeaseBook:
         database: control.db.
         journal: the audit log.
         monotonic: the clock, seconds.
+
+    Attributes:
+        idle: set while no lease is open.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class LeaseBook:
         self._leases: dict[str, Lease] = {}
         self._closed: OrderedDict[str, tuple[Ending, Receipt]] = OrderedDict()
         self._gateways: dict[str, _Gateway] = {}
+        self.idle = asyncio.Event()
+        self.idle.set()
 
     @property
     def open_leases(self) -> int:
@@ -92,6 +97,7 @@ class LeaseBook:
         """Put a reservation in force."""
         lease = Lease(reservation, identity, gateway_id, intent, self._monotonic())
         self._leases[reservation.lease] = lease
+        self.idle.clear()
         self._hear(gateway_id).leases.add(reservation.lease)
 
     async def await_intent(self, name: str) -> Receipt:
@@ -169,6 +175,8 @@ class LeaseBook:
     def _forget(self, lease: Lease, ending: Ending, receipt: Receipt) -> None:
         name = lease.reservation.lease
         self._leases.pop(name, None)
+        if not self._leases:
+            self.idle.set()
         if lease.gateway_id in self._gateways:
             self._gateways[lease.gateway_id].leases.discard(name)
         self._closed[name] = (ending, receipt)

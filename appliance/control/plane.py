@@ -1,0 +1,181 @@
+"""The control plane put together: what is opened, in which order, and how it is closed."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import ServiceDescriptor
+from sqlalchemy.orm import Session
+
+from appliance import policy
+from appliance.control import records
+from appliance.control.admin.audit_service import AuditService
+from appliance.control.admin.gate import Gate
+from appliance.control.admin.models import ModelService
+from appliance.control.admin.system import SystemService
+from appliance.control.admin.tenants import TenantService
+from appliance.control.admission import reservations
+from appliance.control.admission.leases import LeaseBook
+from appliance.control.admission.service import ControlService
+from appliance.control.audit import AuditLog, StoredRecord
+from appliance.control.db.database import Database
+from appliance.control.db.models import Meta
+from appliance.control.deployments import Deployments
+from appliance.control.home import Home
+from appliance.control.identity.authority import Authority
+from appliance.control.identity.callers import CallerCheck
+from appliance.control.identity.secret_keys import SecretKeys
+from appliance.control.imports import Imports
+from appliance.control.init import audit_origin
+from appliance.control.journal import Journal
+from appliance.control.login import LoginBroker, Sessions
+from appliance.errors import CloisterError
+from appliance.protos import admin_pb2, admin_pb2_grpc, control_pb2, control_pb2_grpc
+
+RESTARTED = "CONTROL_RESTARTED"
+STOPPED = "CONTROL_STOPPED"
+_DRAIN_S = 10.0
+_SWEEP_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class ControlPlane:
+    """Everything control holds, open. Make it inside the event loop, then `recover`, serve, and `drain`.
+
+    Args:
+        home: where it lives; made by `init`.
+        isolation: what separates the processes of this appliance.
+
+    Raises:
+        CloisterError: NOT_INITIALISED, DATABASE_REVISION_UNKNOWN, or the audit log was tampered with.
+    """
+
+    def __init__(self, home: Home, isolation: str = "none") -> None:
+        if not home.database.exists():
+            raise CloisterError(
+                "NOT_INITIALISED",
+                f"{home.root} is no appliance; run `cloister init` first",
+                grpc.StatusCode.FAILED_PRECONDITION,
+            )
+        self.home = home
+        self.keys = SecretKeys.load(home.keys)
+        self.authority = Authority.load(home.ca)
+        self.database = Database(home.database)
+        facts = self.database.submit(_facts).result()
+        self.site = facts["site"]
+        self.journal = Journal(
+            AuditLog.open(home.audit_database, home.audit_head, home.audit_key, audit_origin(self.site))
+        )
+        self.sessions = Sessions()
+        self.leases = LeaseBook(self.database, self.journal)
+        self.deployments = Deployments(self.database, home.engine_host_socket)
+        self.imports = Imports(self.journal, home.importer_socket)
+        self.callers = CallerCheck(self.site, self.keys)
+        self.control = ControlService(
+            self.database, self.journal, self.keys, self.callers, self.deployments, self.leases
+        )
+        self._profile, self._isolation = facts["profile"], isolation
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def recover(self) -> None:
+        """Close what the control before this one left open: reservations, then intents."""
+        reservations_left = await self.database.run(
+            lambda s: reservations.settle_left_open(s, RESTARTED, time.time_ns())
+        )
+        intents = await asyncio.to_thread(self.journal.log.open_intents)
+        for intent in intents:
+            ending = await self._ending_of(intent)
+            await self.journal.record(records.closing(intent, ending, RESTARTED))
+        facts: records.Facts = {"leases_settled": len(reservations_left), "intents_closed": len(intents)}
+        await self.journal.record(records.control_event("started", facts))
+        log.info("recovered", extra=dict(facts))
+
+    def begin(self) -> None:
+        """Start to follow engine-host and importer, and to sweep."""
+        for work in (self.deployments.run(), self.imports.run(), self._sweep()):
+            self._tasks.append(asyncio.create_task(work))
+
+    def control_server(self) -> grpc.aio.Server:
+        """The gateway's server, not yet listening.
+
+        Raises:
+            CloisterError: POLICY_INCOMPLETE.
+        """
+        policy.check_complete(_services(control_pb2))
+        server = grpc.aio.server()
+        control_pb2_grpc.add_ControlServiceServicer_to_server(self.control, server)
+        return server
+
+    def admin_server(self) -> grpc.aio.Server:
+        """The operators' server, behind the gate, not yet listening.
+
+        Raises:
+            CloisterError: POLICY_INCOMPLETE.
+        """
+        policy.check_complete(_services(admin_pb2))
+        server = grpc.aio.server(interceptors=[Gate(self.sessions, self.journal)])
+        models = ModelService(self.database, self.imports, self.deployments)
+        system = SystemService(
+            models, self.leases, self.journal.log, self.imports, self.deployments, self._profile, self._isolation
+        )
+        tenants = TenantService(self.database, self.keys, self.authority, self.leases, self.site)
+        admin_pb2_grpc.add_SystemServiceServicer_to_server(system, server)
+        admin_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
+        admin_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
+        admin_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(self.journal.log, self.home), server)
+        return server
+
+    def login_broker(self) -> LoginBroker:
+        """What serves the login socket."""
+        return LoginBroker(self.database, self.journal, self.sessions)
+
+    async def drain(self, limit_s: float = _DRAIN_S) -> None:
+        """Admit nothing more, wait a while for the gateway to settle, and settle what is left as abandoned."""
+        self.control.draining = True
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.leases.idle.wait(), limit_s)
+        left = self.leases.open_leases
+        await self.leases.abandon_all(STOPPED)
+        try:
+            await self.journal.record(records.control_event("stopped", {"leases_left": left}))
+        except CloisterError as error:
+            log.error("the stop is not recorded", extra={"code": error.code})
+
+    async def close(self) -> None:
+        """Close everything; the audit log signs its head."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.imports.close()
+        self.database.close()
+        await asyncio.to_thread(self.journal.log.close)
+
+    async def _ending_of(self, intent: StoredRecord) -> reservations.Ending | None:
+        lease = intent.facts.get("lease")
+        if intent.kind != records.REQUEST or not isinstance(lease, str):
+            return None
+        return await self.database.run(lambda s: reservations.ending_of(s, lease))
+
+    async def _sweep(self) -> None:
+        """Once a second: silent gateways, untold deployments. What fails is logged and tried again."""
+        chores: tuple[Callable[[], Awaitable[None]], ...] = (self.leases.sweep, self.deployments.sweep)
+        while True:
+            for chore in chores:
+                try:
+                    await chore()
+                except Exception:
+                    log.exception("a sweep failed")
+            await asyncio.sleep(_SWEEP_S)
+
+
+def _facts(session: Session) -> dict[str, str]:
+    return {name: session.get_one(Meta, name).value for name in ("site", "profile")}
+
+
+def _services(module: Any) -> list[ServiceDescriptor]:
+    return list(module.DESCRIPTOR.services_by_name.values())
