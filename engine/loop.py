@@ -101,12 +101,12 @@ class EngineLoop:
         """Take `request`, whose handle no request held now may have.
 
         Raises:
-            EngineError: DUPLICATE_HANDLE, TOKEN_OUT_OF_VOCABULARY, CONTEXT_EXCEEDED or KV_TOO_SMALL.
+            EngineError: DUPLICATE_HANDLE, TOKEN_OUT_OF_RANGE, CONTEXT_OVERFLOW or KV_TOO_SMALL.
         """
         if request.handle in self._requests:
             raise EngineError("DUPLICATE_HANDLE", f"a request with handle {request.handle} is running")
         if not 0 <= min(request.prompt) <= max(request.prompt) < len(self._vocabulary):
-            raise EngineError("TOKEN_OUT_OF_VOCABULARY", f"the model has tokens 0 to {len(self._vocabulary) - 1}")
+            raise EngineError("TOKEN_OUT_OF_RANGE", f"the model has tokens 0 to {len(self._vocabulary) - 1}")
         self.scheduler.submit(request)
         request.submitted_ns = self._clock()
         self._requests[request.handle] = request, Detokenizer(self._vocabulary, request.stop)

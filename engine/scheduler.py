@@ -83,12 +83,12 @@ class Scheduler:
         """Queue `request`; lowers its `limit` to what the context allows.
 
         Raises:
-            EngineError: CONTEXT_EXCEEDED or KV_TOO_SMALL; the request can never run.
+            EngineError: CONTEXT_OVERFLOW or KV_TOO_SMALL; the request can never run.
         """
         room = self.limits.max_context_tokens - len(request.prompt)
         if room < 1:
             raise EngineError(
-                "CONTEXT_EXCEEDED",
+                "CONTEXT_OVERFLOW",
                 f"the prompt has {len(request.prompt)} tokens; the context holds "
                 f"{self.limits.max_context_tokens}, one of them for the answer",
             )

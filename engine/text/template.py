@@ -13,14 +13,18 @@ from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from engine.errors import EngineError
 
 MAX_OUTPUT_CHARS = 4 << 20
 """Characters a rendered conversation may have."""
+
+_LARGEST_OPERAND = 64  # of a power
 
 
 class Message(NamedTuple):
@@ -53,10 +57,36 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock]
-    )
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, in which repetition and powers cannot make a value of unbounded size."""
+
+    intercepted_binops = frozenset({"*", "**"})  # neither are they computed when the template is compiled
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        """`left * right` or `left ** right`, within bounds."""
+        if operator == "**" and not (_is_small(left) and _is_small(right)):
+            raise SecurityError("a power out of bounds")
+        if operator == "*" and not _is_number(left, right) and _repeated(left, right) > MAX_OUTPUT_CHARS:
+            raise SecurityError("a repetition out of bounds")
+        return super().call_binop(context, operator, left, right)
+
+
+def _is_small(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) <= _LARGEST_OPERAND
+
+
+def _is_number(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)
+
+
+def _repeated(left: Any, right: Any) -> int:
+    """Items of a sequence times a number, in either order; 0 when that is an error anyway."""
+    sequence, count = (right, left) if isinstance(left, int) else (left, right)
+    return len(sequence) * count if isinstance(count, int) and hasattr(sequence, "__len__") else 0
+
+
+def _environment() -> _Environment:
+    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
     kept = {name: environment.globals[name] for name in ("range", "dict", "namespace")}
     environment.globals.clear()
     environment.globals.update(kept, raise_exception=_raise_exception)

@@ -49,7 +49,7 @@ async def _main(launch: Launch, process: Process) -> None:
 
 
 async def _serve(socket: Path, thread: EngineThread, engine: EngineLoop, process: Process) -> None:
-    service = WorkerService(thread, engine.backend)
+    service = WorkerService(thread, engine.options.backend)
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
     engine_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
     process.listen(server, socket)
@@ -61,10 +61,22 @@ async def _serve(socket: Path, thread: EngineThread, engine: EngineLoop, process
 
 
 def _build(launch: Launch) -> EngineLoop:
-    """Load and hash the weights; torch is imported here, where its threads are set."""
-    from engine.loop import build_engine
+    """Load and hash the weights; torch is imported here, where its threads are set.
 
-    return build_engine(launch.files, launch.open_file, to_options(launch.deployment.options))
+    Raises:
+        EngineError: the deployment cannot run as asked.
+    """
+    from engine.build import build_engine
+
+    engine = build_engine(launch.files, launch.open_file, to_options(launch.deployment.options))
+    tokens = engine.options.kv_blocks * engine.options.block_size
+    if tokens < engine.max_context_tokens:
+        raise EngineError(
+            "KV_TOO_SMALL",
+            f"{engine.options.kv_blocks} KV pages hold {tokens} tokens, less than one context of "
+            f"{engine.max_context_tokens}; raise kv_blocks or lower max_context_tokens",
+        )
+    return engine
 
 
 if __name__ == "__main__":

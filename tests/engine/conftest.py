@@ -1,10 +1,14 @@
 """Model folders shared by the tests of the engine's processes."""
 
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.engine.tiny_models import write_llama
+from engine.protos import engine_pb2
+from tests.engine.tiny_models import into_store, write_llama
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +17,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny-llama")
     write_llama(folder)
     return folder
+
+
+@pytest.fixture
+def socket_dir() -> Iterator[Path]:
+    """A directory with a path short enough for sockets."""
+    path = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def tiny_store(tiny_llama: Path, tmp_path: Path) -> tuple[Path, engine_pb2.FileSet]:
+    """A content-addressed store that holds the tiny Llama, and the file set that names it."""
+    store = tmp_path / "store"
+    return store, into_store(tiny_llama, store)

@@ -178,6 +178,9 @@ def test_a_unigram_tokenizer_with_prefix_spaces_keeps_its_ids_and_its_control_to
         ("{% for i in range(100000) %}{{ 'x' * 100 }}{% endfor %}", "TEMPLATE_REFUSED"),
         ("{% include 'other' %}", "TEMPLATE_REFUSED"),
         ("{{ 1 / 0 }}", "TEMPLATE_REFUSED"),
+        ("{{ 9 ** (9 ** 9) }}", "TEMPLATE_REFUSED"),
+        ("{{ 2 ** 33 * 'x' }}", "TEMPLATE_REFUSED"),
+        ("{{ ([0] * 2 ** 33) | length }}", "TEMPLATE_REFUSED"),
     ],
 )
 def test_a_template_that_raises_reaches_out_or_floods_is_refused(tmp_path: Path, source: str, code: str) -> None:

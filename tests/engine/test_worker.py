@@ -1,0 +1,255 @@
+"""engine-worker: sessions over one engine, as the real process on a tiny random Llama."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import pytest
+
+from engine.protos import engine_pb2, engine_pb2_grpc
+from engine.worker.outbox import Outbox
+from tests.engine.processes import Running, refusal, running
+from tests.engine.tiny_models import CONTEXT, VOCABULARY
+
+LIMIT_S = 30.0
+OPTIONS = engine_pb2.DeploymentOptions(threads=1, deterministic=True, kv_blocks=128)
+
+
+def submit(handle: int, prompt: Iterable[int] = (0, 40, 41, 42), max_tokens: int = 8) -> engine_pb2.Submit:
+    return engine_pb2.Submit(
+        handle=handle,
+        scope="scope-a",
+        salt=b"salt",
+        weight=1,
+        token_ids=prompt,
+        top_p=1.0,
+        seed=handle,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+    )
+
+
+@dataclass
+class Answer:
+    """What a request has brought so far."""
+
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    end: engine_pb2.End | None = None
+
+
+class Session:
+    """A gateway's side of one Session stream."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.call = engine_pb2_grpc.WorkerServiceStub(channel).Session()
+        self.answers: dict[int, Answer] = {}
+        self.frames: list[engine_pb2.SessionResponse] = []
+
+    async def send(self, command: engine_pb2.Submit | engine_pb2.Abort) -> None:
+        if isinstance(command, engine_pb2.Submit):
+            self.answers[command.handle] = Answer()
+            await self.call.write(engine_pb2.SessionRequest(submit=command))
+        else:
+            await self.call.write(engine_pb2.SessionRequest(abort=command))
+
+    async def read_frame(self) -> None:
+        frame = await asyncio.wait_for(self.call.read(), LIMIT_S)
+        assert isinstance(frame, engine_pb2.SessionResponse), "the stream ended"
+        self.frames.append(frame)
+        for row in frame.rows:
+            answer = self.answers[row.handle]
+            assert answer.end is None, "a row after the end"
+            answer.token_ids.extend(row.token_ids)
+            answer.text += row.text
+            if row.HasField("end"):
+                answer.end = row.end
+
+    async def finish(self, handle: int) -> Answer:
+        """Read until the request has ended."""
+        while self.answers[handle].end is None:
+            await self.read_frame()
+        return self.answers[handle]
+
+    async def end_of(self, command: engine_pb2.Submit) -> engine_pb2.End:
+        """Submit and read to the end."""
+        await self.send(command)
+        end = (await self.finish(command.handle)).end
+        assert end is not None
+        return end
+
+
+@dataclass
+class Worker:
+    """A running worker and a channel to it."""
+
+    running: Running
+    channel: grpc.aio.Channel
+
+    async def status(self) -> engine_pb2.GetStatusResponse:
+        stub = engine_pb2_grpc.WorkerServiceStub(self.channel)
+        return await stub.GetStatus(engine_pb2.GetStatusRequest())
+
+    async def until_idle(self) -> engine_pb2.GetStatusResponse:
+        """Wait for the engine to hold no request."""
+        async with asyncio.timeout(LIMIT_S):
+            while (status := await self.status()).running or status.waiting:
+                await asyncio.sleep(0.01)
+        return status
+
+
+@pytest.fixture
+async def worker(tiny_store: tuple[Path, engine_pb2.FileSet], socket_dir: Path) -> AsyncIterator[Worker]:
+    store, files = tiny_store
+    sock = socket_dir / "worker.sock"
+    stdin = engine_pb2.Deployment(name="tiny", files=files, options=OPTIONS).SerializeToString()
+    argv = ("engine.worker", "--store", str(store), "--socket", str(sock))
+    async with (
+        running(socket_dir, argv, stdin) as process,
+        grpc.aio.insecure_channel(f"unix:{sock}") as channel,
+    ):
+        assert process.said == ["READY=1", f"X_MAX_CONTEXT_TOKENS={CONTEXT}"]
+        yield Worker(process, channel)
+
+
+async def test_sessions_run_together_abort_drain_and_get_only_their_own_rows(worker: Worker) -> None:
+    first, second = Session(worker.channel), Session(worker.channel)
+    await first.send(submit(1))
+    alone = await first.finish(1)
+    assert len(alone.token_ids) == 8
+    assert alone.end is not None
+    assert (alone.end.reason, alone.end.prompt_tokens) == (engine_pb2.END_REASON_LENGTH, 4)
+
+    # Both sessions use the same handles; rows of one never reach the other, whose answers differ.
+    await first.send(submit(2, max_tokens=200))
+    await second.send(submit(2, (0, 99, 98), max_tokens=60))
+    await first.send(submit(1))
+    again, other = await first.finish(1), await second.finish(2)
+    assert again.token_ids == alone.token_ids  # bitwise the same beside batch mates
+    assert len(other.token_ids) == 60
+    assert all(len({row.handle for row in frame.rows}) == len(frame.rows) for frame in first.frames)
+    steps = [frame.step for frame in first.frames]
+    assert steps == sorted(set(steps))
+
+    # Abort ends a request within a step and frees its pages.
+    await first.send(engine_pb2.Abort(handle=2))
+    aborted = await first.finish(2)
+    assert aborted.end is not None
+    assert aborted.end.reason == engine_pb2.END_REASON_ABORTED
+    assert len(aborted.token_ids) < 200
+
+    # Closing a session aborts what it runs.
+    await second.send(submit(3, max_tokens=250))
+    await second.read_frame()
+    second.call.cancel()
+    status = await worker.until_idle()
+    assert status.blocks_free == status.blocks_total == 128
+    assert status.backend == "cpu"
+    assert status.tokens_generated < 8 + 8 + 60 + 200 + 250
+
+
+async def test_a_bad_submit_ends_its_own_handle_with_a_code_and_nothing_else(worker: Worker) -> None:
+    session = Session(worker.channel)
+    long_running = submit(100, max_tokens=240)
+    await session.send(long_running)
+    nan = submit(2)
+    nan.temperature = float("nan")
+    unstoppable = submit(3)
+    unstoppable.stop.append("")
+    cases = [
+        (submit(1, ()), "EMPTY_PROMPT"),
+        (nan, "INVALID_SAMPLING"),
+        (unstoppable, "INVALID_STOP"),
+        (submit(4, max_tokens=0), "INVALID_STOP"),
+        (submit(5, [VOCABULARY]), "TOKEN_OUT_OF_RANGE"),
+        (submit(6, [7] * (CONTEXT + 1)), "CONTEXT_OVERFLOW"),
+        (engine_pb2.Submit(handle=7, token_ids=[1], max_tokens=1, top_p=1, weight=1), "INVALID_REQUEST"),
+    ]
+    for command, code in cases:
+        end = await session.end_of(command)
+        assert (end.reason, end.error_reason) == (engine_pb2.END_REASON_ERROR, code)
+    await session.send(submit(8, max_tokens=250))
+    await session.call.write(engine_pb2.SessionRequest(submit=submit(8)))
+    twice = await session.finish(8)
+    assert twice.end is not None
+    assert twice.end.error_reason == "DUPLICATE_HANDLE"
+    await session.call.write(engine_pb2.SessionRequest())
+    await session.send(engine_pb2.Abort(handle=4711))
+    assert len((await session.finish(100)).token_ids) == 240
+
+
+async def test_sigterm_finishes_what_runs_and_refuses_what_is_new(worker: Worker) -> None:
+    session = Session(worker.channel)
+    await session.send(submit(1, max_tokens=200))
+    await session.read_frame()
+    ending = asyncio.create_task(worker.running.terminate())
+    codes = []
+    for handle in range(2, 200):
+        end = await session.end_of(submit(handle, max_tokens=1))
+        codes.append(end.error_reason)
+        if codes[-1]:
+            break
+    assert codes[-1] == "WORKER_DRAINING"
+    finished = await session.finish(1)
+    assert len(finished.token_ids) == 200
+    assert await ending == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [("flip", "WEIGHTS_DIGEST_MISMATCH"), ("missing", "FILE_MISSING"), ("kv", "KV_TOO_SMALL")],
+)
+async def test_a_deployment_that_cannot_run_says_why_and_exits_with_status_3(
+    tiny_store: tuple[Path, engine_pb2.FileSet], socket_dir: Path, damage: str, code: str
+) -> None:
+    store, files = tiny_store
+    weights = next(file for file in files.files if file.path == "model.safetensors")
+    place = store / "sha256" / weights.sha256[:2] / weights.sha256
+    if damage == "flip":
+        flip_bit(place)
+    elif damage == "missing":
+        place.unlink()
+    options = engine_pb2.DeploymentOptions(threads=1, kv_blocks=1 if damage == "kv" else 0)
+    stdin = engine_pb2.Deployment(name="tiny", files=files, options=options).SerializeToString()
+    argv = ("engine.worker", "--store", str(store), "--socket", str(socket_dir / "worker.sock"))
+    status, line = await refusal(socket_dir, argv, stdin)
+    assert (status, json.loads(line)["code"]) == (3, code)
+
+
+async def test_stdin_without_a_deployment_is_refused(socket_dir: Path) -> None:
+    argv = ("engine.worker", "--store", "/nowhere", "--socket", str(socket_dir / "worker.sock"))
+    status, line = await refusal(socket_dir, argv, b"\xff")
+    assert (status, json.loads(line)["code"]) == (3, "INVALID_DEPLOYMENT")
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+async def test_a_session_that_reads_late_gets_one_merged_frame() -> None:
+    outbox = Outbox()
+    end = engine_pb2.End(reason=engine_pb2.END_REASON_LENGTH)
+    outbox.push(1, [engine_pb2.Row(handle=1, token_ids=[5], text="a"), engine_pb2.Row(handle=2, token_ids=[6])])
+    outbox.push(2, [engine_pb2.Row(handle=1, token_ids=[7], text="b")])
+    outbox.push(3, [engine_pb2.Row(handle=1, token_ids=[8], text="c", end=end)])
+    outbox.close()
+    frame = await outbox.take()
+    assert frame == engine_pb2.SessionResponse(
+        step=3,
+        rows=[
+            engine_pb2.Row(handle=1, token_ids=[5, 7, 8], text="abc", end=end),
+            engine_pb2.Row(handle=2, token_ids=[6]),
+        ],
+    )
+    assert await outbox.take() is None
+
+
+async def test_a_session_that_reads_nothing_overflows() -> None:
+    outbox = Outbox(max_tokens=3)
+    assert outbox.push(1, [engine_pb2.Row(handle=1, token_ids=[1, 2, 3])])
+    assert not outbox.push(2, [engine_pb2.Row(handle=1, token_ids=[4])])
