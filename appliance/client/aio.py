@@ -186,6 +186,6 @@ class AsyncClient:
             for retry, options in OPTIONS.items()
         }
 
-    def _stub(self, options: Options) -> inference_pb2_grpc.InferenceServiceAsyncStub:
+    def _stub(self, options: Options) -> "inference_pb2_grpc.InferenceServiceAsyncStub":
         """Of the channel that sends again, or of the one that does not; a channel connects when first used."""
         return inference_pb2_grpc.InferenceServiceStub(self._channels[options.get("retry", True)])

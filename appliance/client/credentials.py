@@ -22,7 +22,7 @@ from appliance.client import Client
 with Client.from_dir(Path(__file__).parent) as client:
     model = next(model for model in client.list_models() if model.ready and "chat" in model.capabilities)
     question = "Patient Ada Okafor, bed 12, allergic to penicillin. Summarise."
-    stream = client.chat(model.name, [{"role": "user", "content": question}], temperature=0, max_tokens=64)
+    stream = client.chat(model.name, [{"role": "user", "content": question}], temperature=0, max_tokens=48)
     for text in stream:
         print(text, end="", flush=True)
     print(f"\\n{stream.usage.completion_tokens} tokens; record {stream.receipt.audit_sequence} of the audit log")

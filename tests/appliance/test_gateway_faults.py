@@ -1,0 +1,325 @@
+"""What a client is told when something dies, stalls or fails, and that every lease is closed whatever happens."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+
+from appliance.client import CloisterError
+from appliance.gateway import server, walk
+from appliance.gateway.rows import MAX_PENDING_BYTES, MERGE_AFTER, EngineGoneError, Rows
+from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
+from engine.protos import engine_pb2
+from tests.appliance.gateway_house import (
+    API_KEY,
+    House,
+    Send,
+    end,
+    one_word_then_silence,
+    open_house,
+    say,
+    silence,
+)
+
+KEY_METADATA = (("authorization", f"Bearer {API_KEY}"),)
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    async with open_house() as opened:
+        yield opened
+
+
+async def failure(house: House, **arguments: Any) -> CloisterError:
+    """The error of one request that is not sent again."""
+    async with house.client() as client:
+        with pytest.raises(CloisterError) as error:
+            await client.generate("notes", "x", retry=False, **arguments).result()
+    return error.value
+
+
+async def test_a_worker_that_dies_before_accepted_is_unavailable(house: House) -> None:
+    house.worker.script = silence
+    async with house.client() as client:
+        running = asyncio.create_task(client.generate("notes", "x").result())
+        await until(lambda: bool(house.worker.submits))
+        await house.kill("worker-notes")
+        with pytest.raises(CloisterError) as error:
+            await running
+    assert (error.value.status, error.value.code) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE")
+    assert error.value.retry_after is not None
+    settled = await house.settled()
+    assert (settled.outcome, settled.reason) == (control_pb2.OUTCOME_ENGINE_FAILED, "ENGINE_UNAVAILABLE")
+    assert (settled.prompt_tokens, settled.completion_tokens) == (0, 0)
+    assert len(house.control.asked("Admit")) == 1, "an admitted request's id is spent: it is not sent again"
+
+
+async def test_a_worker_that_dies_after_accepted_aborts_and_what_it_said_is_delivered(house: House) -> None:
+    house.worker.script = one_word_then_silence
+    async with house.client() as client:
+        stream = client.generate("notes", "x")
+        assert await anext(stream) == "Hel"
+        await house.kill("worker-notes")
+        with pytest.raises(CloisterError) as error:
+            await anext(stream)
+    assert (error.value.status, error.value.code) == (grpc.StatusCode.ABORTED, "ENGINE_RESTARTED")
+    settled = await house.settled()
+    assert (settled.outcome, settled.reason) == (control_pb2.OUTCOME_ENGINE_FAILED, "ENGINE_RESTARTED")
+    assert (settled.prompt_tokens, settled.completion_tokens) == (1, 1)
+
+
+async def test_a_worker_that_is_back_is_used_again_without_hands(house: House) -> None:
+    async with house.client() as client:
+        await client.generate("notes", "x").result()
+        await house.kill("worker-notes")
+        answer = asyncio.create_task(client.generate("notes", "x").result())
+        await asyncio.sleep(0.3)
+        await house.start_worker()
+        assert (await answer).text == "Hello"
+    assert house.worker.sessions == 2
+
+
+async def test_no_worker_is_unavailable_before_anything_is_charged(house: House) -> None:
+    await house.kill("worker-notes")
+    error = await failure(house)
+    assert (error.status, error.code) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE")
+    assert house.control.asked("Admit") == []
+
+
+async def test_no_engine_text_is_unavailable(house: House) -> None:
+    await house.kill("text-notes")
+    error = await failure(house)
+    assert (error.status, error.code) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE")
+
+
+async def test_a_request_is_sent_again_under_the_same_id_until_the_engine_is_there(house: House) -> None:
+    await house.kill("text-notes")
+    async with house.client() as client:
+        answer = asyncio.create_task(client.generate("notes", "x").result())
+        await until(lambda: len(house.control.asked("Authorize")) >= 2)
+        await house.start_text()
+        assert (await answer).text == "Hello"
+    assert len({request.request_id for request in house.control.asked("Authorize")}) == 1
+
+
+async def test_control_that_is_gone_is_unavailable(house: House) -> None:
+    await house.kill("control")
+    error = await failure(house)
+    assert (error.status, error.code) == (grpc.StatusCode.UNAVAILABLE, "CONTROL_UNAVAILABLE")
+    assert error.retry_after is not None
+
+
+async def test_control_that_dies_mid_stream_means_no_ok_and_a_later_settlement(house: House) -> None:
+    proceed = asyncio.Event()
+
+    async def script(submit: Any, send: Send) -> None:
+        send("Hel", [1])
+        await proceed.wait()
+        await say("lo")(submit, send)
+
+    house.worker.script = script
+    async with house.client() as client:
+        stream = client.generate("notes", "x")
+        assert await anext(stream) == "Hel"
+        await house.kill("control")
+        proceed.set()
+        with pytest.raises(CloisterError) as error:
+            await stream.result()
+    assert (error.value.status, error.value.code) == (grpc.StatusCode.UNAVAILABLE, "CONTROL_UNAVAILABLE")
+    assert stream.text == "Hello"
+    await house.start_control()
+    settled = await house.settled()
+    assert (settled.lease, settled.outcome) == ("lease-ticket", control_pb2.OUTCOME_COMPLETED)
+
+
+async def test_the_engines_error_before_a_token_is_the_requests_alone(house: House) -> None:
+    async def script(submit: Any, send: Send) -> None:
+        send(end=end(engine_pb2.END_REASON_ERROR, error_reason="NUMERIC_FAULT", error_message="NaN logits"))
+
+    house.worker.script = script
+    error = await failure(house)
+    assert (error.status, error.code, error.message) == (
+        grpc.StatusCode.INTERNAL, "NUMERIC_FAULT", "NaN logits",
+    )  # fmt: skip
+    assert (await house.settled()).outcome == control_pb2.OUTCOME_ENGINE_FAILED
+    house.worker.script = say("Hello")
+    async with house.client() as client:
+        assert (await client.generate("notes", "x").result()).text == "Hello"
+    assert house.worker.sessions == 1
+
+
+async def test_the_engines_error_mid_stream_comes_after_what_it_said(house: House) -> None:
+    async def script(submit: Any, send: Send) -> None:
+        send("Hel", [1])
+        send("lo", [2], end(engine_pb2.END_REASON_ERROR, error_reason="STEP_FAILED", error_message="x"))
+
+    house.worker.script = script
+    async with house.client() as client:
+        stream = client.generate("notes", "x")
+        with pytest.raises(CloisterError) as error:
+            await stream.result()
+    assert (stream.text, error.value.code) == ("Hello", "STEP_FAILED")
+
+
+async def test_an_end_nobody_asked_for_is_a_restart(house: House) -> None:
+    async def script(submit: Any, send: Send) -> None:
+        send("Hel", [1])
+        send(end=end(engine_pb2.END_REASON_ABORTED))
+
+    house.worker.script = script
+    assert (await failure(house)).code == "ENGINE_RESTARTED"
+
+
+async def test_a_client_that_does_not_read_is_cut_off_and_the_others_are_not(house: House) -> None:
+    async def flood(submit: Any, send: Send) -> None:
+        if len(submit.token_ids) == 1:
+            return await say("Hello")(submit, send)
+        while True:
+            send("y" * 16384, [1])
+            await asyncio.sleep(0)
+
+    house.worker.script = flood
+    async with house.channel() as channel, house.client() as other:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(inference_pb2.GenerateRequest(model="notes", text="xx"), metadata=KEY_METADATA)
+        await call.wait_for_connection()
+        await house.worker.aborted.wait()
+        settled = await house.settled()
+        assert (settled.outcome, settled.reason) == (control_pb2.OUTCOME_CANCELLED, "SLOW_CLIENT")
+        assert (await other.generate("notes", "x").result()).text == "Hello"
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            _ = [event async for event in call]
+    assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert "SLOW_CLIENT" in (error.value.details() or "")
+
+
+async def test_a_client_that_makes_no_room_for_one_message_is_cut_off(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "STALL_S", 0.05)
+
+    async def flood(submit: Any, send: Send) -> None:
+        send("y" * (8 << 20), [1])
+        send("z", [2])
+
+    monkeypatch.setattr("appliance.gateway.rows.MAX_PENDING_BYTES", 64 << 20)
+    house.worker.script = flood
+    async with house.channel() as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(inference_pb2.GenerateRequest(model="notes", text="xx"), metadata=KEY_METADATA)
+        await call.wait_for_connection()
+        assert (await house.settled()).reason == "SLOW_CLIENT"
+        call.cancel()
+
+
+def a_row(text: str = "", ids: tuple[int, ...] = (1,), last: engine_pb2.End | None = None) -> engine_pb2.Row:
+    return engine_pb2.Row(handle=1, text=text, token_ids=ids, end=last)
+
+
+async def test_a_client_a_little_behind_gets_each_step_and_far_behind_gets_them_merged() -> None:
+    rows = Rows(1, lambda: None)
+    for index in range(MERGE_AFTER):
+        rows.put(a_row(str(index % 10), (index,)))
+    assert (await rows.next()).text == "0"
+    rows.put(a_row("a"))
+    rows.put(a_row("b", (), end()))
+    merged = await rows.next()
+    assert merged.text == "".join(str(index % 10) for index in range(1, MERGE_AFTER)) + "ab"
+    assert list(merged.token_ids) == [*range(1, MERGE_AFTER), 1]
+    assert merged.HasField("end")
+    assert rows.completion_tokens == MERGE_AFTER + 1
+
+
+async def test_pending_rows_are_bounded_and_the_writer_is_interrupted() -> None:
+    interrupted: list[bool] = []
+    rows = Rows(1, lambda: None)
+    rows.interrupt = lambda: interrupted.append(True)
+    for _ in range(2 * MAX_PENDING_BYTES // 1024):
+        rows.put(a_row("y" * 1024))
+    assert interrupted == [True]
+    with pytest.raises(CloisterError, match="SLOW_CLIENT"):
+        await rows.next()
+
+
+async def test_rows_that_came_before_the_engine_went_are_delivered_first() -> None:
+    rows = Rows(1, lambda: None)
+    rows.put(a_row("a"))
+    rows.fail(EngineGoneError())
+    assert (await rows.next()).text == "a"
+    with pytest.raises(EngineGoneError):
+        await rows.next()
+
+
+async def test_draining_finishes_what_runs_and_refuses_what_comes(house: House) -> None:
+    proceed = asyncio.Event()
+
+    async def script(submit: Any, send: Send) -> None:
+        send("Hel", [1])
+        await proceed.wait()
+        await say("lo")(submit, send)
+
+    house.worker.script = script
+    async with house.client() as client:
+        running = client.generate("notes", "x")
+        assert await anext(running) == "Hel"
+        house.process.stop()
+        await asyncio.sleep(0.1)
+        error = await failure(house)
+        assert (error.status, error.code) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        proceed.set()
+        assert (await running.result()).text == "Hello"
+
+
+async def test_what_outlasts_the_grace_is_cut_off_and_settled(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.Gateway.drain, "__defaults__", (0.1,))
+    house.worker.script = one_word_then_silence
+    async with house.client() as client:
+        running = client.generate("notes", "x")
+        assert await anext(running) == "Hel"
+        house.process.stop()
+        with pytest.raises(CloisterError) as error:
+            await anext(running)
+    assert (error.value.status, error.value.code) == (grpc.StatusCode.UNAVAILABLE, "GATEWAY_STOPPING")
+    settled = await house.settled()
+    assert (settled.outcome, settled.reason) == (control_pb2.OUTCOME_CANCELLED, "GATEWAY_STOPPING")
+
+
+async def test_after_a_storm_of_cancellations_every_lease_is_settled(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def slowly(submit: Any, send: Send) -> None:
+        for _ in range(20):
+            send("x", [1])
+            await asyncio.sleep(0.01)
+        await say("end")(submit, send)
+
+    house.worker.script = slowly
+
+    async def one(client: Any, index: int) -> None:
+        stream = client.generate("notes", "x", timeout=0.05 if index % 5 == 0 else 30)
+        try:
+            async for _ in stream:
+                if index % 2:
+                    stream.cancel()
+        except CloisterError:
+            return
+
+    async with house.client() as client:
+        await asyncio.gather(*(one(client, index) for index in range(100)))
+    await until(lambda: len(house.control.asked("Settle")) == len(house.control.asked("Admit")))
+    outcomes = {request.outcome for request in house.control.asked("Settle")}
+    assert {control_pb2.OUTCOME_COMPLETED, control_pb2.OUTCOME_CANCELLED} <= outcomes
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+async def until(condition: Any) -> None:
+    """Wait until `condition` holds."""
+    while not condition():
+        await asyncio.sleep(0.02)
