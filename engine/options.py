@@ -45,7 +45,7 @@ class EngineOptions:
             model_context: the model's own limit, in tokens.
             block_bytes_per_token: KV bytes of one token over all layers.
             memory_bytes: what the KV pages may take when `kv_blocks` is 0.
-            cores: threads when `threads` is 0.
+            cores: threads when `threads` is 0; at least one is taken.
 
         Raises:
             EngineError: OPTIONS_INVALID names the option.

@@ -52,5 +52,5 @@ def _draw_filtered(logits: Tensor, sampling: Sampling) -> Tensor:
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
     """Index of the first entry above `target`; rounding at the very top falls back to the last that added."""
     found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-    last = torch.searchsorted(cumulative, cumulative[:, -1:])[:, 0]
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]
     return torch.minimum(found, last)

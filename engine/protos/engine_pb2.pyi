@@ -256,7 +256,7 @@ class DeploymentOptions(_message.Message):
     max_context_tokens: _builtins.int
     """Prompt and answer together; 0 takes the model's own limit."""
     threads: _builtins.int
-    """Threads of the worker; 0 takes the cores there are."""
+    """Threads of the worker; 0 takes all cores but one, which the other processes need."""
     def __init__(
         self,
         *,
