@@ -59,7 +59,11 @@ def options_of(args: argparse.Namespace) -> Options:
 
 def text_of(args: argparse.Namespace) -> str:
     """The prompt or message."""
-    return sys.stdin.read() if args.text == "-" else str(args.text)
+    if args.text != "-":
+        return str(args.text)
+    if sys.stdin.isatty():
+        print("reading from the terminal; end with Ctrl-D", file=sys.stderr)
+    return sys.stdin.read()
 
 
 def show(args: argparse.Namespace, stream: Stream) -> int:

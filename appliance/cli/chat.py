@@ -15,6 +15,6 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def _chat(args: argparse.Namespace) -> int:
     system = [Message("system", args.system)] if args.system else []
+    messages = [*system, Message("user", answering.text_of(args))]
     with answering.client_of(args) as client:
-        messages = [*system, Message("user", answering.text_of(args))]
         return answering.show(args, client.chat(args.model, messages, **answering.options_of(args)))

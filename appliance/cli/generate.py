@@ -12,7 +12,6 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    prompt = answering.text_of(args)
     with answering.client_of(args) as client:
-        return answering.show(
-            args, client.generate(args.model, answering.text_of(args), **answering.options_of(args))
-        )
+        return answering.show(args, client.generate(args.model, prompt, **answering.options_of(args)))

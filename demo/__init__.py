@@ -1,0 +1,1 @@
+"""The demonstration that ./install.sh --demo runs, and the model it shows."""
