@@ -2,7 +2,7 @@
 
 Two witnesses are left beside the rows. The checkpoints, one of every commit, are signed: where the rows up to a
 checkpoint make its root, all of them are genuine; where they do not, one of those since the last good checkpoint
-is bad. The stored leaf hashes are not signed, and name the record exactly where whoever changed it left them alone.
+is bad. The stored leaf hashes are not signed, and name the record exactly where whoever changed it left them be.
 """
 
 import sqlite3
@@ -41,12 +41,14 @@ def first_bad(connection: sqlite3.Connection, until: int, head: Checkpoint, key:
     return _step(connection, _Range(good, bad or until, bad is not None), edge, head, key)
 
 
-def classify(connection: sqlite3.Connection, sequence: int) -> str:
-    """What happened at a sequence number: stable code.
+def classify(connection: sqlite3.Connection, sequence: int, head: Checkpoint) -> str:
+    """What happened at a sequence number, the first bad one: stable code.
 
     Two questions decide: is what stands here a record of the log, and does the record that belongs here stand
-    elsewhere? The stored leaf hashes say what belongs where.
+    elsewhere? The stored leaf hashes say what belongs where; nothing belongs behind the head.
     """
+    if sequence > head.size:
+        return "RECORD_INSERTED"
     rightful = _stored_leaf(connection, sequence)
     here = _body_leaf(connection, sequence)
     if here == rightful and here is not None:
@@ -59,7 +61,8 @@ def classify(connection: sqlite3.Connection, sequence: int) -> str:
         return "RECORD_INSERTED" if moved else "RECORD_CHANGED"
     if not moved:
         return "RECORD_MISSING"
-    return "RECORD_INSERTED" if _body_leaf(connection, home) == here else "ORDER_CHANGED"
+    doubled = home < sequence or _stands_after(connection, sequence, here)
+    return "RECORD_INSERTED" if doubled else "ORDER_CHANGED"
 
 
 class _Range(NamedTuple):

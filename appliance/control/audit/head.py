@@ -1,10 +1,8 @@
-"""The signed head outside the database, and the key that signs it.
+"""The signed head outside the database, and the key that signs it."""
 
-The head is replaced whole (temporary file, fdatasync, rename): a reader, and the next start after a power cut, see
-the old one or the new one.
-"""
-
+import errno
 import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +11,11 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from appliance.control.audit import note
-from appliance.control.audit.note import Checkpoint
+from appliance.control.audit.note import Checkpoint, NoteError
+
+_SYNC_EVERY = 1.0  # seconds
+_READS = 5
+_READ_AGAIN = 0.005  # seconds
 
 
 @dataclass(frozen=True)
@@ -93,23 +95,69 @@ def read_head(path: Path, public_key: bytes) -> Checkpoint:
         FileNotFoundError: there is none.
         NoteError: it is no head signed by `public_key`.
     """
+    for _ in range(_READS - 1):
+        try:
+            return _read_head(path, public_key)
+        except NoteError:  # it may be half old and half new while it is being written
+            time.sleep(_READ_AGAIN)
+    return _read_head(path, public_key)
+
+
+def _read_head(path: Path, public_key: bytes) -> Checkpoint:
     return note.verify(path.read_bytes().decode("utf-8", errors="replace"), public_key, head=True)
 
 
-def write_head(path: Path, signed: str) -> None:
-    """Replace the head file.
+class HeadFile:
+    """The head as the writer keeps it.
 
-    Raises:
-        OSError: it could not be written; the old one is still there.
+    A head as long as the one before overwrites it in place: both lie in one sector, so a power cut leaves one or
+    the other, and the commit path is spared a rename. A longer one, when the size gains a digit, replaces the
+    file. What a power cut takes back is at most the last second; the database proves the rest by its checkpoints.
+
+    Args:
+        path: the head file.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    try:
-        os.write(descriptor, signed.encode())
-        os.fdatasync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(path)
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+        self._length = 0
+        self._sync_due = 0.0
+
+    def write(self, signed: str) -> None:
+        """Make this the head.
+
+        Raises:
+            OSError: it could not be written; the old one may still stand.
+        """
+        data = signed.encode()
+        if self._descriptor < 0 or len(data) != self._length:
+            self._replace(data)
+        elif os.pwrite(self._descriptor, data, 0) != len(data):
+            raise OSError(errno.ENOSPC, "short write", str(self._path))
+        if time.monotonic() >= self._sync_due:
+            self.sync()
+
+    def sync(self) -> None:
+        """Make the head durable."""
+        if self._descriptor >= 0:
+            os.fdatasync(self._descriptor)
+        self._sync_due = time.monotonic() + _SYNC_EVERY
+
+    def close(self) -> None:
+        """Close the file; without `sync`, its last second is in the kernel's hands."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _replace(self, data: bytes) -> None:
+        temporary = self._path.with_name(f"{self._path.name}.tmp")
+        self.close()
+        self._descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._length = os.write(self._descriptor, data)
+        self.sync()
+        temporary.replace(self._path)
+        sync_directory(self._path.parent)
 
 
 def sync_directory(path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from appliance.control.audit import note as notes
 from appliance.control.audit.clock import Clock
 from appliance.control.audit.errors import AuditTamperedError
-from appliance.control.audit.head import Signer, read_head, sync_directory, write_head
+from appliance.control.audit.head import HeadFile, Signer, read_head
 from appliance.control.audit.note import Checkpoint, NoteError
 from appliance.control.audit.record import (
     Draft,
@@ -100,6 +100,7 @@ class Ledger:
     def __init__(self, place: Place, store: Store, edge: Edge, last: Row | None) -> None:
         self._place = place
         self._store = store
+        self._head = HeadFile(place.head)
         self._edge = edge
         self._chain = last[-1] if last else NO_CHAIN
         self._utc_ns = last[1] if last else 0
@@ -113,8 +114,9 @@ class Ledger:
             FileExistsError: the database exists.
         """
         Store.create(place.db)
-        write_head(place.head, place.signer.sign(0, Edge().root(), head=True))
-        sync_directory(place.head.parent)
+        head = HeadFile(place.head)
+        head.write(place.signer.sign(0, Edge().root(), head=True))
+        head.close()
         return Ledger.open(place)
 
     @staticmethod
@@ -164,16 +166,18 @@ class Ledger:
     def close(self) -> None:
         """Close the database and make the head durable."""
         self._store.close()
-        sync_directory(self._place.head.parent)
+        self._head.sync()
+        self._head.close()
 
     def discard(self) -> None:
-        """Close after an error, whatever state the connection is in."""
+        """Close after an error, whatever state the files are in."""
         self._store.close()
+        self._head.close()
 
     def _write(self, batch: _Batch) -> None:
         size, root, signer = batch.edge.size, batch.edge.root(), self._place.signer
         self._store.commit(batch.records, batch.nodes, size, signer.sign(size, root, head=False))
-        write_head(self._place.head, signer.sign(size, root, head=True))
+        self._head.write(signer.sign(size, root, head=True))
         self._edge, self._chain, self._utc_ns = batch.edge, batch.chain, batch.utc_ns
         self.size, self.root = size, root
 

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 HEAD_LINE = "cloister-audit-head"
 _ED25519 = b"\x01"
-_NAME = re.compile(r"[!-*,-~]{1,200}")
+_NAME = re.compile(r"[!-*,-~]{1,150}")  # a head, which has it twice, fits a sector of 512 bytes
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
@@ -40,10 +40,10 @@ def check_origin(origin: str) -> str:
     """`origin`, which is the name of the log and of its key.
 
     Raises:
-        ValueError: it is not 1 to 200 printable ASCII characters without blanks and plus signs.
+        ValueError: it is not 1 to 150 printable ASCII characters without blanks and plus signs.
     """
     if not _NAME.fullmatch(origin):
-        raise ValueError("an audit origin is 1 to 200 printable ASCII characters, no blank and no '+'")
+        raise ValueError("an audit origin is 1 to 150 printable ASCII characters, no blank and no '+'")
     return origin
 
 

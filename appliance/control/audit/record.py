@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from json.encoder import encode_basestring as quote
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -124,15 +125,40 @@ def draft(record: Record) -> Draft:
     return Draft(record, facts)
 
 
+class Frame(NamedTuple):
+    """The parts of a body that repeat from record to record, quoted; numbers, request id and facts go between."""
+
+    before_facts: str
+    before_mono: str
+    before_request: str
+    before_utc: str
+
+    def around_facts(self, sequence: int, utc_ns: int, mono_ns: int, request_id: str) -> tuple[str, str, str]:
+        """What stands before the facts, between facts and nonce, and after the nonce."""
+        return (
+            self.before_facts,
+            f'{self.before_mono}{mono_ns},"nonce":"',
+            f'{self.before_request}{quote(request_id)},"seq":{sequence}{self.before_utc}{utc_ns},"v":{VERSION}}}',
+        )
+
+
+@lru_cache(maxsize=1024)
+def frame(boot: str, clock: str, kind: str, phase: str, tenant: str, actor: str, decision: str) -> Frame:
+    """The frame of all records that share these columns."""
+    return Frame(
+        f'{{"actor":{quote(actor)},"boot":{quote(boot)},"clock":{quote(clock)},"decision":{quote(decision)},"facts":',
+        f',"kind":{quote(kind)},"mono_ns":',
+        f'","phase":{quote(phase)},"request_id":',
+        f',"tenant":{quote(tenant)},"utc_ns":',
+    )
+
+
 def encode(item: Draft, sequence: int, stamp: Stamp, nonce: bytes) -> bytes:
     """The canonical body of record number `sequence`."""
     r = item.record
-    return (
-        f'{{"actor":{quote(r.actor)},"boot":{quote(stamp.boot)},"clock":{quote(stamp.clock)},'
-        f'"decision":{quote(r.decision)},"facts":{item.facts},"kind":{quote(r.kind)},"mono_ns":{stamp.mono_ns},'
-        f'"nonce":"{nonce.hex()}","phase":{quote(r.phase)},"request_id":{quote(r.request_id)},"seq":{sequence},'
-        f'"tenant":{quote(r.tenant)},"utc_ns":{stamp.utc_ns},"v":{VERSION}}}'
-    ).encode()
+    fixed = frame(stamp.boot, stamp.clock, r.kind, r.phase, r.tenant, r.actor, r.decision)
+    before, between, after = fixed.around_facts(sequence, stamp.utc_ns, stamp.mono_ns, r.request_id)
+    return f"{before}{item.facts}{between}{nonce.hex()}{after}".encode()
 
 
 def leaf_hash(body: bytes) -> bytes:

@@ -17,6 +17,7 @@ from appliance.control.audit.tree import Edge, Node, edge_nodes
 APPLICATION_ID = 0x434C4F49
 SCHEMA_VERSION = 1
 BLOCK = 2048
+_FOLD_PAGES = 4096  # of the write-ahead log, before it is copied into the database
 
 TABLES = (
     """CREATE TABLE rec(seq INTEGER PRIMARY KEY, utc_ns INT NOT NULL, mono_ns INT NOT NULL,
@@ -32,11 +33,11 @@ TABLES = (
 )
 COLUMNS = "seq,utc_ns,mono_ns,boot,clock,req_id,kind,phase,tenant,actor,decision,body,leaf,chain"
 
-Row = tuple[int, int, int, str, str, bytes, str, str, str | None, str, str, bytes, bytes, bytes]
+Row = tuple[int, int, int, str, str, bytes, str, str, str, str, str, bytes, bytes, bytes]
 
 
 def row_of(record: StoredRecord) -> Row:
-    """The columns of `rec`, in order. No tenant is NULL; the request id is its UTF-8 bytes."""
+    """The columns of `rec`, in order; the request id is its UTF-8 bytes."""
     return (
         record.sequence,
         record.utc_ns,
@@ -46,7 +47,7 @@ def row_of(record: StoredRecord) -> Row:
         record.request_id.encode(),
         record.kind,
         record.phase,
-        record.tenant or None,
+        record.tenant,
         record.actor,
         record.decision,
         record.body,
@@ -58,7 +59,7 @@ def row_of(record: StoredRecord) -> Row:
 def record_of(row: Row) -> StoredRecord:
     """The record in a row of `rec`."""
     return StoredRecord(
-        *row[:5], row[5].decode(), row[6], row[7], row[8] or "", row[9], row[10], row[11], row[12], row[13]
+        *row[:5], row[5].decode(), row[6], row[7], row[8], row[9], row[10], row[11], row[12], row[13]
     )
 
 
@@ -171,6 +172,7 @@ class Store:
         run("PRAGMA cell_size_check=ON")
         run("PRAGMA mmap_size=0")
         run("PRAGMA synchronous=FULL")
+        run(f"PRAGMA wal_autocheckpoint={_FOLD_PAGES}")
         mode = run("PRAGMA journal_mode").fetchone()[0]
         if mode != "wal":
             raise sqlite3.DatabaseError(f"journal mode is {mode}, not wal")

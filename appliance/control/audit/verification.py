@@ -151,9 +151,12 @@ class _Verification:
         limit = self._walk.sequence
         span = evidence.first_bad(self._connection, limit, self._head, self._key)
         if span is not None and (bad is None or span.first < bad.sequence):
-            raise _Bad(evidence.classify(self._connection, span.first), span.first, span.message) from None
+            raise self._bad(span.first, span.message) from None
         if bad is not None:
-            raise _Bad(evidence.classify(self._connection, bad.sequence), bad.sequence, str(bad)) from None
+            raise self._bad(bad.sequence, str(bad)) from None
+
+    def _bad(self, sequence: int, message: str) -> _Bad:
+        return _Bad(evidence.classify(self._connection, sequence, self._head), sequence, message)
 
 
 class _Tree:
