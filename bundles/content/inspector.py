@@ -6,6 +6,7 @@ are set on it before the list is sent, so nothing hostile is read without them.
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from bundles.format import strict_json
 from bundles.format.errors import BundleError
 
 MAX_ANSWER = 64 * 1024
+MAX_MESSAGE = 1000
+_CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
 # The child finds our packages where this process found them.
 _PYTHON = (sys.executable, *(("-P",) if sys.flags.safe_path else ()))
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL")
@@ -105,8 +108,8 @@ class Inspector:
 
 def _read(verdict: Mapping[str, object]) -> Verdict:
     match verdict:
-        case {"ok": False, "code": str(code), "message": str(message)}:
-            raise BundleError(code, message)
+        case {"ok": False, "code": str(code), "message": str(message)} if _CODE.fullmatch(code):
+            raise BundleError(code, message[:MAX_MESSAGE])
         case {
             "ok": True,
             "architecture": str(architecture),
