@@ -115,7 +115,7 @@ class Deployments:
             self._host, self._running = None, {}
             await asyncio.sleep(_PAUSE_S)
 
-    async def _follow(self, host: engine_pb2_grpc.HostServiceAsyncStub) -> None:
+    async def _follow(self, host: "engine_pb2_grpc.HostServiceAsyncStub") -> None:
         """Tell all, then listen until the stream breaks."""
         log.info("engine-host is reached")
         self._host = host

@@ -8,6 +8,7 @@ Source: sqlite.org/wal.html, sqlite.org/lang_savepoint.html.
 """
 
 import asyncio
+import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -27,6 +28,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import StaticPool
 
 from appliance.errors import CloisterError
+
+logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells at every start that nothing is to be done
 
 Result = TypeVar("Result")
 _MIGRATIONS = Path(__file__).with_name("migrations")
