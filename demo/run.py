@@ -24,6 +24,7 @@ from demo.page import Page
 from demo.speed import measure
 
 MODEL, ALIAS, TENANT, APPLICATION = "demo-notes-s", "notes", "ward-notes", "summary"
+MODEL_FOLDER = ROOT / "demo" / MODEL
 NOTES, BURST = 3, 16
 
 
@@ -53,7 +54,7 @@ def sign(demo: Demo) -> None:
         demo.cloister("trust", "init", "--out", demo.path("keys"))
     with demo.page.step("Build a bundle of the demo model and sign it"):
         bundle = demo.path("notes.bundle")
-        model = demo.machine.shown(ROOT / "demo" / MODEL)
+        model = demo.machine.shown(MODEL_FOLDER)
         demo.cloister("bundle", "build", "--model", model, "--name", MODEL, "--version", "1.0.0",
                       "--sequence", "1", "--out", bundle)  # fmt: skip
         demo.cloister("bundle", "sign", bundle, "--release-key", demo.path("keys/release.key"),
@@ -82,17 +83,16 @@ def start(demo: Demo) -> None:
 
 
 def bring_in(demo: Demo) -> None:
-    """The bundle imported, a tampered copy of it refused, the model loaded."""
-    with demo.page.step("Import the bundle: verified before anything in it is believed"):
-        demo.page.line(demo.cloister("bundle", "import", demo.path("notes.bundle"), live=True))
-    with demo.page.step("Offer a copy with one flipped bit"):
+    """A tampered copy of the bundle refused, the bundle itself imported, the model loaded."""
+    with demo.page.step("Offer a copy of the bundle with one bit flipped among the weights"):
         tampered = demo.machine.folder / "tampered.bundle"
         where = flip_one_bit(demo.machine.folder / "notes.bundle", tampered)
-        demo.page.line(f"  bit 0 of byte {where:,} flipped")
         refusal = demo.cloister("bundle", "import", demo.path("tampered.bundle"), expect=3)
-        demo.page.good("refused with exit status 3:")
+        demo.page.good(f"bit 0 of byte {where:,} was noticed; exit status 3, and this on standard error:")
         demo.page.paragraph(refusal.splitlines()[-1])
         tampered.unlink()
+    with demo.page.step("Import the bundle itself: each byte verified before it is believed"):
+        demo.page.line(demo.cloister("bundle", "import", demo.path("notes.bundle"), live=True))
     with demo.page.step("Load the model, bit for bit repeatable, and give clients a name for it"):
         demo.cloister("model", "load", MODEL, "--as", ALIAS, "--deterministic")
         demo.cloister("alias", "set", ALIAS, ALIAS)
