@@ -18,6 +18,7 @@ from typing import NoReturn
 from google.protobuf.message import DecodeError
 
 from engine.errors import EngineError
+from engine.process import die_with_parent
 from engine.protos import engine_pb2
 from engine.weights.files import File, FileSet
 
@@ -61,6 +62,8 @@ class Launch:
 def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
     """The launch as the command line and standard input have it; standard input is let go.
 
+    From here on the process dies with its parent. A parent that died before hears no READY, which ends it too.
+
     Raises:
         EngineError: INVALID_DEPLOYMENT, standard input holds no complete Deployment.
     """
@@ -70,6 +73,7 @@ def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
     parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
     parser.add_argument("--socket", type=Path, required=True, help="Unix socket to listen on")
     chosen = parser.parse_args(argv)
+    die_with_parent()
     raw = sys.stdin.buffer.read()
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)

@@ -1,7 +1,8 @@
 """One life of one process of a deployment: started, told what to run, ready, ended.
 
-The process gets its Deployment on standard input, tells READY and facts about itself over a notify socket of
-its own (sd_notify(3); the kernel vouches for the sender), and dies with engine-host however that dies.
+The process gets its Deployment on standard input and tells READY and facts about itself over a notify socket of
+its own (sd_notify(3); the kernel vouches for the sender). It ties its life to this one by itself: nothing may run
+between fork and exec here, where gRPC has threads.
 """
 
 import asyncio
@@ -17,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.launch import REFUSED_STATUS
-from engine.process import die_with_parent
 
 _UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
 _NOTICE_BYTES = 4096
@@ -106,7 +106,6 @@ class Child:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 env={**os.environ, "NOTIFY_SOCKET": str(spec.notify)},
-                preexec_fn=die_with_parent,
             )
         except BaseException:
             notify.close()

@@ -27,6 +27,12 @@ class RestartPolicy:
     forgiven_after_s: float = 30.0
     drain_grace_s: float = 12.0
 
+    def delay_after(self, previous_s: float | None, served_s: float) -> float:
+        """Seconds to wait before the next start, after a life that served `served_s` seconds."""
+        if previous_s is None or served_s >= self.forgiven_after_s:
+            return self.first_delay_s
+        return min(2 * previous_s, self.longest_delay_s)
+
 
 class Keeper:
     """One process of a deployment, over all its lives.
@@ -58,7 +64,7 @@ class Keeper:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Keep the process running until it refuses its deployment, or until `stop` is set and it has drained."""
-        delay = self._policy.first_delay_s
+        delay: float | None = None
         while not stop.is_set():
             served_s, ending = await self._live(stop)
             if stop.is_set():
@@ -78,11 +84,9 @@ class Keeper:
             self._changed()
             if ending.refused:
                 return
-            if served_s >= self._policy.forgiven_after_s:
-                delay = self._policy.first_delay_s
+            delay = self._policy.delay_after(delay, served_s)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(stop.wait(), delay)
-            delay = min(2 * delay, self._policy.longest_delay_s)
 
     async def _live(self, stop: asyncio.Event) -> tuple[float, Ending]:
         """One life: seconds of service, and how it ended."""

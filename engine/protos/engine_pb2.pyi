@@ -402,7 +402,7 @@ class DeploymentStatus(_message.Message):
     max_context_tokens: _builtins.int
     """Prompt and answer together."""
     restarts: _builtins.int
-    """Times its worker was started again."""
+    """Times its worker or its text process was started again."""
     model_digest: _builtins.str
     """SHA-256 of the signed manifest, hex."""
     worker_pid: _builtins.int

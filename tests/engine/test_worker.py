@@ -9,8 +9,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from engine.build import build_engine
+from engine.launch import Launch
 from engine.protos import engine_pb2, engine_pb2_grpc
+from engine.worker.engine_thread import EngineThread
 from engine.worker.outbox import Outbox
+from engine.worker.service import WorkerService
+from engine.worker.translate import to_options
 from tests.engine.processes import Running, refusal, running
 from tests.engine.tiny_models import CONTEXT, VOCABULARY
 
@@ -249,7 +254,32 @@ async def test_a_session_that_reads_late_gets_one_merged_frame() -> None:
     assert await outbox.take() is None
 
 
-async def test_a_session_that_reads_nothing_overflows() -> None:
-    outbox = Outbox(max_tokens=3)
-    assert outbox.push(1, [engine_pb2.Row(handle=1, token_ids=[1, 2, 3])])
-    assert not outbox.push(2, [engine_pb2.Row(handle=1, token_ids=[4])])
+async def test_a_session_that_reads_nothing_loses_its_requests_and_is_told(
+    tiny_store: tuple[Path, engine_pb2.FileSet],
+) -> None:
+    store, files = tiny_store
+    launch = Launch(engine_pb2.Deployment(name="tiny", files=files, options=OPTIONS), store, Path("unused"))
+    thread = EngineThread(lambda: build_engine(launch.files, launch.open_file, to_options(OPTIONS)))
+    thread.start()
+    await asyncio.wrap_future(thread.built)
+    service = WorkerService(thread, "cpu", max_pending_tokens=20)
+    frames = service.Session(commands(submit(1, max_tokens=200), submit(2, max_tokens=200)), None)
+    await anext(frames)
+    async with asyncio.timeout(LIMIT_S):
+        while thread.status().running or thread.status().waiting:
+            await asyncio.sleep(0.01)
+    late = await anext(frames)
+    assert {row.handle: row.end.error_reason for row in late.rows} == {
+        1: "SESSION_OVERFLOW",
+        2: "SESSION_OVERFLOW",
+    }
+    assert sum(len(row.token_ids) for row in late.rows) <= 24
+    await frames.aclose()
+    assert thread.status().blocks_free == thread.status().blocks_total
+
+
+async def commands(*submits: engine_pb2.Submit) -> AsyncIterator[engine_pb2.SessionRequest]:
+    """A client's side of a stream: these, and then nothing more for ever."""
+    for command in submits:
+        yield engine_pb2.SessionRequest(submit=command)
+    await asyncio.Event().wait()
