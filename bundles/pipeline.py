@@ -19,7 +19,7 @@ from typing import Protocol
 from bundles.content import forbidden
 from bundles.content.inspector import Inspector, Verdict
 from bundles.content.judge import check_model, judge
-from bundles.format.chunks import BUFFER_SIZE, EMPTY_SHA256, extents
+from bundles.format.chunks import BUFFER_SIZE, EMPTY_SHA256, Extent, extents
 from bundles.format.container import ContainerReader
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
@@ -168,7 +168,7 @@ def stream_payload(reader: BundleReader, manifest: Manifest, sink: Sink, at: Pro
             checks: deque[tuple[int, Future[None]]] = deque()
             for extent, digest in zip(extents(file.size, manifest.chunk_size), file.chunks, strict=True):
                 reader.open_chunk(digest, extent.length)
-                check = ring.pass_chunk(reader.container, extent.offset, digest, _Work(file, whole, sink))
+                check = ring.pass_chunk(reader.container, extent, digest, _Work(file, whole, sink))
                 checks.append((extent.length, check))
                 at = _advance(at, file, checks, report, wait=False)
             ring.drain()
@@ -212,22 +212,21 @@ class _Ring:
         self._turn = cycle(range(RING_BUFFERS))
         self._chunk_lane, self._file_lane, self._sink_lane = lanes
 
-    def pass_chunk(self, container: ContainerReader, offset: int, digest: str, work: _Work) -> Future[None]:
+    def pass_chunk(self, container: ContainerReader, extent: Extent, digest: str, work: _Work) -> Future[None]:
         """Send the current member through the workers; the future of its digest's check."""
         chunk = hashlib.sha256()
-        while True:
+        end, slot = extent.offset + extent.length, 0
+        position = extent.offset
+        while position < end:
             slot = next(self._turn)
             self._wait(slot)
-            count = container.read_into(self._buffers[slot])
-            if count == 0:
-                break
-            block = self._buffers[slot][:count]
+            block = self._buffers[slot][: container.read_into(self._buffers[slot])]
             pending = self._pending[slot]
             pending.append(self._chunk_lane.submit(chunk.update, block))
             if len(work.file.chunks) > 1:
                 pending.append(self._file_lane.submit(work.whole.update, block))
-            pending.append(self._sink_lane.submit(work.sink.write, offset, block))
-            offset += count
+            pending.append(self._sink_lane.submit(work.sink.write, position, block))
+            position += len(block)
         check = self._chunk_lane.submit(_check_chunk, chunk, digest, work.file)
         self._pending[slot].append(check)
         return check

@@ -158,6 +158,6 @@ class BundleReader:
             return BundleError("CONTAINER_MISSING", f"the bundle ends where {expected} must be")
         if found in self._seen:
             return BundleError("CONTAINER_DUPLICATE", f"the bundle holds {found} twice")
-        if found in self._listed:
+        if found in self._listed or found.startswith("trust/"):
             return BundleError("CONTAINER_ORDER", f"the bundle has {found} where {expected} must be")
         return BundleError("CONTAINER_UNLISTED", f"the bundle has {found}, which no manifest lists")

@@ -40,7 +40,9 @@ class Trust:
 def make_trust() -> Trust:
     root, release = keys.new_private_key("ed25519"), keys.new_private_key("ed25519")
     publisher = keys.new_private_key("ecdsa-sha2-nistp384")
-    return Trust(make_root(1, {"root": [root], "release": [release], "publisher": [publisher]}), root, release, publisher)
+    return Trust(
+        make_root(1, {"root": [root], "release": [release], "publisher": [publisher]}), root, release, publisher
+    )
 
 
 def make_root(

@@ -1,6 +1,7 @@
 """The container: any tar program reads it, and nothing but its one legal encoding is accepted."""
 
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -34,8 +35,18 @@ def _patched(at: int, new: bytes) -> Callable[[bytes], bytes]:
 def _code_of(path: Path, raw: bytes) -> str:
     path.write_bytes(raw)
     with pytest.raises(BundleError) as error:
-        members_of(path)
+        _read_all(path)
     return error.value.code
+
+
+def _read_all(path: Path) -> None:
+    fd = open_source(path)
+    reader = ContainerReader(fd)
+    try:
+        while reader.next() is not None:
+            reader.read(1000)
+    finally:
+        os.close(fd)
 
 
 def _raw(members: Members) -> bytes:
@@ -102,17 +113,7 @@ def test_what_is_written_is_read_by_us_and_by_any_tar_program(tmp_path: Path) ->
 def test_a_hostile_container_is_refused_by_name(
     tmp_path: Path, change: Callable[[bytes], bytes], code: str
 ) -> None:
-    def limited(path: Path) -> str:
-        fd = open_source(path)
-        reader = ContainerReader(fd)
-        with pytest.raises(BundleError) as error:
-            while reader.next() is not None:
-                reader.read(1000)
-        return error.value.code
-
-    path = tmp_path / "x"
-    path.write_bytes(change(_raw(_TWO)))
-    assert limited(path) == code
+    assert _code_of(tmp_path / "x", change(_raw(_TWO))) == code
 
 
 def test_an_announced_terabyte_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
@@ -135,12 +136,15 @@ def test_any_flipped_bit_of_a_header_is_refused(tmp_path_factory: pytest.TempPat
 
 
 def test_a_symbolic_link_a_folder_and_a_fifo_are_no_source(tmp_path: Path) -> None:
-    import os
-
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     os.mkfifo(tmp_path / "fifo")
-    codes = {"link": "SOURCE_SYMLINK", ".": "SOURCE_NOT_FILE", "fifo": "SOURCE_NOT_FILE", "absent": "SOURCE_UNREADABLE"}
+    codes = {
+        "link": "SOURCE_SYMLINK",
+        ".": "SOURCE_NOT_FILE",
+        "fifo": "SOURCE_NOT_FILE",
+        "absent": "SOURCE_UNREADABLE",
+    }
     for name, code in codes.items():
         with pytest.raises(BundleError) as error:
             open_source(tmp_path / name)

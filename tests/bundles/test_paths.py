@@ -1,4 +1,4 @@
-"""Path rules: what could name anything but one plain file below the model's folder is refused, each with its code."""
+"""Path rules: what could name anything but one plain file below the model's folder is refused by name."""
 
 import pytest
 from hypothesis import given
@@ -62,7 +62,9 @@ def test_paths_that_some_file_system_would_merge_are_refused(paths: list[str], c
         assert error.value.code == code
 
 
-@pytest.mark.parametrize("path", ["config.json", "a/b/c.txt", "model-00001-of-00002.safetensors", "日本.json", "a b"])
+@pytest.mark.parametrize(
+    "path", ["config.json", "a/b/c.txt", "model-00001-of-00002.safetensors", "日本.json", "a b"]
+)
 def test_an_ordinary_path_is_accepted(path: str) -> None:
     check_paths([path])
 

@@ -1,0 +1,480 @@
+"""A bundle is verified whole or refused by name; nothing behind a bad head is ever read."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from bundles.build import Signing, build, sign
+from bundles.format.errors import BundleError
+from bundles.format.manifest import format_time
+from bundles.pipeline import Progress, State
+from bundles.trust import dsse, keys, oms
+from bundles.trust.policy import Floor, Site
+from bundles.trust.roots import Root
+from bundles.verify import inspect, verify
+from tests.bundles.making import (
+    CHUNK,
+    INSPECTOR,
+    Members,
+    Trust,
+    forge_manifest,
+    forge_payload,
+    make_bundle,
+    make_model,
+    make_release,
+    make_root,
+    make_trust,
+    members_of,
+    replace_member,
+    sha256,
+    write_members,
+)
+
+Change = Callable[[dict[str, Any]], None]
+_NOT_REFUSALS = {"LC_ALL", "VIRTUAL_ENV", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
+
+
+def _refusal(path: Path, root: Root, site: Site | None = None) -> str:
+    with pytest.raises(BundleError) as error:
+        verify(path, root, site=site, inspector=INSPECTOR)
+    return error.value.code
+
+
+def test_a_sound_bundle_is_verified_step_by_step(bundle: Path, trust: Trust) -> None:
+    told: list[Progress] = []
+    verified = verify(bundle, trust.root, inspector=INSPECTOR, report=told.append)
+    manifest = verified.manifest
+    assert [p.state for p in told if p.state is not State.STREAMING] == [
+        "quarantine",
+        "signed",
+        "policy",
+        "content",
+    ]
+    assert max(p.bytes_done for p in told) == manifest.total_size == told[-1].bytes_total
+    assert manifest.reference == "tiny@1.0.1"
+    assert [file.path for file in manifest.files] == sorted(file.path for file in manifest.files)
+    assert max(len(file.chunks) for file in manifest.files) == 4
+    assert manifest.canary[0].expected == "2"
+    assert "canaries.json" not in [file.path for file in manifest.files]
+    payload = dsse.parse(dict(members_of(bundle))["manifest.dsse.json"], "it").payload
+    assert verified.model_digest == sha256(payload)
+
+
+def test_verifying_writes_nothing(bundle: Path, trust: Trust) -> None:
+    before = {p: p.stat().st_mtime_ns for p in bundle.parent.iterdir()}
+    os.chmod(bundle.parent, 0o500)
+    try:
+        verify(bundle, trust.root, inspector=INSPECTOR)
+    finally:
+        os.chmod(bundle.parent, 0o700)
+    assert {p: p.stat().st_mtime_ns for p in bundle.parent.iterdir()} == before
+
+
+@given(data=st.data())
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_flipped_bit_anywhere_is_refused(
+    signed_once: Path, trust: Trust, tmp_path: Path, data: st.DataObject
+) -> None:
+    raw = bytearray(signed_once.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(raw) - 1))
+    raw[bit // 8] ^= 1 << bit % 8
+    path = tmp_path / "flipped"
+    path.write_bytes(raw)
+    assert _refusal(path, trust.root)
+
+
+def _flip(content: bytes) -> bytes:
+    return content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
+
+
+def _flip_in_payload(raw: bytes) -> bytes:
+    envelope = dsse.parse(raw, "it")
+    at = envelope.payload.index(b"tiny")
+    return dsse.Envelope(
+        envelope.payload[:at] + b"tinz" + envelope.payload[at + 4 :], envelope.payload_type, envelope.signatures
+    ).encode()
+
+
+def _flip_in_signature(raw: bytes) -> bytes:
+    envelope = dsse.parse(raw, "it")
+    (signature,) = envelope.signatures
+    flipped = bytes([signature.sig[0] ^ 1]) + signature.sig[1:]
+    return dsse.Envelope(
+        envelope.payload, envelope.payload_type, (dsse.Signature(signature.keyid, flipped),)
+    ).encode()
+
+
+def test_one_flipped_bit_is_refused_where_it_is(bundle: Path, trust: Trust) -> None:
+    chunk = next(name for name, content in members_of(bundle) if name.startswith("c/") and len(content) == CHUNK)
+    cases = [
+        (chunk, _flip, "CHUNK_DIGEST"),
+        ("manifest.dsse.json", _flip_in_payload, "SIGNATURE_INVALID"),
+        ("manifest.dsse.json", _flip_in_signature, "SIGNATURE_INVALID"),
+        ("oms.sig", lambda raw: raw.replace(b"MEU", b"MEV", 1) if b"MEU" in raw else _flip(raw), "OMS_DIGEST"),
+        ("licence/LICENSE", lambda raw: b"d" + raw[1:], "DOCUMENT_DIGEST"),
+        ("trust/1.root.json", lambda raw: raw.replace(b'"threshold": 1', b'"threshold": 2', 1), "ROOT_SCHEMA"),
+    ]
+    original = bundle.read_bytes()
+    for name, change, code in cases:
+        bundle.write_bytes(original)
+        replace_member(bundle, name, change)
+        assert _refusal(bundle, trust.root) == code, name
+
+
+def test_a_bundle_cut_anywhere_is_refused(bundle: Path, trust: Trust) -> None:
+    raw = bundle.read_bytes()
+    for length in [*range(0, len(raw), 512), len(raw) - 1]:
+        bundle.write_bytes(raw[:length])
+        assert _refusal(bundle, trust.root).startswith("CONTAINER_")
+
+
+def test_a_bad_head_is_refused_before_any_chunk_is_read(
+    bundle: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [name for name, _ in members_of(bundle)]
+    head_bytes = sum(512 + -(-len(c) // 512) * 512 for _, c in members_of(bundle)[: names.index("oms.sig") + 1])
+    furthest = 0
+    real = os.preadv
+
+    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal furthest
+        count = real(fd, buffers, offset)
+        furthest = max(furthest, offset + count)
+        return count
+
+    monkeypatch.setattr(os, "preadv", counting)
+    assert _refusal(bundle, make_trust().root) == "ROOT_FORKED"
+    replace_member(bundle, "manifest.dsse.json", _flip_in_signature)
+    furthest = 0
+    assert _refusal(bundle, trust.root) == "SIGNATURE_INVALID"
+    assert furthest <= head_bytes
+
+
+def test_a_wrong_signer_is_refused_by_what_is_wrong_with_it(bundle: Path, trust: Trust) -> None:
+    raw = dict(members_of(bundle))["manifest.dsse.json"]
+    unsigned = dsse.Envelope(dsse.parse(raw, "it").payload, dsse.parse(raw, "it").payload_type)
+    stranger = keys.new_private_key("ed25519")
+    lying = dsse.Signature(dsse.parse(raw, "it").signatures[0].keyid, keys.sign(stranger, unsigned.signed_bytes))
+    cases = [
+        (unsigned, "SIGNATURE_MISSING"),
+        (unsigned.signed_by(stranger), "SIGNATURE_UNKNOWN_KEY"),
+        (unsigned.signed_by(trust.root_key), "SIGNATURE_WRONG_ROLE"),
+        (unsigned.signed_by(trust.publisher_key), "SIGNATURE_WRONG_ROLE"),
+        (dsse.Envelope(unsigned.payload, unsigned.payload_type, (lying,)), "SIGNATURE_INVALID"),
+        (dsse.Envelope(unsigned.payload, "application/json").signed_by(trust.release_key), "PAYLOAD_TYPE"),
+    ]
+    for envelope, code in cases:
+        replace_member(bundle, "manifest.dsse.json", lambda _, envelope=envelope: envelope.encode())
+        assert _refusal(bundle, trust.root) == code
+
+
+def test_two_release_keys_must_sign_where_the_root_says_two(tmp_path: Path) -> None:
+    first, second = keys.new_private_key("ed25519"), keys.new_private_key("ed25519")
+    publisher = keys.new_private_key("ecdsa-sha2-nistp256")
+    root = make_root(
+        1,
+        {"root": [keys.new_private_key("ed25519")], "release": [first, second], "publisher": [publisher]},
+        {"release": 2},
+    )
+    path = tmp_path / "b"
+    build(make_release(), make_model(tmp_path / "m"), path, inspector=INSPECTOR)
+    sign(path, Signing(root, (first,), publisher))
+    assert _refusal(path, root) == "SIGNATURE_THRESHOLD"
+    sign(path, Signing(root, (first,)))
+    assert _refusal(path, root) == "SIGNATURE_THRESHOLD"
+    sign(path, Signing(root, (second,)))
+    assert len(verify(path, root, inspector=INSPECTOR).signers) == 2
+
+
+def test_a_newer_root_in_the_bundle_is_followed_and_a_stranger_s_is_not(tmp_path: Path) -> None:
+    old = make_trust()
+    new_release = keys.new_private_key("ed25519")
+    roles = {"root": [old.root_key], "release": [new_release], "publisher": [old.publisher_key]}
+    second = make_root(2, roles)
+    path = tmp_path / "b"
+    build(make_release(), make_model(tmp_path / "m"), path, inspector=INSPECTOR)
+    sign(path, Signing(second, (new_release,), old.publisher_key))
+    verified = verify(path, old.root, inspector=INSPECTOR)
+    assert [root.version for root in verified.new_roots] == [2]
+    usurper = make_root(2, roles | {"root": [keys.new_private_key("ed25519")]})
+    replace_member(path, "trust/2.root.json", lambda _: usurper.raw)
+    assert _refusal(path, old.root) == "ROOT_NOT_SIGNED_BY_OLD"
+
+
+def _path(name: str) -> Change:
+    return lambda m: m["files"][0].update(path=name)
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (_path("../../etc/cron.d/evil"), "PATH_TRAVERSAL"),
+        (_path("/etc/passwd"), "PATH_ABSOLUTE"),
+        (_path(".ssh/authorized_keys"), "PATH_HIDDEN"),
+        (_path("CHAT_TEMPLATE.JINJA"), "PATH_CASE_COLLISION"),
+        (lambda m: m["files"].append(m["files"][0]), "PATH_DUPLICATE"),
+        (lambda m: m.update(extra=1), "MANIFEST_SCHEMA"),
+        (lambda m: m.pop("requires"), "MANIFEST_SCHEMA"),
+        (lambda m: m.update(sequence="1"), "MANIFEST_SCHEMA"),
+        (lambda m: m.update(sequence=-1), "MANIFEST_SCHEMA"),
+        (lambda m: m.update(sequence=2**53), "MANIFEST_SCHEMA"),
+        (lambda m: m.update(sequence=2**63), "JSON_INTEGER"),
+        (lambda m: m.update(total_size=1.5), "JSON_FLOAT"),
+        (lambda m: m.update(files=[]), "MANIFEST_SCHEMA"),
+        (lambda m: m.update(name="../x"), "MANIFEST_SCHEMA"),
+        (lambda m: m.update(issued_at="2026-02-30T00:00:00Z"), "MANIFEST_SCHEMA"),
+        (lambda m: m.update(schema="cloister.bundle/2"), "MANIFEST_SCHEMA"),
+        (lambda m: m.update(critical=["new-rule"], extra=1), "MANIFEST_CRITICAL"),
+        (lambda m: m.update(base="0" * 64), "BASE_ABSENT"),
+        (lambda m: m.update(volumes=[{"index": 1, "chunks": 1}]), "BUNDLE_VOLUMES"),
+        (lambda m: m.update(kind="adapter"), "MANIFEST_REQUIRES"),
+        (lambda m: m.update(requires=[{"name": "x", "model_digest": None}]), "MANIFEST_REQUIRES"),
+        (lambda m: m.update(licences=[]), "LICENCE_MISSING"),
+        (lambda m: m["licences"][0].update(member="licence/../../x"), "MANIFEST_SCHEMA"),
+        (lambda m: m["licences"][0].update(member="attest/x"), "MANIFEST_DOCUMENTS"),
+        (lambda m: m["licences"].append(m["licences"][0]), "MANIFEST_DOCUMENTS"),
+        (lambda m: m.update(total_size=m["total_size"] + 1), "MANIFEST_SIZES"),
+        (lambda m: m["files"][-1].update(chunks=[]), "MANIFEST_SIZES"),
+        (lambda m: m["files"][0].update(sha256="0" * 64), "MANIFEST_SIZES"),
+        (lambda m: m["files"][0].update(role="weights"), "MANIFEST_FILES"),
+        (lambda m: m.update(oms_sha256=None), "OMS_MISSING"),
+        (lambda m: m.update(oms_sha256="0" * 64), "OMS_DIGEST"),
+        (lambda m: m.update(product="other"), "WRONG_PRODUCT"),
+        (lambda m: m.update(targets=["elsewhere"]), "WRONG_TARGET"),
+        (lambda m: m.update(min_engine="99.0.0"), "ENGINE_TOO_OLD"),
+        (lambda m: m.update(expires="2020-01-01T00:00:00Z"), "BUNDLE_EXPIRED"),
+        (lambda m: m.update(not_before="2999-01-01T00:00:00Z"), "NOT_YET_VALID"),
+        (lambda m: m.update(issued_at="2999-01-01T00:00:00Z"), "NOT_YET_VALID"),
+        (lambda m: m["model"].update(parameters=1), "MODEL_DIFFERS"),
+        (lambda m: m["model"].update(tokenizer_sha256=None), "MODEL_DIFFERS"),
+        (lambda m: m.update(bundle_id="0" * 32), "BUNDLE_MIXED"),
+    ],
+)
+def test_a_well_signed_manifest_that_may_not_be_is_refused_by_name(
+    bundle: Path, trust: Trust, change: Change, code: str
+) -> None:
+    forge_manifest(bundle, trust, change)
+    assert _refusal(bundle, trust.root) == code
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda raw: raw.replace(b"{", b'{"sequence": 7,', 1), "JSON_DUPLICATE_KEY"),
+        (lambda raw: b"\xef\xbb\xbf" + raw, "JSON_BOM"),
+        (lambda raw: raw + b"{}", "JSON_TRAILING"),
+        (lambda raw: b"[]", "JSON_NOT_OBJECT"),
+        (lambda raw: raw + b" " * (32 * 1024 * 1024), "MANIFEST_TOO_LARGE"),
+    ],
+)
+def test_a_well_signed_manifest_that_could_be_read_twice_is_refused(
+    bundle: Path, trust: Trust, change: Callable[[bytes], bytes], code: str
+) -> None:
+    forge_payload(bundle, trust, change)
+    assert _refusal(bundle, trust.root) == code
+
+
+def test_a_publisher_who_signed_other_files_is_refused(bundle: Path, trust: Trust) -> None:
+    found = dict(members_of(bundle))
+    other = oms.sign_model("tiny", [oms.Resource("config.json", "0" * 64)], trust.publisher_key)
+    stranger = oms.sign_model("tiny", [], keys.new_private_key("ecdsa-sha2-nistp384"))
+    for raw, code in ((other, "OMS_FILES_DIFFER"), (stranger, "OMS_UNKNOWN_KEY")):
+        write_members(bundle, list((found | {"oms.sig": raw}).items()))
+        forge_manifest(bundle, trust, lambda m, raw=raw: m.update(oms_sha256=sha256(raw)))
+        assert _refusal(bundle, trust.root) == code
+
+
+def _swapped(members: Members) -> Members:
+    return [*members[:-3], members[-2], members[-3], members[-1]]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda m: [*m[:-1], ("c/" + "0" * 64, b""), m[-1]], "CONTAINER_UNLISTED"),
+        (lambda m: [*m, ("evil.sh", b"")], "CONTAINER_UNLISTED"),
+        (lambda m: [*m, m[-1]], "CONTAINER_DUPLICATE"),
+        (lambda m: [m[0], *m], "CONTAINER_DUPLICATE"),
+        (lambda m: m[:-1], "CONTAINER_MISSING"),
+        (lambda m: [*m[:-2], m[-1]], "CONTAINER_MISSING"),
+        (lambda m: m[:5], "CONTAINER_MISSING"),
+        (_swapped, "CONTAINER_ORDER"),
+        (lambda m: [m[0], *m[2:3], m[1], *m[3:]], "CONTAINER_ORDER"),
+        (lambda m: [*m[:-2], (m[-2][0], m[-2][1] + b"x"), m[-1]], "CONTAINER_MEMBER_SIZE"),
+        (lambda m: [("header.json", b" " * 5000), *m[1:]], "CONTAINER_MEMBER_SIZE"),
+        (lambda m: [("header.json", b"{}"), *m[1:]], "HEADER_FORMAT"),
+        (lambda m: [("header.json", m[0][1].replace(b"tiny", b"tina")), *m[1:]], "BUNDLE_MIXED"),
+        (lambda m: [*m[:-1], ("end.json", m[-1][1].replace(b'"chunks":', b'"chunks":1'))], "BUNDLE_MIXED"),
+        (lambda m: [*m[:2], ("trust/revocation.json", b"{}"), *m[2:]], "REVOCATION_UNREADABLE"),
+        (lambda m: [*m[:2], *m[1:]], "CONTAINER_DUPLICATE"),
+    ],
+)
+def test_members_in_another_order_or_number_are_refused(
+    bundle: Path, trust: Trust, change: Callable[[Members], Members], code: str
+) -> None:
+    write_members(bundle, change(members_of(bundle)))
+    assert _refusal(bundle, trust.root) == code
+
+
+def test_parts_of_two_bundles_do_not_make_one(bundle: Path, tmp_path: Path, trust: Trust) -> None:
+    other = members_of(make_bundle(tmp_path / "other.bundle", trust, sequence=2))
+    mixed = [*members_of(bundle)[:-1], other[-1]]
+    write_members(bundle, mixed)
+    assert _refusal(bundle, trust.root) == "BUNDLE_MIXED"
+
+
+def test_floors_refuse_the_old_the_other_and_the_early(bundle: Path, trust: Trust) -> None:
+    now = datetime.now(UTC)
+    digest = verify(bundle, trust.root, inspector=INSPECTOR).model_digest
+    for floor, code in ((Floor(2, "0" * 64), "ROLLBACK_REFUSED"), (Floor(1, "0" * 64), "SEQUENCE_REUSED")):
+        assert _refusal(bundle, trust.root, Site(now, floors=(("tiny", floor),))) == code
+    same = Site(now, floors=(("tiny", Floor(1, digest)), ("other", Floor(9, "0" * 64))))
+    verify(bundle, trust.root, site=same, inspector=INSPECTOR)
+    assert _refusal(bundle, trust.root, Site(now, clock_floor=now + timedelta(days=2))) == "CLOCK_BEHIND"
+    assert _refusal(bundle, trust.root, Site(now + timedelta(days=4000))) == "ROOT_EXPIRED"
+
+
+def test_a_bundle_that_expires_is_refused_from_that_moment(tmp_path: Path, trust: Trust) -> None:
+    expires = datetime.now(UTC).replace(microsecond=0) + timedelta(days=3)
+    path = make_bundle(tmp_path / "b", trust, expires=expires)
+    verify(path, trust.root, site=Site(expires - timedelta(seconds=1)), inspector=INSPECTOR)
+    assert _refusal(path, trust.root, Site(expires)) == "BUNDLE_EXPIRED"
+    assert inspect(path).manifest.expires == format_time(expires)
+
+
+def test_inspecting_believes_nothing_without_a_root(bundle: Path, trust: Trust) -> None:
+    seen = inspect(bundle)
+    assert (seen.manifest.name, seen.verified, seen.refusal, seen.has_oms) == ("tiny", None, None, True)
+    trusted = inspect(bundle, trust.root)
+    assert trusted.verified is not None
+    replace_member(bundle, "manifest.dsse.json", _flip_in_signature)
+    doubted = inspect(bundle, trust.root)
+    assert doubted.verified is None
+    assert doubted.refusal is not None
+    assert doubted.refusal.code == "SIGNATURE_INVALID"
+
+
+def test_building_refuses_what_importing_would(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    out = tmp_path / "b"
+
+    def code(**changes: Any) -> str:
+        with pytest.raises(BundleError) as error:
+            build(make_release(**changes), model, out, inspector=INSPECTOR)
+        assert not out.exists()
+        return error.value.code
+
+    assert code(name="Bad Name") == "MANIFEST_SCHEMA"
+    (model / "evil.py").write_text("")
+    assert code() == "CONTENT_CODE"
+    (model / "evil.py").unlink()
+    (model / "link.json").symlink_to("/etc/passwd")
+    assert code() == "SOURCE_SYMLINK"
+    (model / "link.json").unlink()
+    (model / "canaries.json").write_text('[{"prompt": 1}]')
+    assert code() == "MANIFEST_SCHEMA"
+    (model / "canaries.json").unlink()
+    (model / "LICENSE").unlink()
+    assert code() == "LICENCE_MISSING"
+    shutil.rmtree(model)
+    assert code() == "SOURCE_UNREADABLE"
+
+
+def test_hidden_files_stay_behind_and_a_published_signature_is_kept_byte_for_byte(
+    tmp_path: Path, trust: Trust
+) -> None:
+    model = make_model(tmp_path / "m")
+    (model / ".gitattributes").write_text("x")
+    (model / "canaries.json").unlink()
+    listed = [p.name for p in model.iterdir() if not p.name.startswith(".")]
+    resources = [oms.Resource(name, sha256((model / name).read_bytes())) for name in listed]
+    published = oms.sign_model("their-name", resources, trust.publisher_key)
+    (model / "model.sig").write_bytes(published)
+    path = tmp_path / "b"
+    manifest = build(make_release(), model, path, inspector=INSPECTOR)
+    assert [file.path for file in manifest.files] == sorted(listed)
+    sign(path, Signing(trust.root, (trust.release_key,)))
+    assert dict(members_of(path))["oms.sig"] == published
+    verify(path, trust.root, inspector=INSPECTOR)
+
+
+def test_signing_refuses_a_key_without_the_role_and_a_damaged_bundle(bundle: Path, trust: Trust) -> None:
+    with pytest.raises(BundleError, match="KEY_NOT_IN_ROLE"):
+        sign(bundle, Signing(trust.root, (trust.root_key,)))
+    chunk = next(name for name, _ in members_of(bundle) if name.startswith("c/"))
+    replace_member(bundle, chunk, lambda raw: b"!" + raw[1:])
+    before = bundle.read_bytes()
+    with pytest.raises(BundleError, match="CHUNK_DIGEST"):
+        sign(bundle, trust.signing())
+    assert bundle.read_bytes() == before
+    assert [p.name for p in bundle.parent.iterdir()] == [bundle.name]
+
+
+def test_equal_and_empty_files_travel(tmp_path: Path, trust: Trust) -> None:
+    model = make_model(tmp_path / "m")
+    for name in ("a.txt", "b/a.txt"):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text("same")
+    (model / "empty.txt").write_bytes(b"")
+    path = tmp_path / "b"
+    build(make_release(), model, path, inspector=INSPECTOR)
+    sign(path, trust.signing())
+    files = {f.path: f for f in verify(path, trust.root, inspector=INSPECTOR).manifest.files}
+    assert files["a.txt"].chunks == files["b/a.txt"].chunks
+    assert files["empty.txt"].chunks == ()
+
+
+def test_the_ring_holds_few_buffers_however_large_the_bundle(
+    tmp_path: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bundles import pipeline
+    from bundles import verify as verifying
+
+    model = make_model(tmp_path / "m")
+    (model / "long.txt").write_bytes(b"0123456789abcdef" * 16 * CHUNK)
+    path = tmp_path / "b"
+    build(make_release(), model, path, inspector=INSPECTOR)
+    sign(path, trust.signing())
+    seen: set[int] = set()
+    real = verifying.MemorySink.write
+
+    def watching(self: Any, offset: int, block: memoryview) -> None:
+        seen.add(id(block.obj))
+        real(self, offset, block)
+
+    monkeypatch.setattr(verifying.MemorySink, "write", watching)
+    manifest = verify(path, trust.root, inspector=INSPECTOR).manifest
+    assert sum(len(file.chunks) for file in manifest.files) > 256
+    assert len(seen) == pipeline.RING_BUFFERS
+
+
+def test_the_engine_version_is_the_distribution_s() -> None:
+    import tomllib
+
+    from bundles.trust.policy import ENGINE_VERSION
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == ENGINE_VERSION
+
+
+def test_the_manifest_has_no_field_beyond_the_documented_ones(bundle: Path) -> None:
+    payload = json.loads(dsse.parse(dict(members_of(bundle))["manifest.dsse.json"], "it").payload)
+    documented = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text()
+    assert [name for name in payload if f"`{name}`" not in documented] == []
+
+
+def test_every_refusal_in_the_code_is_in_the_documentation() -> None:
+    root = Path(__file__).parents[2]
+    sources = "\n".join(path.read_text() for path in (root / "bundles").rglob("*.py"))
+    codes = set(re.findall(r'"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|BASE64)"', sources)) - _NOT_REFUSALS
+    documented = (root / "docs" / "bundle-format.md").read_text()
+    assert sorted(code for code in codes if f"`{code}`" not in documented) == []
