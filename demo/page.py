@@ -11,6 +11,7 @@ from appliance.cli.output import printable
 
 WIDTH = 80
 _INDENT = "     "
+_COMMA_ROOM = 24
 _BOLD, _DIM, _RED, _GREEN, _PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[0m"
 
 
@@ -76,18 +77,18 @@ class Page:
         self.line(self._styled(_BOLD, f"-- {text} ".ljust(self._width - len(_INDENT), "-")))
 
     def stream(self, pieces: Iterator[str], indent: str = _INDENT + "  ") -> str:
-        """Write text as it comes, breaking lines at the page's edge; all of it."""
+        """Write text as it comes, breaking lines after a comma near the page's edge, or at the edge; all of it."""
         self.line("", indent="")
         room, column, whole = self._width - len(indent) - 1, 0, ""
         self._write(indent)
         for piece in pieces:
             whole += piece
             for character in printable(piece):
-                if column == room:
-                    self._write(f"\n{indent}")
-                    column = 0
                 self._write(character)
                 column += 1
+                if column == room or (character == "," and column > room - _COMMA_ROOM):
+                    self._write(f"\n{indent}")
+                    column = 0
         self._write("\n\n")
         return whole
 

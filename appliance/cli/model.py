@@ -8,12 +8,12 @@ import grpc
 
 from appliance.cli.arguments import positive
 from appliance.cli.output import emit, plain, table
+from appliance.cli.progress import ProgressBar
 from appliance.client.admin import AdminClient
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
 
 _POLL_S = 0.1
-_WAITING = {"loading", "restarting", "draining"}
 _SIZES = ("kv_blocks", "block_size", "max_step_tokens", "max_running", "max_context_tokens", "threads")
 
 
@@ -83,20 +83,30 @@ def _wait(admin: AdminClient, name: str) -> admin_pb2.Deployment:
     """The deployment once it is ready; a busy or absent engine-host is waited for.
 
     Raises:
-        CloisterError: the deployment's own reason, when it failed; NOT_FOUND, when somebody unloaded it.
+        CloisterError: the deployment's own reason, when it failed; DEPLOYMENT_GONE, when somebody unloaded it.
     """
-    while True:
-        found = admin.models.ListDeployments(admin_pb2.ListDeploymentsRequest()).deployments
-        deployment = next((d for d in found if d.name == name), None)
-        if deployment is None:
-            raise CloisterError("DEPLOYMENT_GONE", f"{name} was unloaded meanwhile", grpc.StatusCode.ABORTED)
-        if deployment.state == "ready":
+    bar = ProgressBar()
+    try:
+        while True:
+            deployment = _deployment(admin, name)
+            if deployment.state == "ready":
+                return deployment
+            if deployment.state == "failed":
+                code = deployment.reason or "MODEL_FAILED"
+                raise CloisterError(code, deployment.message, grpc.StatusCode.FAILED_PRECONDITION)
+            bar.update(deployment.state)
+            time.sleep(_POLL_S)
+    finally:
+        bar.close()
+
+
+def _deployment(admin: AdminClient, name: str) -> admin_pb2.Deployment:
+    found: Iterable[admin_pb2.Deployment]
+    found = admin.models.ListDeployments(admin_pb2.ListDeploymentsRequest()).deployments
+    for deployment in found:
+        if deployment.name == name:
             return deployment
-        if deployment.state == "failed":
-            raise CloisterError(
-                deployment.reason or "MODEL_FAILED", deployment.message, grpc.StatusCode.FAILED_PRECONDITION
-            )
-        time.sleep(_POLL_S)
+    raise CloisterError("DEPLOYMENT_GONE", f"{name} was unloaded meanwhile", grpc.StatusCode.ABORTED)
 
 
 def _unload(args: argparse.Namespace) -> int:
