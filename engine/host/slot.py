@@ -33,7 +33,7 @@ class DeploymentSlot:
         self._wanted: engine_pb2.Deployment | None = None
         self._current = engine_pb2.Deployment(name=name)
         self._new_wish = asyncio.Event()
-        self._draining = False
+        self._draining = self._runs = False
         self._worker, self._text = self._keepers()
 
     def want(self, deployment: engine_pb2.Deployment | None) -> None:
@@ -41,12 +41,14 @@ class DeploymentSlot:
         if deployment != self._wanted or self._failure() is not None:
             self._wanted = deployment
             self._new_wish.set()
+            self._draining = self._runs
+            self._changed()
 
     async def live(self) -> None:
         """Run what is wanted until nothing is, and that has drained."""
         while self._wanted is not None:
             self._new_wish.clear()
-            self._current, self._draining = self._wanted, False
+            self._current, self._draining, self._runs = self._wanted, False, True
             self._worker, self._text = self._keepers()
             self._changed()
             await self._run_current()
@@ -58,7 +60,6 @@ class DeploymentSlot:
         runs = [asyncio.create_task(keeper.run(stop)) for keeper in (self._worker, self._text)]
         try:
             await asyncio.wait((wish, *runs), return_when=asyncio.FIRST_COMPLETED)
-            self._draining = wish.done()
             self._changed()
             stop.set()
             await asyncio.gather(*runs)
