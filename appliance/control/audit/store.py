@@ -204,6 +204,13 @@ def last_sequence(connection: sqlite3.Connection) -> int:
     return highest or 0
 
 
+def extent(connection: sqlite3.Connection) -> tuple[int, int, int]:
+    """Lowest and highest sequence number and the number of stored nodes, at one moment; 0 where there is none."""
+    query = "SELECT ifnull(min(seq),0), (SELECT ifnull(max(seq),0) FROM rec), (SELECT count(*) FROM node) FROM rec"
+    lowest, highest, nodes = connection.execute(query).fetchone()
+    return lowest, highest, nodes
+
+
 def read_rows(connection: sqlite3.Connection, after: int, limit: int) -> list[Row]:
     """Up to `limit` rows after a sequence number, in order."""
     return connection.execute(

@@ -102,14 +102,13 @@ class _Verification:
         changed = store.schema_differences(self._connection)
         if changed:
             raise _Bad("SCHEMA_CHANGED", 0, f"not as this version makes them: {', '.join(changed)}")
-        self._size = store.last_sequence(self._connection)
-        lowest = self._connection.execute("SELECT min(seq) FROM rec").fetchone()[0]
-        if lowest is not None and lowest < 1:
+        lowest, self._size, nodes = store.extent(self._connection)
+        if lowest < 1 and self._size:
             raise _Bad("RECORD_INSERTED", 1, f"a record numbered {lowest} stands before the first")
         self._check_rows(min(self._head.size, self._size))
         self._check_signed()
         self._check_continuation()
-        self._tree.check_surplus()
+        self._tree.check_count(nodes)
 
     def _check_rows(self, until: int) -> None:
         """Walk up to a sequence number; what does not hold is located and raised."""
@@ -199,9 +198,8 @@ class _Tree:
             message = f"the stored node over records {first} to {first + (1 << level) - 1} is not theirs"
             raise _Bad("TREE_CHANGED", first, message)
 
-    def check_surplus(self) -> None:
+    def check_count(self, stored: int) -> None:
         """Raise when more nodes are stored than the tree has."""
-        stored = self._connection.execute("SELECT count(*) FROM node").fetchone()[0]
         if stored != sum(self._counts):
             message = f"{stored} nodes are stored, the tree has {sum(self._counts)}"
             raise _Bad("TREE_CHANGED", self._counts[0] + 1 if self._counts else 1, message)
