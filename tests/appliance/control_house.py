@@ -1,6 +1,8 @@
 """A whole control plane for tests: real databases and sockets; engine-host and importer are small servers."""
 
 import asyncio
+import atexit
+import functools
 import hashlib
 import json
 import os
@@ -218,12 +220,17 @@ async def log_in(home: Home) -> dict[str, str]:
     return answer
 
 
-class _Session(grpc.aio.UnaryUnaryClientInterceptor, grpc.aio.UnaryStreamClientInterceptor):
+class _UnarySession(grpc.aio.UnaryUnaryClientInterceptor):
     def __init__(self, token: str) -> None:
         self._metadata = (("cloister-session", token),)
 
     async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
         return await continuation(details._replace(metadata=self._metadata), request)
+
+
+class _StreamSession(grpc.aio.UnaryStreamClientInterceptor):
+    def __init__(self, token: str) -> None:
+        self._metadata = (("cloister-session", token),)
 
     async def intercept_unary_stream(self, continuation: Any, details: Any, request: Any) -> Any:
         return await continuation(details._replace(metadata=self._metadata), request)
@@ -232,15 +239,24 @@ class _Session(grpc.aio.UnaryUnaryClientInterceptor, grpc.aio.UnaryStreamClientI
 def admin_channel(home: Home, token: str) -> grpc.aio.Channel:
     """A channel to the admin socket in a session."""
     options = (("grpc.use_local_subchannel_pool", 1),)
-    interceptors = [type("", (_Session, base), {})(token) for base in _Session.__mro__[1:3]]
+    interceptors = [_UnarySession(token), _StreamSession(token)]
     return grpc.aio.insecure_channel(f"unix:{home.admin_socket}", options, interceptors=interceptors)
 
 
 def make_home() -> Home:
     """A new home in a short path, as `init` makes it."""
     root = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp")) / "h"
-    initialise(Plan(root, "alice", os.getuid(), "test", "demo", root=b"{}"))
+    shutil.copytree(_first_home(), root)
     return Home(root)
+
+
+@functools.cache
+def _first_home() -> Path:
+    """Made once in a test run, as `init` makes it; every test gets a copy."""
+    folder = tempfile.mkdtemp(prefix="cl-", dir="/tmp")
+    atexit.register(shutil.rmtree, folder)
+    initialise(Plan(Path(folder) / "h", "alice", os.getuid(), "test", "demo", root=b"{}"))
+    return Path(folder) / "h"
 
 
 @asynccontextmanager

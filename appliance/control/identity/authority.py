@@ -105,7 +105,7 @@ class Authority:
         public_key = _requested_key(csr_pem)
         builder = self._leaf(_name(identity.rpartition("/")[2]), public_key, valid)
         builder = builder.add_extension(
-            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(identity)]), critical=True
+            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(identity)]), critical=False
         ).add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), critical=False)
         return builder.sign(self._key, hashes.SHA256())
 
