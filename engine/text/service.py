@@ -8,6 +8,7 @@ Source: setitimer(2).
 """
 
 import asyncio
+import logging
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from typing import assert_never
@@ -21,6 +22,10 @@ from engine.text.template import Message
 
 WALL_LIMIT_S = 2.0
 """Seconds one preparation may take."""
+
+_FAILED = "TEXT_FAILED"
+
+log = logging.getLogger(__name__)
 
 
 class TextService(engine_pb2_grpc.TextServiceServicer):
@@ -41,11 +46,12 @@ class TextService(engine_pb2_grpc.TextServiceServicer):
         request: engine_pb2.PrepareRequest,
         context: grpc.aio.ServicerContext[engine_pb2.PrepareRequest, engine_pb2.PrepareResponse],
     ) -> engine_pb2.PrepareResponse:
-        """Token ids of the input; INVALID_ARGUMENT with "CODE: message" for an input that has none."""
+        """Token ids of the input; INVALID_ARGUMENT, or INTERNAL for our fault, with "CODE: message"."""
         try:
             ids = await asyncio.get_running_loop().run_in_executor(self._worker, self._within_limit, request)
         except EngineError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            status = grpc.StatusCode.INTERNAL if error.code == _FAILED else grpc.StatusCode.INVALID_ARGUMENT
+            await context.abort(status, str(error))
         return engine_pb2.PrepareResponse(token_ids=ids)
 
     def _within_limit(self, request: engine_pb2.PrepareRequest) -> list[int]:
