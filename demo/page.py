@@ -98,7 +98,7 @@ class Page:
         self.line(self._styled(_BOLD, f"  {'field':<11}{'answer':<{half}}{'gold record':<{half}}"))
         for name, want in gold.items():
             got = "(absent)" if name not in answer else _shown(answer[name])
-            row = f"  {name:<11}{_cut(got, half)}{_cut(_shown(want), half)}"
+            row = f"  {printable(name):<11}{_cut(got, half)}{_cut(_shown(want), half)}"
             mark = self._styled(_GREEN, "right") if right[name] else self._styled(_RED, "<- WRONG")
             self.line(row + mark)
 

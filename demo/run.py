@@ -78,7 +78,9 @@ def start(demo: Demo) -> None:
         demo.page.command(("cloister", *words))
         lines = demo.machine.serve(words, demo.keep)
         for line in lines:
-            if line.split()[1] == "ready" or line.startswith("ready"):
+            if line.startswith("ready on"):
+                demo.page.paragraph(line.replace(str(demo.machine.home), demo.machine.shown(demo.machine.home)))
+            elif line.split()[1] == "ready":
                 demo.page.line("  " + line)
 
 
@@ -88,7 +90,7 @@ def bring_in(demo: Demo) -> None:
         tampered = demo.machine.folder / "tampered.bundle"
         where = flip_one_bit(demo.machine.folder / "notes.bundle", tampered)
         refusal = demo.cloister("bundle", "import", demo.path("tampered.bundle"), expect=3)
-        demo.page.good(f"bit 0 of byte {where:,} was noticed; exit status 3, and this on standard error:")
+        demo.page.good(f"bit 0 of byte {where:,} is noticed; exit status 3, and this is said:")
         demo.page.paragraph(refusal.splitlines()[-1])
         tampered.unlink()
     with demo.page.step("Import the bundle itself: each byte verified before it is believed"):

@@ -57,9 +57,9 @@ async def _supervise(args: argparse.Namespace, home: Path, listen: str) -> None:
         emit_line(args, value, f"{change.process:<12} {change.state:<9} pid {change.pid}{detail}")
 
     def all_ready() -> None:
-        process.ready()
         value = {"state": "ready", "listen": listen, "home": str(home), "isolation": ISOLATION}
         emit_line(args, value, f"ready on {listen}  home: {printable(str(home))}  isolation: {ISOLATION}")
+        process.ready()
 
     await Supervisor(TABLE, home, listen, report).run(process.stopping, all_ready)
 
