@@ -37,6 +37,11 @@ class Session:
         self._commands: asyncio.Queue[engine_pb2.SessionRequest] = asyncio.Queue()
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
 
+    @property
+    def num_running(self) -> int:
+        """Requests that have not ended."""
+        return len(self._rows)
+
     def submit(self, request: engine_pb2.Submit) -> Rows:
         """Send a request up, its handle filled in; its rows come back through the answer."""
         handle = next(self._handles)

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,9 @@ from appliance.gateway.unix import open_channel
 from engine.protos import engine_pb2, engine_pb2_grpc
 
 PREPARE_S = 10.0
+# engine-text ends itself over a prompt that takes longer than this and is then gone for everybody: a call that was
+# waiting so long when it went may be the one, and must not be sent again by itself.
+SUSPECT_S = 1.5
 _CODED = re.compile(r"([A-Z][A-Z0-9_]{2,63}): (.{1,1000})", re.DOTALL)
 _OWN_WORD = frozenset(
     {
@@ -39,10 +43,11 @@ class Texts:
             CloisterError: engine-text's own refusal; PREPARE_TIMEOUT; or ENGINE_UNAVAILABLE.
         """
         stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
+        started = time.monotonic()
         try:
             response = await stub.Prepare(request, timeout=PREPARE_S)
         except grpc.aio.AioRpcError as error:
-            raise _reading(error) from None
+            raise _reading(error, time.monotonic() - started) from None
         return response.token_ids
 
     async def close(self) -> None:
@@ -66,15 +71,15 @@ def engine_unavailable() -> CloisterError:
     )
 
 
-def _reading(error: grpc.aio.AioRpcError) -> CloisterError:
+def _reading(error: grpc.aio.AioRpcError, waited_s: float) -> CloisterError:
     status = error.code()
     coded = _CODED.fullmatch(error.details() or "")
     if coded and status in _OWN_WORD:
         return CloisterError(coded[1], coded[2], status)
-    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+    if status is grpc.StatusCode.DEADLINE_EXCEEDED or waited_s >= SUSPECT_S:
         return CloisterError(
             "PREPARE_TIMEOUT",
-            f"the prompt was not turned into tokens within {PREPARE_S:g} s; shorten it",
+            "the prompt was not turned into tokens in time; shorten it, or try again later",
             grpc.StatusCode.RESOURCE_EXHAUSTED,
         )
     log.warning("engine-text does not answer", extra={"status": status.name})

@@ -35,6 +35,18 @@ _DEADLINE_SLACK_S = 0.25
 T = TypeVar("T")
 Event = api.Accepted | api.Delta | api.Finished | api.Completed
 
+# What the engine itself refuses; everything else it says is a failure.
+_ENGINE_REFUSALS = {
+    "CONTEXT_OVERFLOW": grpc.StatusCode.INVALID_ARGUMENT,
+    "EMPTY_PROMPT": grpc.StatusCode.INVALID_ARGUMENT,
+    "INVALID_REQUEST": grpc.StatusCode.INVALID_ARGUMENT,
+    "INVALID_SAMPLING": grpc.StatusCode.INVALID_ARGUMENT,
+    "INVALID_STOP": grpc.StatusCode.INVALID_ARGUMENT,
+    "TOKEN_OUT_OF_RANGE": grpc.StatusCode.INVALID_ARGUMENT,
+    "KV_TOO_SMALL": grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "WORKER_DRAINING": grpc.StatusCode.UNAVAILABLE,
+}
+
 log = logging.getLogger(__name__)
 
 
@@ -226,6 +238,8 @@ class Walk:
             return control_pb2.OUTCOME_REFUSED
         if error.code in ("SLOW_CLIENT", "GATEWAY_STOPPING"):
             return control_pb2.OUTCOME_CANCELLED
+        if error.code in _ENGINE_REFUSALS and not self._accepted:
+            return control_pb2.OUTCOME_REFUSED
         return control_pb2.OUTCOME_ENGINE_FAILED
 
     def _interrupt(self) -> None:
@@ -321,9 +335,9 @@ async def _settle_unwanted(
 
 
 def _engine_error(end: engine.End) -> CloisterError:
-    """The engine failed this one request, and says why in words that hold nothing of it."""
+    """The engine refused or failed this one request, and says why in words that hold nothing of it."""
     return CloisterError(
         end.error_reason or "ENGINE_ERROR",
         end.error_message or "the engine failed this request; tell the appliance's operator",
-        grpc.StatusCode.INTERNAL,
+        _ENGINE_REFUSALS.get(end.error_reason, grpc.StatusCode.INTERNAL),
     )

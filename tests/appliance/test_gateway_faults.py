@@ -11,6 +11,7 @@ import pytest
 from appliance.client import CloisterError
 from appliance.gateway import server, walk
 from appliance.gateway.rows import MAX_PENDING_BYTES, MERGE_AFTER, EngineGoneError, Rows
+from appliance.gateway.sessions import Sessions
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
 from engine.protos import engine_pb2
 from tests.appliance.gateway_house import (
@@ -149,6 +150,54 @@ async def test_the_engines_error_before_a_token_is_the_requests_alone(house: Hou
     async with house.client() as client:
         assert (await client.generate("notes", "x").result()).text == "Hello"
     assert house.worker.sessions == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("WORKER_DRAINING", grpc.StatusCode.UNAVAILABLE), ("TOKEN_OUT_OF_RANGE", grpc.StatusCode.INVALID_ARGUMENT)],
+)
+async def test_what_the_engine_refuses_is_a_refusal_never_accepted(
+    house: House, code: str, status: grpc.StatusCode
+) -> None:
+    async def script(submit: Any, send: Send) -> None:
+        send(end=end(engine_pb2.END_REASON_ERROR, error_reason=code, error_message="why"))
+
+    house.worker.script = script
+    async with house.client() as client:
+        stream = client.generate("notes", "x")
+        with pytest.raises(CloisterError) as error:
+            await stream.result()
+        with pytest.raises(RuntimeError, match="accepted"):
+            _ = stream.accepted
+    assert (error.value.status, error.value.code) == (status, code)
+    assert (await house.settled()).outcome == control_pb2.OUTCOME_REFUSED
+
+
+async def test_a_prompt_that_may_have_wedged_engine_text_is_not_sent_again(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.gateway.texts.SUSPECT_S", 0.0)
+    house.text.refuse = (grpc.StatusCode.UNAVAILABLE, "Socket closed")
+    async with house.client() as client:
+        with pytest.raises(CloisterError) as error:
+            await client.generate("notes", "x").result()
+    assert (error.value.status, error.value.code) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "PREPARE_TIMEOUT")
+    assert len(house.text.requests) == 1
+
+
+async def test_a_session_forgets_a_request_when_it_has_ended_or_was_given_up(house: House) -> None:
+    sessions = Sessions()
+    session = await sessions.open(str(house.home / "run" / "worker-notes.sock"))
+    rows = session.submit(engine_pb2.Submit(token_ids=[1]))
+    assert session.num_running == 1
+    while not (await rows.next()).HasField("end"):
+        pass
+    assert session.num_running == 0
+    house.worker.script = silence
+    stuck = session.submit(engine_pb2.Submit(token_ids=[1]))
+    session.release(stuck)
+    assert session.num_running == 0
+    await sessions.close()
 
 
 async def test_the_engines_error_mid_stream_comes_after_what_it_said(house: House) -> None:
