@@ -73,7 +73,10 @@ class BundleReader:
         if self._peek() == REVOCATION:
             raise BundleError("REVOCATION_UNREADABLE", "the bundle carries revocations; it needs a newer Cloister")
         envelope = self._read(MANIFEST, MAX_ENVELOPE)
-        oms = self._read(OMS, MAX_SIGNATURE) if self._peek() == OMS else None
+        found = self._peek() or ""
+        if found in self._seen or found.startswith("trust/"):
+            raise self._refusal(found, OMS)
+        oms = self._read(OMS, MAX_SIGNATURE) if found == OMS else None
         return Head(header, roots, envelope, oms)
 
     def expect(self, manifest: Manifest) -> None:
