@@ -293,7 +293,7 @@ async def test_the_leases_of_a_silent_gateway_are_settled_as_abandoned(house: Ho
     outcome = house.records("inference.request")[-1]
     assert (outcome.decision, outcome.facts["reason"]) == ("abandoned", "GATEWAY_SILENT")
     error = await refusal(house.settle(lease))
-    assert (error.status, error.code) == (Code.FAILED_PRECONDITION, "LEASE_ABANDONED")
+    assert (error.status, error.code) == (Code.ABORTED, "LEASE_ABANDONED")
 
 
 async def test_a_gateway_that_takes_over_an_address_ends_the_leases_of_the_one_before(house: House) -> None:

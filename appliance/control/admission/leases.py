@@ -189,7 +189,7 @@ class LeaseBook:
             raise CloisterError(
                 "LEASE_UNKNOWN",
                 "no open lease has this name; it was settled, or control was started again since",
-                grpc.StatusCode.NOT_FOUND,
+                grpc.StatusCode.ABORTED,
             )
         return lease
 
@@ -213,5 +213,5 @@ def _check_same(first: Ending, again: Ending) -> None:
         raise CloisterError(
             "LEASE_ABANDONED",
             "the gateway was silent too long and the request was settled as abandoned",
-            grpc.StatusCode.FAILED_PRECONDITION,
+            grpc.StatusCode.ABORTED,
         )

@@ -4,11 +4,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
-from sqlalchemy import Select, select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from appliance.control.db.models import Alias, Deployment, Grant
 from appliance.errors import CloisterError
+
+# Built once: on the way of every request, making a statement costs more than running it.
+_VISIBLE = (
+    select(Alias.name, Deployment.name, Deployment.model_digest)
+    .join(Grant, Grant.alias == Alias.name)
+    .join(Deployment, Deployment.name == Alias.deployment)
+    .where(Grant.tenant == bindparam("tenant"))
+    .order_by(Alias.name)
+)
+_VISIBLE_AS = _VISIBLE.where(Alias.name == bindparam("alias"))
 
 
 @dataclass(frozen=True)
@@ -26,7 +36,7 @@ def visible_model(session: Session, tenant: str, alias: str) -> VisibleModel:
     Raises:
         CloisterError: MODEL_NOT_FOUND, in the same words whether it does not exist or is not granted.
     """
-    row = session.execute(_visible(tenant).where(Alias.name == alias)).one_or_none()
+    row = session.execute(_VISIBLE_AS, {"tenant": tenant, "alias": alias}).one_or_none()
     if row is None:
         raise CloisterError(
             "MODEL_NOT_FOUND",
@@ -38,13 +48,4 @@ def visible_model(session: Session, tenant: str, alias: str) -> VisibleModel:
 
 def visible_models(session: Session, tenant: str) -> Sequence[VisibleModel]:
     """All of them, by name."""
-    return [VisibleModel(row[0], row[1], row[2]) for row in session.execute(_visible(tenant).order_by(Alias.name))]
-
-
-def _visible(tenant: str) -> "Select[str, str, str]":
-    return (
-        select(Alias.name, Deployment.name, Deployment.model_digest)
-        .join(Grant, Grant.alias == Alias.name)
-        .join(Deployment, Deployment.name == Alias.deployment)
-        .where(Grant.tenant == tenant)
-    )
+    return [VisibleModel(row[0], row[1], row[2]) for row in session.execute(_VISIBLE, {"tenant": tenant})]

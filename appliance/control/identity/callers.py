@@ -6,12 +6,12 @@ with a key (expired, revoked, another application's certificate) is told only to
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NoReturn
 
 import grpc
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.orm import Session
 
 from appliance.control.db.models import ApiKey, Tenant
@@ -22,6 +22,13 @@ from appliance.errors import CloisterError
 from appliance.protos import control_pb2
 
 _IDENTITY = re.compile(r"spiffe://[a-z0-9.-]{1,253}/tenant/([a-z0-9-]{1,63})/app/([a-z0-9-]{1,63})")
+
+# Built once: on the way of every request, making a statement costs more than running it.
+_OWN_CERTIFICATE = select(ApiKey).where(
+    ApiKey.tenant == bindparam("tenant"),
+    ApiKey.application == bindparam("application"),
+    ApiKey.certificate_sha256 == bindparam("certificate"),
+)
 
 
 @dataclass(frozen=True)
@@ -71,10 +78,8 @@ class CallerCheck:
         return Principal(key.tenant, key.application, key.key_id, caller.certificate_sha256)
 
     def _check_certificate(self, session: Session, key: ApiKey, caller: control_pb2.Caller) -> None:
-        own = session.scalars(
-            select(ApiKey).where(ApiKey.tenant == key.tenant, ApiKey.application == key.application)
-        )
-        issued = _with_certificate(own.all(), caller.certificate_sha256)
+        own = {"tenant": key.tenant, "application": key.application, "certificate": caller.certificate_sha256}
+        issued = session.scalars(_OWN_CERTIFICATE, own).first()
         if issued is None or caller.identity != identity_of(self.site, key.tenant, key.application):
             _forbid(
                 "KEY_CERTIFICATE_MISMATCH",
@@ -93,10 +98,6 @@ def claimed_tenant(identity: str) -> str | None:
     """The tenant that a certificate names; for records, it proves nothing about the key."""
     match = _IDENTITY.fullmatch(identity)
     return match[1] if match else None
-
-
-def _with_certificate(keys: Sequence[ApiKey], fingerprint: bytes) -> ApiKey | None:
-    return next((key for key in keys if key.certificate_sha256 == fingerprint), None)
 
 
 def _require(caller: control_pb2.Caller) -> None:
