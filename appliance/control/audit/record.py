@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from json.encoder import encode_basestring as quote
+from json.encoder import encode_basestring
 from typing import Literal, NamedTuple, TypeAlias
 
 Json: TypeAlias = "bool | int | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -26,6 +26,9 @@ _MAX_DEPTH = 8
 _INT64 = 1 << 63
 _KIND = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _KEY = re.compile(r"[!-~]{1,128}")
+
+quote = encode_basestring
+"""Text as a JSON string with the shortest escapes, in quotes."""
 
 
 class AuditRecordError(ValueError):
@@ -133,14 +136,6 @@ class Frame(NamedTuple):
     before_request: str
     before_utc: str
 
-    def around_facts(self, sequence: int, utc_ns: int, mono_ns: int, request_id: str) -> tuple[str, str, str]:
-        """What stands before the facts, between facts and nonce, and after the nonce."""
-        return (
-            self.before_facts,
-            f'{self.before_mono}{mono_ns},"nonce":"',
-            f'{self.before_request}{quote(request_id)},"seq":{sequence}{self.before_utc}{utc_ns},"v":{VERSION}}}',
-        )
-
 
 @lru_cache(maxsize=1024)
 def frame(boot: str, clock: str, kind: str, phase: str, tenant: str, actor: str, decision: str) -> Frame:
@@ -156,9 +151,11 @@ def frame(boot: str, clock: str, kind: str, phase: str, tenant: str, actor: str,
 def encode(item: Draft, sequence: int, stamp: Stamp, nonce: bytes) -> bytes:
     """The canonical body of record number `sequence`."""
     r = item.record
-    fixed = frame(stamp.boot, stamp.clock, r.kind, r.phase, r.tenant, r.actor, r.decision)
-    before, between, after = fixed.around_facts(sequence, stamp.utc_ns, stamp.mono_ns, r.request_id)
-    return f"{before}{item.facts}{between}{nonce.hex()}{after}".encode()
+    before, mono, request, utc = frame(stamp.boot, stamp.clock, r.kind, r.phase, r.tenant, r.actor, r.decision)
+    return (
+        f'{before}{item.facts}{mono}{stamp.mono_ns},"nonce":"{nonce.hex()}'
+        f'{request}{quote(r.request_id)},"seq":{sequence}{utc}{stamp.utc_ns},"v":{VERSION}}}'
+    ).encode()
 
 
 def leaf_hash(body: bytes) -> bytes:

@@ -7,7 +7,7 @@ What a row cannot show by itself, that all of it was written anew with hashes th
 import hashlib
 from collections.abc import Sequence
 
-from appliance.control.audit.record import frame
+from appliance.control.audit.record import VERSION, frame, quote
 from appliance.control.audit.store import Row
 
 NO_CHAIN = bytes(32)
@@ -47,9 +47,18 @@ class Walk:
         Raises:
             BadRow: at the first row that does not hold; `sequence` then counts the rows before it.
         """
-        sha256, leaves, chain = hashlib.sha256, [], self._chain
-        for row in rows:
-            sequence, body = self.sequence + 1, row[11]
+        leaves: list[bytes] = []
+        try:
+            self._check(rows, leaves)
+        finally:
+            self.sequence += len(leaves)
+        return leaves
+
+    def _check(self, rows: Sequence[Row], leaves: list[bytes]) -> None:
+        """The loop that verification spends its time in: no attribute and no name is looked up twice."""
+        sha256, chain, intents, add = hashlib.sha256, self._chain, self.open_intents, leaves.append
+        for sequence, row in enumerate(rows, self.sequence + 1):
+            body, phase = row[11], row[7]
             if row[0] != sequence:
                 raise BadRow(sequence, row, f"it is not there, the next is number {row[0]}")
             if not isinstance(body, bytes):
@@ -62,13 +71,12 @@ class Walk:
                 raise BadRow(sequence, row, "a column differs from the body")
             if chain != row[13]:
                 raise BadRow(sequence, row, "the chain hash does not follow from the record before")
-            if row[7] == "intent":
-                self.open_intents.add(row[5])
-            elif row[7] == "outcome":
-                self.open_intents.discard(row[5])
-            leaves.append(leaf)
-            self.sequence, self._chain = sequence, chain
-        return leaves
+            if phase == "intent":
+                intents.add(row[5])
+            elif phase == "outcome":
+                intents.discard(row[5])
+            add(leaf)
+        self._chain = chain
 
 
 def states(body: bytes, row: Row) -> bool:
@@ -77,12 +85,16 @@ def states(body: bytes, row: Row) -> bool:
     That is the same as to parse the body and compare its fields, at a third of the time: no string of JSON holds a
     bare quote, so what is framed by the same text at both ends has the same fields.
     """
-    sequence, utc_ns, mono_ns, boot, clock, request_id, kind, phase, tenant, actor, decision = row[:11]
+    sequence, utc_ns, mono_ns, boot, clock, request_id, kind, phase, tenant, actor, decision, *_ = row
     try:
-        text, request = str(body, "utf-8"), str(request_id, "utf-8")
-        fixed = frame(boot, clock, kind, phase, tenant, actor, decision)
-        before, between, after = fixed.around_facts(sequence, utc_ns, mono_ns, request)
+        before, mono, request, utc = frame(boot, clock, kind, phase, tenant, actor, decision)
+        text, name = str(body, "utf-8"), quote(str(request_id, "utf-8"))
     except (UnicodeDecodeError, TypeError):
         return False
-    nonce = len(text) - len(after) - _NONCE
-    return text.startswith(before) and text.endswith(between, len(before), nonce) and text.endswith(after)
+    between = f'{mono}{mono_ns},"nonce":"'
+    after = f'{request}{name},"seq":{sequence}{utc}{utc_ns},"v":{VERSION}}}'
+    return (
+        text.startswith(before)
+        and text.endswith(after)
+        and text.endswith(between, len(before), len(text) - len(after) - _NONCE)
+    )
