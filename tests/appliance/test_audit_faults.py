@@ -186,6 +186,23 @@ def test_full_file_system_blocks_until_there_is_room(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_copy_on_a_read_only_medium_is_verified(tmp_path: Path) -> None:
+    home = Home(tmp_path / "medium")
+    home.path.mkdir()
+    log = home.create()
+    log.append(numbered(1)).result()
+    log.close()
+    own_mounts = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*own_mounts, "true"], capture_output=True).returncode:
+        pytest.skip("no unprivileged mounts here")
+    mount = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" && shift && exec "$@"'
+    verifier = [sys.executable, "-m", "appliance.control.audit", home.db, home.head, home.path / "audit.pub"]
+    argv = [*own_mounts, mount, "sh", str(home.path), *map(str, verifier)]
+    done = subprocess.run(argv, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert '"intact": true' in done.stdout, done
+    assert done.returncode == 0
+
+
 _CALLER = """
 import sys, threading
 from pathlib import Path
@@ -234,10 +251,11 @@ def kill_rounds(home: Home, rounds: int) -> None:
 
 
 def test_killed_process_loses_no_acknowledged_record(tmp_path: Path) -> None:
-    kill_rounds(Home(tmp_path), 4)
+    kill_rounds(Home(tmp_path), 3)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_process_killed_a_hundred_times_loses_no_acknowledged_record(tmp_path: Path) -> None:
     kill_rounds(Home(tmp_path), 100)
 

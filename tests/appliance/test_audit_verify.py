@@ -1,23 +1,44 @@
 """Whatever is changed behind the log's back, verification says so and names the first bad record."""
 
+import base64
+import hashlib
+import json
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from appliance.control.audit import AuditTamperedError, make_key
 from appliance.control.audit.record import chain_hash, leaf_hash
 from appliance.control.audit.tree import Edge
 from appliance.control.audit.walk import NO_CHAIN
 from tests.appliance.audit_logs import ORIGIN, Home, fill
+from tests.appliance.test_audit_tree import merkle_tree_hash
 
 SIZE = 12
 Made = Callable[[list[int]], Home]
 _TEMPLATES: dict[tuple[int, ...], Path] = {}
 ONE_BY_ONE = [1] * SIZE
 GROUPED = [3, 5, 4]
+FIELDS = [
+    "seq",
+    "utc_ns",
+    "mono_ns",
+    "boot",
+    "clock",
+    "request_id",
+    "kind",
+    "phase",
+    "tenant",
+    "actor",
+    "decision",
+]
 COLUMNS = {
     "seq": "100000",
     "utc_ns": "utc_ns+1",
@@ -58,6 +79,73 @@ def found(home: Home) -> tuple[str, int]:
     assert not verdict.intact
     assert verdict.message
     return verdict.reason, verdict.first_bad_sequence
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """One closed log for tests that put back what they changed."""
+    home = Home(tmp_path_factory.mktemp("shared"))
+    log = home.create()
+    fill(log, [3, 1, 5, 3])
+    log.close()
+    return home
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+VALUES: dict[str, st.SearchStrategy[object]] = {
+    **dict.fromkeys(("utc_ns", "mono_ns"), st.integers(-(2**63), 2**63 - 1)),
+    **dict.fromkeys(("boot", "clock", "kind", "actor", "decision"), TEXT),
+    "phase": st.sampled_from(["intent", "outcome", "event"]),
+    "tenant": st.none() | TEXT,
+    "body": st.none() | st.binary(max_size=40),
+    **dict.fromkeys(("req_id", "leaf", "chain"), st.binary(max_size=40)),
+}
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_any_value_in_any_cell_but_the_written_one_names_its_record(shared: Home, data: st.DataObject) -> None:
+    column = data.draw(st.sampled_from(sorted(VALUES)))
+    seq = data.draw(st.integers(1, SIZE))
+    value = data.draw(VALUES[column])
+    with closing(sqlite3.connect(shared.db, isolation_level=None)) as connection:
+        connection.execute("PRAGMA synchronous=OFF")
+        old = connection.execute(f"SELECT {column} FROM rec WHERE seq=?", (seq,)).fetchone()[0]
+        connection.execute(f"UPDATE rec SET {column}=? WHERE seq=?", (value, seq))
+        try:
+            verdict = shared.verify()
+        finally:
+            connection.execute(f"UPDATE rec SET {column}=? WHERE seq=?", (old, seq))
+    expected = (True, 0, "") if value == old else (False, seq, "RECORD_CHANGED")
+    assert (verdict.intact, verdict.first_bad_sequence, verdict.reason) == expected
+
+
+def test_log_holds_by_the_documented_steps_alone(shared: Home) -> None:
+    """A second verifier, from docs/audit.md: parsed bodies, the recursive tree, no code of the first."""
+    with closing(sqlite3.connect(shared.db)) as connection:
+        rows = connection.execute("SELECT * FROM rec ORDER BY seq").fetchall()
+        nodes = {(level, idx): value for level, idx, value in connection.execute("SELECT * FROM node")}
+        notes = connection.execute("SELECT size,note FROM checkpoint ORDER BY size").fetchall()
+    chain = bytes(32)
+    for number, row in enumerate(rows, 1):
+        body = json.loads(row[11])
+        assert number == body["seq"]
+        assert [body[key] for key in FIELDS] == [*row[:5], row[5].decode(), *row[6:11]]
+        leaf = hashlib.sha256(b"\0" + row[11]).digest()
+        chain = hashlib.sha256(b"\2" + chain + leaf).digest()
+        assert row[12:] == (leaf, chain)
+    bodies = [row[11] for row in rows]
+    for (level, idx), value in nodes.items():
+        assert value == merkle_tree_hash(bodies[idx << level : (idx + 1) << level])
+    assert len(nodes) == 2 * len(rows) - len(rows).bit_count()
+    assert [size for size, _ in notes] == [3, 4, 9, 12]
+    for size, note in [*notes, (SIZE, shared.head.read_text())]:
+        root = base64.b64encode(merkle_tree_hash(bodies[:size])).decode()
+        head = "cloister-audit-head\n" if "cloister-audit-head" in note else ""
+        text, _, signature = note.partition("\n\n")
+        assert f"{text}\n" == f"{ORIGIN}\n{size}\n{root}\n{head}"
+        raw = base64.b64decode(signature.split()[2])
+        Ed25519PublicKey.from_public_bytes(shared.public_key).verify(raw[4:], f"{text}\n".encode())
 
 
 def move(connection: sqlite3.Connection, pairs: dict[int, int]) -> None:

@@ -7,6 +7,7 @@ the SQLite of most distributions is older than the fix.
 Source: sqlite.org, "Write-Ahead Logging" and release notes of 3.51.3; STRICT tables.
 """
 
+import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -179,13 +180,34 @@ class Store:
 
 
 def connect_reader(path: Path) -> sqlite3.Connection:
-    """A read-only connection; it never writes, never checkpoints, and holds no lock between statements."""
+    """A read-only connection; it never writes, never checkpoints, and holds no lock between statements.
+
+    A copy on a read-only medium, where SQLite cannot make its `-shm` file, is read as the immutable file it is.
+
+    Raises:
+        sqlite3.Error: the database cannot be read.
+    """
+    try:
+        return _reader(path, "mode=ro")
+    except sqlite3.OperationalError:
+        wal = path.with_name(f"{path.name}-wal")
+        if not path.exists() or os.access(path.parent, os.W_OK) or (wal.exists() and wal.stat().st_size):
+            raise
+        return _reader(path, "mode=ro&immutable=1")
+
+
+def _reader(path: Path, mode: str) -> sqlite3.Connection:
     connection = sqlite3.connect(
-        f"file:{_quoted(path)}?mode=ro", uri=True, isolation_level=None, check_same_thread=False, timeout=5
+        f"file:{_quoted(path)}?{mode}", uri=True, isolation_level=None, check_same_thread=False, timeout=5
     )
-    for pragma in ("query_only=ON", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
-        connection.execute(f"PRAGMA {pragma}")
-    connection.execute("PRAGMA wal_autocheckpoint=0")
+    try:
+        for pragma in ("query_only=ON", "trusted_schema=OFF", "cell_size_check=ON", "mmap_size=0"):
+            connection.execute(f"PRAGMA {pragma}")
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
