@@ -14,7 +14,7 @@ from appliance.gateway.unix import open_channel
 from appliance.protos import control_pb2, control_pb2_grpc
 
 # Seconds one answer may take. Admit has its own: giving up on it could leave a lease that nobody knows.
-ANSWER_S = 5.0
+ANSWER_S = 15.0
 ADMIT_S = 30.0
 SETTLE_S = 10.0
 RECORD_S = 2.0
@@ -146,15 +146,15 @@ async def _ask(
     try:
         return await method(request, timeout=limit_s)
     except grpc.aio.AioRpcError as error:
-        raise _reading(error) from None
+        raise _reading(error, type(request).__name__) from None
 
 
-def _reading(error: grpc.aio.AioRpcError) -> CloisterError:
+def _reading(error: grpc.aio.AioRpcError, question: str) -> CloisterError:
     """A refusal with details is control's own word; without, control is gone, stuck or broken."""
     for key, value in error.trailing_metadata() or ():
         if key == DETAILS_TRAILER and isinstance(value, bytes):
             return ControlRefusalError(error, value)
-    log.warning("control does not answer", extra={"status": error.code().name})
+    log.warning("control does not answer", extra={"question": question, "status": error.code().name})
     return CloisterError(
         "CONTROL_UNAVAILABLE",
         "the appliance cannot admit or record requests at present; try again, and tell its operator if it lasts",

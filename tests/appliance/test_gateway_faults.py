@@ -302,6 +302,18 @@ async def test_rows_that_came_before_the_engine_went_are_delivered_first() -> No
         await rows.next()
 
 
+async def test_more_requests_than_the_gateway_answers_are_refused_at_once(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.gateway.service.MAX_ACTIVE", 1)
+    house.worker.script = one_word_then_silence
+    async with house.client() as client, client.generate("notes", "x") as running:
+        assert await anext(running) == "Hel"
+        error = await failure(house)
+        assert (error.status, error.code) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "GATEWAY_BUSY")
+        assert error.retry_after is not None
+
+
 async def test_draining_finishes_what_runs_and_refuses_what_comes(house: House) -> None:
     proceed = asyncio.Event()
 
