@@ -4,24 +4,53 @@ Reserving the most that a request may use, in the same transaction that checks t
 requests from all passing one check (the check-then-charge leak of LiteLLM, issue 34732).
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from typing import Any
 
 import grpc
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import Row, bindparam, exists, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from appliance.control.admission.tickets import Ticket
-from appliance.control.db.models import ApiKey, Request, Tenant, Usage
+from appliance.control.db.models import Base, Request, Usage
 from appliance.errors import CloisterError
 
 OPEN = "open"
 SETTLED = "settled"
 ABANDONED = "abandoned"
+_COPIED = ("tenant", "application", "key_id", "request_id", "model", "model_digest")
+"""What the ledger takes over from the request."""
 
-# Built once: on the way of every request, making a statement costs more than running it.
-_RUNNING = select(func.count()).where(Request.tenant == bindparam("tenant"), Request.state == OPEN)
-_LEASED = select(Request).where(Request.lease == bindparam("lease"))
+# On the way of every request, so built once and without the ORM.
+_TABLES = Base.metadata.tables
+_TENANT, _KEY, _REQUEST = _TABLES["tenant"].c, _TABLES["api_key"].c, _TABLES["request"].c
+_STANDING = select(
+    _TENANT.max_concurrent,
+    _TENANT.weight,
+    _TENANT.suspended,
+    select(_KEY.revoked_ns).where(_KEY.key_id == bindparam("key_id")).scalar_subquery().label("revoked_ns"),
+    exists()
+    .where(_REQUEST.tenant == _TENANT.name, _REQUEST.request_id == bindparam("request_id"))
+    .label("repeated"),
+    select(func.count())
+    .where(_REQUEST.tenant == _TENANT.name, _REQUEST.state == OPEN)
+    .scalar_subquery()
+    .label("running"),
+).where(_TENANT.name == bindparam("tenant"))
+_RESERVE = insert(_TABLES["request"])
+_CLOSE = (
+    update(_TABLES["request"])
+    .where(_REQUEST.lease == bindparam("of"), _REQUEST.state == OPEN)
+    .values(state=SETTLED, settled_ns=bindparam("now_ns"))
+    .returning(*(_REQUEST[name] for name in _COPIED))
+)
+_CHARGE = (
+    update(_TABLES["tenant"])
+    .where(_TENANT.name == bindparam("of"))
+    .values(tokens_used=_TENANT.tokens_used + bindparam("tokens"))
+)
+_LEDGER = insert(_TABLES["usage"])
 
 
 @dataclass(frozen=True)
@@ -85,68 +114,35 @@ def reserve(session: Session, ticket: Ticket, size: Size, lease: str, now_ns: in
         CloisterError: DUPLICATE_REQUEST_ID, TENANT_CONCURRENCY, or the key or tenant was stopped since Authorize.
     """
     principal = ticket.principal
-    tenant = session.get_one(Tenant, principal.tenant)
-    _check_still_allowed(tenant, session.get_one(ApiKey, principal.key_id))
-    if session.get(Request, (tenant.name, ticket.request_id)) is not None:
-        raise CloisterError(
-            "DUPLICATE_REQUEST_ID",
-            "this request id was used before; use a new one for a new request",
-            grpc.StatusCode.ALREADY_EXISTS,
-        )
-    if (session.scalar(_RUNNING, {"tenant": tenant.name}) or 0) >= tenant.max_concurrent:
-        raise CloisterError(
-            "TENANT_CONCURRENCY",
-            f"the tenant already has its {tenant.max_concurrent} requests running; wait for one to end",
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            {"max_concurrent": str(tenant.max_concurrent)},
-            retry_after=timedelta(seconds=1),
-        )
-    session.add(
-        Request(
-            tenant=tenant.name,
-            request_id=ticket.request_id,
-            lease=lease,
-            gateway_id=ticket.gateway_id,
-            application=principal.application,
-            key_id=principal.key_id,
-            model=ticket.model,
-            deployment=ticket.deployment,
-            model_digest=ticket.model_digest,
-            prompt_tokens=size.prompt_tokens,
-            max_tokens=size.max_tokens,
-            state=OPEN,
-            admitted_ns=now_ns,
-        )
-    )
-    return _reservation(lease, ticket, tenant.weight, size)
+    asked = {"tenant": principal.tenant, "key_id": principal.key_id, "request_id": ticket.request_id}
+    standing = session.execute(_STANDING, asked).one()
+    _check_standing(standing)
+    row = {
+        **asked,
+        "lease": lease,
+        "gateway_id": ticket.gateway_id,
+        "application": principal.application,
+        "model": ticket.model,
+        "deployment": ticket.deployment,
+        "model_digest": ticket.model_digest,
+        "prompt_tokens": size.prompt_tokens,
+        "max_tokens": size.max_tokens,
+        "state": OPEN,
+        "admitted_ns": now_ns,
+    }
+    session.execute(_RESERVE, row)
+    return _reservation(lease, ticket, standing.weight, size)
 
 
 def settle(session: Session, lease: str, ending: Ending, now_ns: int) -> None:
     """Write the ledger row and release the reservation; nothing happens when that was done before."""
-    request = session.scalars(_LEASED, {"lease": lease}).one()
-    if request.state == SETTLED:
+    request = session.execute(_CLOSE, {"of": lease, "now_ns": now_ns}).one_or_none()
+    if request is None:
         return
-    request.state, request.settled_ns = SETTLED, now_ns
-    tenant = session.get_one(Tenant, request.tenant)
-    tenant.tokens_used += ending.prompt_tokens + ending.completion_tokens
-    session.add(
-        Usage(
-            lease=lease,
-            tenant=request.tenant,
-            application=request.application,
-            key_id=request.key_id,
-            request_id=request.request_id,
-            model=request.model,
-            model_digest=request.model_digest,
-            outcome=ending.outcome,
-            reason=ending.reason,
-            finish_reason=ending.finish_reason,
-            prompt_tokens=ending.prompt_tokens,
-            completion_tokens=ending.completion_tokens,
-            duration_ns=ending.duration_ns,
-            settled_ns=now_ns,
-        )
-    )
+    tokens = ending.prompt_tokens + ending.completion_tokens
+    session.execute(_CHARGE, {"of": request.tenant, "tokens": tokens})
+    row = {**request._mapping, **asdict(ending), "lease": lease, "settled_ns": now_ns}
+    session.execute(_LEDGER, row)
 
 
 def settle_left_open(session: Session, reason: str, now_ns: int) -> list[str]:
@@ -173,13 +169,28 @@ def reserved_tokens(session: Session, tenant: str) -> int:
     return session.scalar(select(total).where(Request.tenant == tenant, Request.state == OPEN)) or 0
 
 
-def _check_still_allowed(tenant: Tenant, key: ApiKey) -> None:
-    if tenant.suspended:
+def _check_standing(standing: "Row[*tuple[Any, ...]]") -> None:
+    """Refuse what a tenant may not have now."""
+    if standing.suspended:
         raise CloisterError(
             "TENANT_SUSPENDED", "the tenant was suspended just now", grpc.StatusCode.PERMISSION_DENIED
         )
-    if key.revoked_ns is not None:
+    if standing.revoked_ns is not None:
         raise CloisterError("KEY_REVOKED", "the API key was revoked just now", grpc.StatusCode.UNAUTHENTICATED)
+    if standing.repeated:
+        raise CloisterError(
+            "DUPLICATE_REQUEST_ID",
+            "this request id was used before; use a new one for a new request",
+            grpc.StatusCode.ALREADY_EXISTS,
+        )
+    if standing.running >= standing.max_concurrent:
+        raise CloisterError(
+            "TENANT_CONCURRENCY",
+            f"the tenant already has its {standing.max_concurrent} requests running; wait for one to end",
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            {"max_concurrent": str(standing.max_concurrent)},
+            retry_after=timedelta(seconds=1),
+        )
 
 
 def _reservation(lease: str, ticket: Ticket, weight: int, size: Size) -> Reservation:
