@@ -5,7 +5,7 @@ import json
 import shutil
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -170,6 +170,19 @@ def test_log_continues_where_it_was_closed(home: Home) -> None:
     again.close()
     assert not home.db.with_name("audit.db-wal").exists()
     assert home.verify().intact
+
+
+@pytest.mark.parametrize("harm", [Path.unlink, lambda head: head.rename(head.with_suffix(".old"))])
+def test_head_that_somebody_took_away_is_written_again(home: Home, harm: Callable[[Path], object]) -> None:
+    log = home.create()
+    for number in range(1, 12):
+        log.append(numbered(number)).result()
+    harm(home.head)
+    log._writer._ledger._head._sync_due = 0.0  # a second has passed
+    log.append(numbered(12)).result()
+    log.append(numbered(13)).result()
+    assert home.verify().intact
+    log.close()
 
 
 def test_closed_log_refuses_and_what_was_handed_over_is_written(home: Home) -> None:

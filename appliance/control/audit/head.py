@@ -134,14 +134,16 @@ class HeadFile:
         if self._descriptor < 0 or len(data) != self._length:
             self._replace(data)
         elif os.pwrite(self._descriptor, data, 0) != len(data):
-            raise OSError(errno.ENOSPC, "short write", str(self._path))
+            raise _short(self._path)
         if time.monotonic() >= self._sync_due:
             self.sync()
 
     def sync(self) -> None:
-        """Make the head durable."""
+        """Make the head durable; one that somebody moved or replaced is written anew next time."""
         if self._descriptor >= 0:
             os.fdatasync(self._descriptor)
+            if self._is_elsewhere():
+                self.close()
         self._sync_due = time.monotonic() + _SYNC_EVERY
 
     def close(self) -> None:
@@ -150,14 +152,26 @@ class HeadFile:
             os.close(self._descriptor)
             self._descriptor = -1
 
+    def _is_elsewhere(self) -> bool:
+        try:
+            return not os.path.samestat(os.fstat(self._descriptor), self._path.stat())
+        except FileNotFoundError:
+            return True
+
     def _replace(self, data: bytes) -> None:
         temporary = self._path.with_name(f"{self._path.name}.tmp")
         self.close()
         self._descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self._length = os.write(self._descriptor, data)
-        self.sync()
+        if self._length != len(data):
+            raise _short(temporary)
+        os.fdatasync(self._descriptor)
         temporary.replace(self._path)
         sync_directory(self._path.parent)
+
+
+def _short(path: Path) -> OSError:
+    return OSError(errno.ENOSPC, "written in part only", str(path))
 
 
 def sync_directory(path: Path) -> None:
