@@ -1,4 +1,4 @@
-"""Logits equal those of transformers, prompt and answer alike, for every variant of the family that is accepted."""
+"""Logits equal those of transformers, prompt and answer alike, in every variant of the family that is accepted."""
 
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,15 @@ DEMO = Path(__file__).parents[2] / "demo" / "demo-notes-s"
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     root = tmp_path_factory.mktemp("models")
     folders = {name: root / str(i) for i, name in enumerate(VARIANTS)}
-    return {name: (folder, save_llama(folder, **VARIANTS[name])) for name, folder in folders.items()}
+    for name, folder in folders.items():
+        save_llama(folder, **VARIANTS[name])
+    return {name: (folder, transformers_model(folder)) for name, folder in folders.items()}
+
+
+def transformers_model(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def expected_logits(model: Any, tokens: list[int], first: int) -> torch.Tensor:
@@ -74,9 +82,7 @@ def test_bfloat16_logits_are_as_close_as_bfloat16_is(models: dict[str, tuple[Pat
 @pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reason="the demo model is not in this checkout")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_logits_of_the_demo_model_equal_those_of_transformers(options: str) -> None:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    model = transformers_model(DEMO)
     vocabulary = model.config.vocab_size
     tokens = torch.randint(0, vocabulary, (100,), generator=torch.Generator().manual_seed(3)).tolist()
     logits = teacher_forced(engine(DEMO, **OPTIONS[options]), tokens, prompt_length=80)

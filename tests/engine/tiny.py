@@ -1,16 +1,19 @@
 """Models for tests: random tiny Llamas in the Hugging Face layout, their file sets, and engines over them."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from engine.build import build_engine
+from engine.build import build_engine, read_config
 from engine.loop import EngineLoop
+from engine.models.registry import architecture
 from engine.options import EngineOptions
 from engine.plan import StepPlan
 from engine.request import End, Request, SamplingParams, StopCriteria
@@ -19,11 +22,11 @@ from engine.weights.files import File, FileSet, OpenFile
 VOCAB = 300
 
 
-def save_llama(folder: Path, seed: int = 0, tokenizer: Tokenizer | None = None, **overrides: Any) -> Any:
-    """A random Llama saved to `folder` beside a byte-level tokenizer; the transformers model itself."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
+def save_llama(folder: Path, seed: int = 0, **overrides: Any) -> None:
+    """A random Llama in `folder`, beside a byte-level tokenizer. Weights are large, so that its logits differ."""
     fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "vocab_size": VOCAB,
         "hidden_size": 48,
         "intermediate_size": 80,
@@ -31,21 +34,24 @@ def save_llama(folder: Path, seed: int = 0, tokenizer: Tokenizer | None = None, 
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 256,
-        "initializer_range": 0.3,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
         "bos_token_id": 0,
         "eos_token_id": 1,
         "tie_word_embeddings": False,
     } | overrides
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**fields)).float().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # biases and norms too, which start as zeros and ones
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    (tokenizer or byte_tokenizer()).save(str(folder / "tokenizer.json"))
-    return model
+    (folder / "config.json").write_text(json.dumps(fields))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    config = read_config(*file_set(folder))
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1)
+        + name.endswith("norm.weight")
+        for name, shape in architecture(config).tensor_shapes(config).items()
+    }
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def byte_tokenizer(size: int = VOCAB) -> Tokenizer:

@@ -1,0 +1,57 @@
+"""Options of a deployment: defaults that fit the machine, and combinations that cannot work refused by name."""
+
+from typing import Any
+
+import pytest
+
+from engine.errors import EngineError
+from engine.options import EngineOptions
+
+GIB = 2**30
+
+
+def resolve(**options: Any) -> EngineOptions:
+    return EngineOptions(**options).resolve(
+        model_context=1000, block_bytes_per_token=1024, memory_bytes=GIB, cores=3
+    )
+
+
+def test_defaults_are_those_the_protocol_names() -> None:
+    assert resolve() == EngineOptions(
+        backend="cpu",
+        dtype="float32",
+        kv_blocks=32 * 63,
+        block_size=16,
+        max_step_tokens=512,
+        max_running=64,
+        max_context_tokens=1000,
+        threads=3,
+    )
+
+
+def test_pages_stay_within_memory_but_hold_one_context() -> None:
+    options = EngineOptions()
+    assert options.resolve(1000, 1024, 100 * 16 * 1024, 1).kv_blocks == 100
+    assert options.resolve(1000, 1024, 0, 1).kv_blocks == 63
+
+
+def test_a_small_step_takes_fewer_requests() -> None:
+    assert resolve(max_step_tokens=40).max_running == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"backend": "cuda"}, "cuda"),
+        ({"dtype": "float16"}, "float16"),
+        ({"max_context_tokens": 1001}, "max_context_tokens"),
+        ({"max_step_tokens": 64, "max_running": 64}, "max_step_tokens"),
+        ({"max_step_tokens": 16}, "max_step_tokens"),
+        ({"kv_blocks": -1}, "negative"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_by_name(options: dict[str, Any], named: str) -> None:
+    with pytest.raises(EngineError, match=named) as error:
+        resolve(**options)
+    assert error.value.code == "OPTIONS_INVALID"

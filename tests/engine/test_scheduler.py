@@ -1,0 +1,156 @@
+"""The scheduler: every admitted request gets on in every order of events, and pages are conserved."""
+
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from engine.block_pool import BlockPool
+from engine.plan import ResultRow, StepPlan, StepResult
+from engine.request import Request
+from engine.scheduler import Limits, Scheduler
+from tests.engine.tiny import request
+
+BLOCKS, BLOCK_SIZE, RUNNING, CONTEXT = 12, 4, 3, 60
+
+
+def scheduler(max_step_tokens: int = 16, max_running: int = RUNNING, **limits: Any) -> Scheduler:
+    return Scheduler(BlockPool(BLOCKS, BLOCK_SIZE), Limits(max_step_tokens, max_running, CONTEXT, **limits))
+
+
+def commit(scheduler: Scheduler, plan: StepPlan, requests: dict[int, Request]) -> None:
+    """Carry the plan out: each row that reaches its last token gets one more."""
+    rows = tuple(ResultRow(r.handle, (9,) if r.sampling_slot is not None else ()) for r in plan.rows)
+    scheduler.commit(plan, StepResult(plan.step, rows))
+    for row in rows:
+        requests[row.handle].tokens.extend(row.token_ids)
+
+
+def test_a_prompt_is_cut_into_what_the_step_has_left_after_running_answers() -> None:
+    s = scheduler(max_step_tokens=10)
+    requests = {i: request(i, [1] * n) for i, n in enumerate([3, 20])}
+    s.submit(requests[0])
+    plan = s.plan()
+    assert plan is not None
+    commit(s, plan, requests)
+    s.submit(requests[1])
+    spans = []
+    for _ in range(3):
+        plan = s.plan()
+        assert plan is not None
+        spans.append(
+            [(row.handle, row.start, len(row.token_ids), row.sampling_slot is not None) for row in plan.rows]
+        )
+        commit(s, plan, requests)
+    assert spans == [
+        [(0, 3, 1, True), (1, 0, 9, False)],
+        [(0, 4, 1, True), (1, 9, 9, False)],
+        [(0, 5, 1, True), (1, 18, 2, True)],
+    ]
+
+
+def test_with_whole_blocks_prompts_are_cut_only_at_page_borders() -> None:
+    s = scheduler(max_step_tokens=11, whole_blocks=True)
+    requests = {0: request(0, [1] * 22)}
+    s.submit(requests[0])
+    counts = []
+    while requests[0].num_generated == 0:
+        plan = s.plan()
+        assert plan is not None
+        counts.append(len(plan.rows[0].token_ids))
+        commit(s, plan, requests)
+    assert counts == [8, 8, 6]
+
+
+def test_a_request_waits_until_its_longest_answer_fits_beside_the_others() -> None:
+    s = scheduler()
+    requests = {i: request(i, [1] * 5, max_tokens=n) for i, n in enumerate([24, 24, 8])}
+    for one in requests.values():
+        s.submit(one)
+    plan = s.plan()
+    assert plan is not None
+    assert [row.handle for row in plan.rows] == [0]  # 7 of 12 pages; the second needs 7 too, and nobody overtakes
+    assert s.num_waiting == 2
+    s.remove(requests[0])
+    plan = s.plan()
+    assert plan is not None
+    assert [row.handle for row in plan.rows] == [1, 2]
+
+
+def test_no_more_than_max_running_are_admitted_and_slots_are_distinct() -> None:
+    s = scheduler()
+    requests = {i: request(i, [1], max_tokens=2) for i in range(5)}
+    for one in requests.values():
+        s.submit(one)
+    plan = s.plan()
+    assert plan is not None
+    assert sorted(row.slot for row in plan.rows) == [0, 1, 2]
+    assert [setup.slot for setup in plan.samplers] == [row.slot for row in plan.rows]
+
+
+@pytest.mark.parametrize(("step", "running"), [(6, 3), (100, 0)])
+def test_a_step_in_which_a_prompt_could_starve_is_refused(step: int, running: int) -> None:
+    with pytest.raises(ValueError, match="starve"):
+        scheduler(max_step_tokens=step, max_running=running)
+
+
+class Machine(RuleBasedStateMachine):
+    """Any interleaving of submissions, steps, failed steps and aborts conserves pages and always moves on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = scheduler(max_step_tokens=RUNNING + BLOCK_SIZE, whole_blocks=True)
+        self.live: dict[int, Request] = {}
+        self.next = 0
+
+    @rule(prompt=st.integers(1, 30), answer=st.integers(1, 20), scope=st.sampled_from("ab"))
+    def submit(self, prompt: int, answer: int, scope: str) -> None:
+        one = request(self.next, [1] * prompt, max_tokens=min(answer, BLOCKS * BLOCK_SIZE - prompt), scope=scope)
+        self.scheduler.submit(one)
+        self.live[self.next] = one
+        self.next += 1
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        handle = data.draw(st.sampled_from(sorted(self.live)))
+        self.scheduler.remove(self.live.pop(handle))
+
+    @precondition(lambda self: self.live)
+    @rule(fails=st.booleans())
+    def step(self, fails: bool) -> None:
+        plan = self.scheduler.plan()
+        assert plan is not None, "there is work, but no plan"
+        assert sum(len(row.token_ids) for row in plan.rows) <= RUNNING + BLOCK_SIZE
+        tables = [block for row in plan.rows for table in row.block_tables for block in table.blocks]
+        assert len(tables) == len(set(tables))
+        for row in plan.rows:
+            assert len(row.block_tables[0].blocks) * BLOCK_SIZE >= row.end
+        if fails:
+            self.scheduler.commit(plan, StepResult(plan.step, ()))
+            for row in plan.rows:
+                self.scheduler.remove(self.live.pop(row.handle))
+            return
+        commit(self.scheduler, plan, self.live)
+        for one in list(self.live.values()):
+            if one.num_generated == one.limit:
+                self.scheduler.remove(self.live.pop(one.handle))
+
+    @invariant()
+    def pages_are_conserved(self) -> None:
+        self.scheduler.check()
+        if not self.live:
+            assert self.scheduler.pool.num_owned == 0
+
+    def teardown(self) -> None:
+        steps = sum(one.limit + len(one.prompt) for one in self.live.values())
+        while self.live:
+            self.step(fails=False)
+            steps -= 1
+            assert steps >= 0, "requests do not get on"
+
+
+TestMachine = Machine.TestCase
+TestMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
