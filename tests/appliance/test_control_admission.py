@@ -22,6 +22,7 @@ from tests.appliance.control_house import (
     new_house,
     refusal,
     running,
+    until,
 )
 
 Code = grpc.StatusCode
@@ -386,3 +387,50 @@ async def test_the_gateway_s_own_refusals_are_recorded_without_foreign_text(hous
 async def test_settling_without_an_outcome_is_refused(house: House) -> None:
     lease = (await house.admit(await house.serving())).lease
     assert (await refusal(house.settle(lease, control_pb2.OUTCOME_UNSPECIFIED))).code == "INVALID_OUTCOME"
+
+
+async def test_a_gateway_that_hangs_up_while_it_is_admitted_leaves_a_lease_that_is_swept(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = await house.serving()
+    ticket = (await house.authorize(caller)).ticket
+    run, reserved, go_on = house.plane.database.run, asyncio.Event(), asyncio.Event()
+
+    async def slowly(work: object) -> object:
+        result = await run(work)
+        reserved.set()
+        await go_on.wait()
+        return result
+
+    monkeypatch.setattr(house.plane.database, "run", slowly)
+    call = house.control.Admit(control_pb2.AdmitRequest(ticket=ticket, prompt_tokens=1, max_tokens=1))
+    await reserved.wait()
+    call.cancel()
+    await asyncio.sleep(0.1)
+    monkeypatch.undo()
+    go_on.set()
+    await until(lambda: house.plane.leases.open_leases == 1)
+    now = house.plane.leases._monotonic()
+    house.plane.leases._monotonic = lambda: now + SILENCE_S + 1
+    await house.plane.leases.sweep()
+    assert (await house.tenant()).tokens_reserved == 0
+    assert house.plane.journal.log.open_intents() == []
+
+
+async def test_a_request_whose_intent_cannot_be_written_keeps_no_reservation(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller = await house.serving()
+    ticket = (await house.authorize(caller)).ticket
+
+    def broken(_record: object) -> None:
+        raise ValueError("not a record")
+
+    monkeypatch.setattr(house.plane.journal, "begin", broken)
+    error = await refusal(
+        house.control.Admit(control_pb2.AdmitRequest(ticket=ticket, prompt_tokens=1, max_tokens=1))
+    )
+    assert (error.status, error.code) == (Code.INTERNAL, "INTERNAL")
+    monkeypatch.undo()
+    tenant = await house.tenant()
+    assert (tenant.tokens_reserved, tenant.tokens_used) == (0, 0)

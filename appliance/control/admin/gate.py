@@ -97,18 +97,17 @@ class Gate(grpc.aio.ServerInterceptor):
     def _unary(self, method: str, token: str, serve: Callable[..., Awaitable[Message]]) -> Any:
         async def handler(request: Message, context: Context) -> Message:
             try:
-                action, rule = await self._enter(method, token, request)
-                answer = await self._carry_out(action, rule, serve(request, context))
+                work = self._serve(method, token, request, lambda: serve(request, context))
+                return await asyncio.shield(self._keep(work))
             except Exception as error:
                 await refuse(context, error)
-            return answer
 
         return handler
 
     def _stream(self, method: str, token: str, serve: Callable[..., AsyncIterator[Message]]) -> Any:
         async def handler(request: Message, context: Context) -> AsyncIterator[Message]:
             try:
-                action, rule = await self._enter(method, token, request)
+                action, rule = await self._enter_stream(method, token, request)
                 async for message in self._relay(action, rule, serve(request, context)):
                     yield message
             except Exception as error:
@@ -129,7 +128,6 @@ class Gate(grpc.aio.ServerInterceptor):
             await self._journal.record(records.operator_event("operator.refused", name, "deny", facts))
             raise
         action = Action(caller, method)
-        _current.set(action)
         facts = {"method": method, "policy": policy.POLICY_VERSION, "arguments": _arguments(request)}
         if rule.audit is AuditClass.CHANGE:
             await self._journal.record(records.change_intent(caller.name, action.id, facts))
@@ -137,11 +135,32 @@ class Gate(grpc.aio.ServerInterceptor):
             await self._journal.record(records.operator_event("operator.read", caller.name, "allow", facts))
         return action, rule
 
-    async def _carry_out(self, action: Action, rule: policy.Rule, work: Awaitable[Message]) -> Message:
-        """The answer of a unary call, its outcome recorded. A caller who leaves stops no change half-way."""
-        if rule.audit is not AuditClass.CHANGE:
-            return await work
-        return await asyncio.shield(self._keep(self._change(action, work)))
+    async def _serve(
+        self, method: str, token: str, request: Message, work: Callable[[], Awaitable[Message]]
+    ) -> Message:
+        """A unary call from the gate to its outcome; a caller who leaves stops nothing half-way."""
+        action, rule = await self._enter(method, token, request)
+        _current.set(action)
+        return await (self._change(action, work()) if rule.audit is AuditClass.CHANGE else work())
+
+    async def _enter_stream(self, method: str, token: str, request: Message) -> tuple[Action, policy.Rule]:
+        """Enter; when the caller leaves meanwhile, the intent that may get in is closed."""
+        entering = self._keep(self._enter(method, token, request))
+        try:
+            action, rule = await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            self._keep(self._close_unserved(entering))
+            raise
+        _current.set(action)
+        return action, rule
+
+    async def _close_unserved(self, entering: "asyncio.Task[tuple[Action, policy.Rule]]") -> None:
+        try:
+            action, rule = await entering
+        except CloisterError:
+            return
+        if rule.audit is AuditClass.CHANGE:
+            await self._record_late(_outcome(action, asyncio.CancelledError()))
 
     async def _change(self, action: Action, work: Awaitable[Message]) -> Message:
         try:

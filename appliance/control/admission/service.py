@@ -1,10 +1,11 @@
 """ControlService: what the gateway asks. Every refusal it gives is in the audit log before it is given."""
 
+import asyncio
 import re
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -65,6 +66,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self._deployments = deployments
         self._leases = leases
         self._tickets = TicketBook()
+        self._admitting: set[asyncio.Task[Any]] = set()
         self.draining = False
 
     async def Authorize(  # noqa: N802  # gRPC's name
@@ -96,7 +98,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         identity = self._callers.identity(principal)
         caller = control_pb2.Caller(identity=identity, certificate_sha256=principal.certificate_sha256)
         return await self._or_refuse(
-            context, lambda: self._admit(ticket, identity, request), caller, ticket.method, ticket.request_id
+            context,
+            lambda: self._whole(self._admit(ticket, identity, request)),
+            caller,
+            ticket.method,
+            ticket.request_id,
         )
 
     async def AwaitIntent(  # noqa: N802  # gRPC's name
@@ -200,7 +206,12 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         reservation = await self._database.run(
             lambda s: reservations.reserve(s, ticket, size, lease, time.time_ns())
         )
-        intent = self._journal.begin(records.request_intent(reservation, admitted))
+        try:
+            intent = self._journal.begin(records.request_intent(reservation, admitted))
+        except Exception:
+            unrecorded = Ending("refused", "INTERNAL")
+            await self._database.run(lambda s: reservations.settle(s, lease, unrecorded, time.time_ns()))
+            raise
         self._leases.open(reservation, identity, ticket.gateway_id, intent)
         return control_pb2.AdmitResponse(
             lease=lease,
@@ -208,6 +219,13 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             salt=self._keys.cache_salt(reservation.tenant),
             weight=reservation.weight,
         )
+
+    async def _whole(self, work: Coroutine[Any, Any, Answer]) -> Answer:
+        """Do all of `work`, even if the gateway hangs up: what was reserved must become a lease."""
+        task = asyncio.create_task(work)
+        self._admitting.add(task)
+        task.add_done_callback(self._admitting.discard)
+        return await asyncio.shield(task)
 
     async def _or_refuse(
         self,
