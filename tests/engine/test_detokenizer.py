@@ -55,11 +55,13 @@ def stream(tokenizer: Tokenizer, tokens: list[int], *stops: str, include: bool =
     return [*pieces, detokenizer.flush().text]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, BYTE_LEVEL.get_vocab_size() + 2), max_size=40))
 def test_any_byte_level_tokens_stream_to_what_they_decode_to_whole(tokens: list[int]) -> None:
     assert "".join(stream(BYTE_LEVEL, tokens)) == BYTE_LEVEL.decode(tokens)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_any_text_streams_in_whole_characters_through_bytes(text: str) -> None:
     tokens = [METASPACE.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
@@ -68,6 +70,7 @@ def test_any_text_streams_in_whole_characters_through_bytes(text: str) -> None:
     assert "\ufffd" in text or "\ufffd" not in "".join(pieces)
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(range(259, METASPACE.get_vocab_size())), max_size=20))
 def test_metaspace_words_stream_as_the_continuation_of_a_prompt(tokens: list[int]) -> None:
     prompt = [METASPACE.token_to_id("a")]
@@ -114,7 +117,7 @@ def test_a_stop_string_that_never_completes_is_delivered_at_the_end() -> None:
     assert "".join(stream(BYTE_LEVEL, tokens, "STOP")) == "to be STO"
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.text("ab🙂", max_size=20), st.lists(st.text("ab🙂", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_streaming_cuts_where_a_search_of_the_whole_text_would(text: str, stops: list[str]) -> None:
     rng = random.Random(text)
