@@ -19,9 +19,7 @@ _SAMPLING = ("temperature", "top_p", "top_k", "seed", "max_tokens", "stop", "tim
 def add_request_arguments(parser: argparse.ArgumentParser, what: str) -> None:
     """Model, text, credentials and sampling."""
     parser.add_argument("model", metavar="MODEL", help="an alias that the tenant may call")
-    parser.add_argument(
-        "text", metavar=what.upper(), nargs="?", default="-", help=f"the {what}; - reads it from stdin"
-    )
+    parser.add_argument("text", metavar=what.upper(), help=f"the {what}; - reads it from standard input")
     parser.add_argument(
         "--credentials",
         type=Path,

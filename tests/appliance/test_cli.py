@@ -333,6 +333,13 @@ def test_chat_without_credentials_is_bad_usage(
     assert "--credentials" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("noun", ["chat", "generate"])
+def test_the_text_may_stand_before_or_after_the_options(noun: str) -> None:
+    for words in (["m", "text", "--seed", "1"], ["m", "--seed", "1", "text"], ["--seed", "1", "m", "text"]):
+        args = build_parser(noun).parse_args([noun, *words])
+        assert (args.model, args.text, args.seed) == ("m", "text", 1)
+
+
 def test_ctrl_c_exits_130(tmp_path: Path) -> None:
     """The command waits for its standard input when the signal comes."""
     words = [sys.executable, "-m", "appliance.cli.main", "chat", "notes", "-", "--credentials", str(tmp_path)]
