@@ -11,24 +11,23 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
+from bundles import sources
 from bundles.content import forbidden
 from bundles.content.inspector import Inspector
 from bundles.content.judge import judge, model_of
 from bundles.durable import replacing
 from bundles.format import manifest as manifests
-from bundles.format import strict_json
-from bundles.format.chunks import CHUNK_SIZE, Extent, digest_file, extents, read_extent
+from bundles.format.chunks import CHUNK_SIZE, Extent, extents, read_extent
 from bundles.format.container import ContainerWriter, open_source
 from bundles.format.errors import BundleError
-from bundles.format.manifest import Canary, Document, File, Kind, Licence, Manifest, Requirement, Resources
+from bundles.format.manifest import File, Kind, Manifest, Requirement, Resources
 from bundles.format.paths import check_paths
 from bundles.pipeline import Progress, Report, State, stream_payload
 from bundles.reader import END, HEADER, MANIFEST, OMS, BundleReader, end_document, header_hints, root_member
@@ -36,11 +35,6 @@ from bundles.trust import dsse, oms
 from bundles.trust.keys import Key, PrivateKey
 from bundles.trust.policy import ENGINE_VERSION, Head
 from bundles.trust.roots import Root, parse
-
-CANARIES = "canaries.json"
-PUBLISHED_SIGNATURE = "model.sig"
-_BESIDE = frozenset({CANARIES, PUBLISHED_SIGNATURE})
-_LICENCE_NAMES = ("license", "licence", "copying")
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Release:
         sequence: grows with every release of this name; an appliance never goes back.
         kind: model, adapter or draft.
         requires: of an adapter or draft: the models it works with.
-        licence: SPDX expression.
+        licence: SPDX expression; where empty, the one that the folder's model card states.
         licence_files: its text, where the folder has no LICENSE file.
         accept_licence: an operator must accept it before first use.
         attestations: provenance, bill of materials, scan reports; carried as they are.
@@ -68,7 +62,7 @@ class Release:
     sequence: int
     kind: Kind = "model"
     requires: tuple[Requirement, ...] = ()
-    licence: str = "NOASSERTION"
+    licence: str = ""
     licence_files: tuple[Path, ...] = ()
     accept_licence: bool = False
     attestations: tuple[Path, ...] = ()
@@ -123,14 +117,14 @@ def build(
     Raises:
         BundleError: the folder, its files or the statement are refused.
     """
-    with _opened(model) as files:
+    with sources.opened(model) as files:
         forbidden.check_names(files)
         check_paths(files)
         verdict = judge({path: (fd, os.fstat(fd).st_size) for path, fd in files.items()}, inspector or Inspector())
-        listed = tuple(_file(path, fd, release.chunk_size) for path, fd in files.items())
-        licences = _licences(release, model)
-        attestations = _documents("attest", release.attestations)
-        published = _optional(model / PUBLISHED_SIGNATURE)
+        listed = tuple(sources.describe(path, fd, release.chunk_size) for path, fd in files.items())
+        licences = sources.licences(model, release.licence_files, release.licence, release.accept_licence)
+        attestations = sources.documents("attest", release.attestations)
+        published = sources.read_optional(model / sources.PUBLISHED_SIGNATURE)
         manifest = _manifest(
             release,
             files=listed,
@@ -138,7 +132,7 @@ def build(
             oms_sha256=hashlib.sha256(published).hexdigest() if published else None,
             attestations=tuple(document for document, _ in attestations),
             licences=tuple(licence for licence, _ in licences),
-            canary=_canaries(model / CANARIES),
+            canary=sources.canaries(model / sources.CANARIES),
         )
         documents = [content for _, content in (*attestations, *licences)]
         _write(out, manifest, published, documents, files, report)
@@ -319,89 +313,6 @@ def _manifest(release: Release, *, files: tuple[File, ...], **parts: object) -> 
         where = ".".join(map(str, first["loc"]))
         raise BundleError("MANIFEST_SCHEMA", f"{where} cannot be {first['input']!a}: {first['msg']}") from None
     return manifests.parse(manifest.encode())
-
-
-def _file(path: str, fd: int, chunk_size: int) -> File:
-    size, sha256, chunks = digest_file(fd, chunk_size)
-    role, media_type = manifests.role_of(path), manifests.media_type_of(path)
-    return File(path=path, size=size, sha256=sha256, media_type=media_type, role=role, chunks=chunks)
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[dict[str, int]]:
-    """Descriptors of a folder's visible files by relative path, in code point order."""
-    with ExitStack() as stack:
-        files = {}
-        for path in sorted(_visible(folder)):
-            files[path] = open_source(folder / path)
-            stack.callback(os.close, files[path])
-        if not files:
-            raise BundleError("SOURCE_UNREADABLE", f"{folder} is not a folder with files in it")
-        yield files
-
-
-def _visible(folder: Path) -> Iterator[str]:
-    for base, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in folders:
-            if (Path(base) / name).is_symlink():
-                raise BundleError("SOURCE_SYMLINK", f"{base}/{name} is a symbolic link; a bundle has none")
-        relative = Path(base).relative_to(folder)
-        inside = relative != Path(".")
-        yield from (
-            (relative / name).as_posix()
-            for name in names
-            if not name.startswith(".") and (inside or name not in _BESIDE)
-        )
-
-
-def _licences(release: Release, model: Path) -> list[tuple[Licence, bytes]]:
-    found = sorted(path for path in model.iterdir() if path.name.lower().startswith(_LICENCE_NAMES))
-    documents = _documents("licence", release.licence_files or found)
-    if not documents:
-        raise BundleError("LICENCE_MISSING", f"{model} has no LICENSE file; name one with --licence-file")
-    accept = release.accept_licence
-    return [
-        (Licence(**document.model_dump(), spdx=release.licence, accept=accept), content)
-        for document, content in documents
-    ]
-
-
-def _documents(folder: str, paths: Sequence[Path]) -> list[tuple[Document, bytes]]:
-    documents = []
-    for path in paths:
-        content = _optional(path)
-        if content is None:
-            raise BundleError("SOURCE_UNREADABLE", f"{path} does not exist")
-        try:
-            member, digest = f"{folder}/{path.name}", hashlib.sha256(content).hexdigest()
-            documents.append((Document(member=member, size=len(content), sha256=digest), content))
-        except ValidationError:
-            raise BundleError(
-                "MANIFEST_DOCUMENTS", f"{path} has a name or size that no document may have"
-            ) from None
-    return documents
-
-
-def _canaries(path: Path) -> tuple[Canary, ...]:
-    raw = _optional(path)
-    if raw is None:
-        return ()
-    strict_json.parse(raw, str(path))
-    try:
-        return TypeAdapter(tuple[Canary, ...]).validate_json(raw)
-    except ValidationError:
-        raise BundleError(
-            "MANIFEST_SCHEMA", f"{path} is not a list of objects with prompt, expected, match and max_tokens"
-        ) from None
-
-
-def _optional(path: Path) -> bytes | None:
-    if not path.exists():
-        return None
-    fd = open_source(path)
-    with open(fd, "rb") as stream:
-        return stream.read()
 
 
 def _compact(value: Mapping[str, object]) -> bytes:

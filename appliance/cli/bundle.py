@@ -52,7 +52,9 @@ def _register_build(build: argparse.ArgumentParser) -> None:
     build.add_argument(
         "--requires", action="append", default=[], metavar="NAME[=DIGEST]", help="of an adapter or draft"
     )
-    build.add_argument("--licence", default="NOASSERTION", metavar="SPDX", help="SPDX expression of the licence")
+    build.add_argument(
+        "--licence", default="", metavar="SPDX", help="SPDX expression (default: of the model card)"
+    )
     build.add_argument("--licence-file", type=Path, action="append", default=[], metavar="FILE", help="its text")
     build.add_argument("--accept-licence", action="store_true", help="an operator must accept it before first use")
     build.add_argument("--attest", type=Path, action="append", default=[], metavar="FILE", help="carried as it is")

@@ -121,10 +121,17 @@ class Volume(_Strict):
     chunks: Annotated[int, Field(ge=0)]
 
 
-class Canary(_Strict):
-    """A prompt whose answer shows that the model works as released."""
+class Message(_Strict):
+    """One message of a canary's conversation."""
 
-    prompt: Text
+    role: Literal["system", "user", "assistant"]
+    content: Text
+
+
+class Canary(_Strict):
+    """A conversation whose greedy answer shows that the model works as released."""
+
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=64)]
     expected: Text
     match: Literal["exact", "prefix", "contains", "json"]
     max_tokens: Annotated[int, Field(gt=0, le=4096)]

@@ -1,9 +1,10 @@
 """Dies at every call that changes the disk, one after the other, and tells what the next start finds.
 
-    crashing_import.py HOME BUNDLE WORK
+    crashing_import.py HOME BUNDLE WORK STEP
 
 HOME has one committed version; BUNDLE is the next. Every round copies HOME, imports in a forked child whose N-th
-such call is SIGKILL, then opens the copy again, looks, and imports once more. Prints a JSON list of rounds.
+such call is SIGKILL (N grows by STEP), then opens the copy again, looks, and imports once more. Prints a JSON list
+of rounds.
 """
 
 import hashlib
@@ -83,9 +84,9 @@ def look(home: Path, bundle: Path, call: int) -> dict[str, object]:
     return found
 
 
-def main(home: Path, bundle: Path, work: Path) -> None:
+def main(home: Path, bundle: Path, work: Path, step: int) -> None:
     outcomes = []
-    for call in range(1, 1000):
+    for call in range(1, 1000, step):
         copy = work / str(call)
         shutil.copytree(home, copy)
         died = attempt(copy, bundle, call)
@@ -97,4 +98,4 @@ def main(home: Path, bundle: Path, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    main(*map(Path, sys.argv[1:4]), int(sys.argv[4]))

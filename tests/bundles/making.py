@@ -78,7 +78,8 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }}")
     (folder / "LICENSE").write_text("Do as you like.\n")
     (folder / "canaries.json").write_text(
-        '[{"prompt": "1+1=", "expected": "2", "match": "exact", "max_tokens": 4}]'
+        '{"note": 1.5, "decoding": {"max_tokens": 4},'
+        ' "canaries": [{"messages": [{"role": "user", "content": "1+1="}], "expected": "2", "gap": 0.5}]}'
     )
     return folder
 

@@ -63,7 +63,13 @@ def test_a_sound_bundle_is_verified_step_by_step(bundle: Path, trust: Trust) -> 
     assert manifest.reference == "tiny@1.0.1"
     assert [file.path for file in manifest.files] == sorted(file.path for file in manifest.files)
     assert max(len(file.chunks) for file in manifest.files) == 4
-    assert manifest.canary[0].expected == "2"
+    (canary,) = manifest.canary
+    assert (canary.messages[0].content, canary.expected, canary.match, canary.max_tokens) == (
+        "1+1=",
+        "2",
+        "exact",
+        4,
+    )
     assert "canaries.json" not in [file.path for file in manifest.files]
     payload = dsse.parse(dict(members_of(bundle))["manifest.dsse.json"], "it").payload
     assert verified.model_digest == sha256(payload)
@@ -273,7 +279,6 @@ def test_a_well_signed_manifest_that_may_not_be_is_refused_by_name(
         (lambda raw: b"\xef\xbb\xbf" + raw, "JSON_BOM"),
         (lambda raw: raw + b"{}", "JSON_TRAILING"),
         (lambda raw: b"[]", "JSON_NOT_OBJECT"),
-        (lambda raw: raw + b" " * (32 * 1024 * 1024), "MANIFEST_TOO_LARGE"),
     ],
 )
 def test_a_well_signed_manifest_that_could_be_read_twice_is_refused(
@@ -380,8 +385,13 @@ def test_building_refuses_what_importing_would(tmp_path: Path) -> None:
     (model / "link.json").symlink_to("/etc/passwd")
     assert code() == "SOURCE_SYMLINK"
     (model / "link.json").unlink()
-    (model / "canaries.json").write_text('[{"prompt": 1}]')
-    assert code() == "MANIFEST_SCHEMA"
+    for bad in (
+        '{"canaries": [{"messages": 1}]}',
+        '{"canaries": 1}',
+        '{"canaries": [], "decoding": {"max_tokens": "x"}}',
+    ):
+        (model / "canaries.json").write_text(bad)
+        assert code() == "MANIFEST_SCHEMA"
     (model / "canaries.json").unlink()
     (model / "LICENSE").unlink()
     assert code() == "LICENCE_MISSING"
@@ -478,3 +488,44 @@ def test_every_refusal_in_the_code_is_in_the_documentation() -> None:
     codes = set(re.findall(r'"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|BASE64)"', sources)) - _NOT_REFUSALS
     documented = (root / "docs" / "bundle-format.md").read_text()
     assert sorted(code for code in codes if f"`{code}`" not in documented) == []
+
+
+def test_a_model_card_states_the_licence_where_there_is_no_licence_file(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "LICENSE").unlink()
+    (model / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# It\n")
+    (licence,) = build(make_release(), model, tmp_path / "b", inspector=INSPECTOR).licences
+    assert (licence.spdx, licence.member) == ("apache-2.0", "licence/README.md")
+    (model / "README.md").write_text("# It\nlicense: apache-2.0\n")
+    with pytest.raises(BundleError, match="LICENCE_MISSING"):
+        build(make_release(), model, tmp_path / "b", inspector=INSPECTOR)
+
+
+def test_a_manifest_over_its_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bundles.format import manifest
+
+    monkeypatch.setattr(manifest, "MAX_MANIFEST", 100)
+    monkeypatch.setattr(manifest.strict_json, "parse_object", None)
+    with pytest.raises(BundleError, match="MANIFEST_TOO_LARGE"):
+        manifest.parse(b" " * 101)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2**31 + 4096, 2**32 + 4096])
+def test_the_last_byte_of_a_file_beyond_2_and_4_gib_is_covered(tmp_path: Path, trust: Trust, size: int) -> None:
+    model = make_model(tmp_path / "m")
+    header = safetensors({"w": ("U8", [size], [0, size])}, b"")
+    with (model / "model.safetensors").open("wb") as stream:
+        stream.write(header)
+        stream.truncate(len(header) + size)
+    path = tmp_path / "b"
+    build(make_release(chunk_size=CHUNK_SIZE), model, path, inspector=INSPECTOR)
+    sign(path, trust.signing())
+    verify(path, trust.root, inspector=INSPECTOR)
+    raw = path.stat().st_size
+    with path.open("r+b") as stream:
+        stream.seek(raw - 1024 - 1024 - 512 * 2 - 1024)
+        found = stream.read(1)
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([found[0] ^ 1]))
+    assert _refusal(path, trust.root)
