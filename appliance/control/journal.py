@@ -1,12 +1,16 @@
 """The audit log as the rest of control uses it: from the event loop, with a bounded wait, closed when it fails."""
 
 import asyncio
+import logging
 from concurrent.futures import Future
 
 from appliance.control.audit import AuditLog, Receipt, Record
 from appliance.control.audit.errors import blocked
+from appliance.errors import CloisterError
 
 WAIT_S = 2.0
+
+log = logging.getLogger(__name__)
 
 
 class Journal:
@@ -52,6 +56,18 @@ class Journal:
             CloisterError: AUDIT_BLOCKED.
         """
         return await self.durable(self.begin(record))
+
+    async def note(self, record: Record) -> None:
+        """Commit a record of what changes nothing: a login, a look, a refusal.
+
+        It goes on when the log takes no records, so that an operator can still see why; the process's own log then
+        says what was not recorded.
+        """
+        try:
+            await self.record(record)
+        except CloisterError as error:
+            facts = {"kind": record.kind, "actor": record.actor, "decision": record.decision, "code": error.code}
+            log.error("not recorded", extra=facts)
 
 
 def _seen(waiting: "asyncio.Future[Receipt]") -> None:

@@ -131,9 +131,9 @@ class LoginBroker:
             operator = await self._database.run(lambda s: _operator_of(s, uid))
             facts: records.Facts = {"uid": uid, "login_uid": _login_uid(pid)}
             if operator is None:
-                await self._journal.record(records.login("", "deny", {**facts, "reason": "OPERATOR_UNKNOWN"}))
+                await self._journal.note(records.login("", "deny", {**facts, "reason": "OPERATOR_UNKNOWN"}))
                 return {"error": "OPERATOR_UNKNOWN", "message": f"user id {uid} is no operator of this appliance"}
-            await self._journal.record(records.login(operator.name, "allow", facts))
+            await self._journal.note(records.login(operator.name, "allow", facts))
         except CloisterError as error:
             return {"error": error.code, "message": error.message}
         expires = datetime.fromtimestamp(time.time() + LIFE_S, UTC).isoformat(timespec="seconds")

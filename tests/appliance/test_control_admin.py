@@ -12,6 +12,7 @@ import grpc
 import pytest
 from cryptography import x509
 
+from appliance.control.audit.errors import blocked
 from appliance.control.db.models import Operator
 from appliance.control.login import LIFE_S
 from appliance.policy import Role
@@ -123,21 +124,22 @@ async def test_a_change_is_on_record_before_and_after_and_so_is_one_that_failed(
     assert changes[3].facts["reason"] == "TENANT_EXISTS"
 
 
-async def test_a_change_that_cannot_be_recorded_is_not_made(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    log = house.plane.journal.log
-    real = log.append
+async def test_while_the_log_takes_no_records_operators_look_and_change_nothing(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_record: Any) -> Any:
+        raise blocked("the disk is full")
 
-    def full(record: Any) -> Any:
-        if record.kind == "operator.change":
-            from appliance.control.audit.errors import blocked
-
-            raise blocked("the disk is full")
-        return real(record)
-
-    monkeypatch.setattr(log, "append", full)
+    monkeypatch.setattr(house.plane.journal.log, "append", full)
     error = await refusal(house.tenants.AddTenant(tenant()))
     assert (error.status, error.code) == (Code.UNAVAILABLE, "AUDIT_BLOCKED")
     assert (await house.tenants.ListTenants(admin_pb2.ListTenantsRequest())).tenants == []
+    async with admin_channel(house.home, (await log_in(house.home))["session"]) as channel:
+        audit = admin_pb2_grpc.AuditServiceStub(channel)
+        assert [r.kind async for r in audit.TailAudit(admin_pb2.TailAuditRequest(limit=1))] == [
+            "appliance.genesis"
+        ]
+        assert (await audit.VerifyAudit(admin_pb2.VerifyAuditRequest())).intact
 
 
 async def test_a_defect_behind_the_gate_tells_the_caller_nothing_and_is_closed_in_the_log(

@@ -19,7 +19,7 @@ Context = Any
 
 
 class AuditService(admin_pb2_grpc.AuditServiceServicer):
-    """Reads the log, behind the gate; works while the log takes no records, except that its reading is recorded.
+    """Reads the log, behind the gate; works while the log takes no records.
 
     Args:
         log: the open log.

@@ -125,14 +125,14 @@ class Gate(grpc.aio.ServerInterceptor):
             policy.check_role(rule, caller.roles)
         except CloisterError as refusal:
             facts: records.Facts = {"method": method, "reason": refusal.code, "policy": policy.POLICY_VERSION}
-            await self._journal.record(records.operator_event("operator.refused", name, "deny", facts))
+            await self._journal.note(records.operator_event("operator.refused", name, "deny", facts))
             raise
         action = Action(caller, method)
         facts = {"method": method, "policy": policy.POLICY_VERSION, "arguments": _arguments(request)}
         if rule.audit is AuditClass.CHANGE:
             await self._journal.record(records.change_intent(caller.name, action.id, facts))
         elif rule.audit is AuditClass.READ:
-            await self._journal.record(records.operator_event("operator.read", caller.name, "allow", facts))
+            await self._journal.note(records.operator_event("operator.read", caller.name, "allow", facts))
         return action, rule
 
     async def _serve(
