@@ -8,6 +8,11 @@ readonly ROOT
 readonly VENV=$ROOT/.venv
 readonly LOG=$VENV/install.log
 readonly PYTHONS=(python3 python3.13 python3.12 python3.11)
+readonly WHEELS_REMEDY=(
+  "without one: on a connected machine with the same Python, in this checkout, run"
+  "  python3 -m pip download -d wheels -c constraints.txt setuptools '.[server,test]'"
+  "and carry the folder wheels/ here"
+)
 
 usage() {
   cat <<'USAGE'
@@ -103,7 +108,7 @@ torch_kind() {
     return
   fi
   local report=$VENV/torch.json
-  run_pip install --dry-run --quiet --ignore-installed --no-deps --report "$report" torch >"$LOG" 2>&1 ||
+  run_pip install --retries 1 --dry-run --quiet --ignore-installed --no-deps --report "$report" torch >"$LOG" 2>&1 ||
     explain_pip_failure
   "$VENV/bin/python" - "$report" <<'PYTHON'
 import json, sys
@@ -142,21 +147,15 @@ explain_pip_failure() {
   if grep -qiE 'no space left' "$LOG"; then
     fail "the disk became full while packages were installed" "free some space, then run this again; log: $LOG"
   fi
-  if grep -qiE 'name resolution|connection|unreachable|timed out|max retries|no matching distribution|could not find a version' "$LOG"; then
-    grep -iE '^error' "$LOG" | head -n 2 | sed 's/^/  pip: /' >&2 || true
+  if grep -qiE 'name resolution|connection|unreachable|timed out|max retries|no matching distribution|could not find a version|ResolutionImpossible' "$LOG"; then
     if [[ -d $ROOT/wheels ]]; then
-      fail "wheels/ lacks a package that is needed; log: $LOG" "$(wheels_remedy)"
+      fail "wheels/ lacks a package that is needed; log: $LOG" "${WHEELS_REMEDY[@]}"
     fi
     fail "no package index can be reached, or it lacks a package; log: $LOG" \
-      "with a network: check pip's settings (pip config list) and proxy" "without one: $(wheels_remedy)"
+      "with a network: check pip's settings (pip config list) and the proxy" "${WHEELS_REMEDY[@]}"
   fi
   tail -n 15 "$LOG" | sed 's/^/  pip: /' >&2
   fail "pip failed; log: $LOG" "see its last lines above"
-}
-
-wheels_remedy() {
-  say "on a connected machine with the same Python, in this checkout: \
-python3 -m pip download -d wheels -c constraints.txt setuptools '.[server,test]'; then carry wheels/ here"
 }
 
 # Runs pip, shows what it downloads, keeps the rest in the log.
