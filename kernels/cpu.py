@@ -4,7 +4,7 @@ Deterministic mode computes every product in tiles of one fixed shape and attend
 length, joined in order; a trailing split that is masked out changes no bit. What it takes for granted of the BLAS,
 that a row's bits do not depend on where in the tile it lies, tests/kernels/test_determinism.py checks.
 
-Source: Dao et al., "FlashAttention", NeurIPS 2022 (online softmax over splits); Ainslie et al., "GQA", EMNLP 2023.
+Source: Dao et al., "FlashAttention", NeurIPS 2022 (attention over splits); Ainslie et al., "GQA", EMNLP 2023.
 """
 
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from kernels.sampling import sample
 
 _TILE = 16  # rows of a tile, in deterministic mode
 _SPLIT = 64  # tokens of a KV split, in deterministic mode; a page that is larger is one split
+_MAX_COPY = 2**22  # numbers of keys laid out at once for the tiles of a long prompt, in deterministic mode
 
 
 class _Linear(NamedTuple):
@@ -38,6 +39,7 @@ class _Group(NamedTuple):
     table: Tensor  # [B·pages], padded with the zero page
     invalid: Tensor  # [B, per_row, length], True where a token must not look
     per_row: int
+    start: int  # position of the first token; of several rows, the last such position
     unit: int  # tokens that `length` is a multiple of
 
 
@@ -204,6 +206,7 @@ def _group(rows: Rows, spec: KvSpec, chosen: Sequence[int], firsts: Sequence[int
         table=torch.tensor(table),
         invalid=torch.arange(pages * spec.block_size) > position[..., None],
         per_row=count,
+        start=max(ends) - count,
         unit=unit * spec.block_size,
     )
 
@@ -233,47 +236,58 @@ def _attend_in_tiles(q: Tensor, heads: Heads, context: Tensor, group: _Group) ->
     Returns:
         [B·per_row, query heads, dim].
     """
-    batch, count = len(group.invalid), group.per_row
+    batch, count, length = group.invalid.shape
     fold = heads.query // heads.kv
     per_tile = -(-_TILE // fold)
     tiles = -(-count // per_tile)
     pick = torch.arange(tiles * per_tile).clamp_(max=count - 1)  # the last token fills the last tile
-    queries = q.view(batch, count, heads.kv, fold, heads.dim)[:, pick].float() * heads.dim**-0.5
+    queries = q.view(batch, count, heads.kv, fold, heads.dim).index_select(1, pick).float() * heads.dim**-0.5
     queries = queries.view(batch, tiles, per_tile, heads.kv, fold, heads.dim).permute(3, 0, 1, 2, 4, 5)
-    queries = queries.reshape(-1, per_tile * fold, heads.dim)
-    invalid = group.invalid[:, pick].view(batch * tiles, per_tile, 1, -1).expand(-1, -1, fold, -1)
-    invalid = invalid.reshape(1, batch * tiles, per_tile * fold, -1)
-    out = _join_splits(queries, context.float(), invalid, group.unit)
-    out = out.view(heads.kv, batch, tiles * per_tile, fold, heads.dim)[:, :, :count]
+    invalid = group.invalid.index_select(1, pick).view(batch, tiles, per_tile, 1, length)
+    at_once = max(1, _MAX_COPY // (heads.kv * batch * length * heads.dim))
+    parts = []
+    for first in range(0, tiles, at_once):
+        some = slice(first, first + at_once)
+        reach = min(length, -(-(group.start + some.stop * per_tile) // group.unit) * group.unit)
+        seen = context[..., :reach, :].float()
+        parts.append(_join_splits(queries[:, :, some], seen, invalid[:, some, ..., :reach], group.unit))
+    out = torch.cat(parts, dim=2).view(heads.kv, batch, tiles * per_tile, fold, heads.dim)[:, :, :count]
     return out.permute(1, 2, 0, 3, 4).reshape(q.shape).to(q.dtype)
 
 
 def _join_splits(queries: Tensor, context: Tensor, invalid: Tensor, split: int) -> Tensor:
-    """Online softmax over the splits, in order.
+    """Softmax over all splits at once; products and sums split by split, added up in order.
+
+    The maximum of all splits is exact in any order, and a split that is masked out adds exact zeros.
 
     Args:
-        queries: [KV heads · B · tiles, rows, dim], scaled.
+        queries: [KV heads, B, tiles, tokens, fold, dim], scaled.
         context: keys and values, [2, KV heads, B, length, dim].
-        invalid: [1, B · tiles, rows, length].
+        invalid: [B, tiles, tokens, 1, length].
         split: tokens of a split; divides length.
 
     Returns:
-        [KV heads · B · tiles, rows, dim].
+        [KV heads, B, tiles, tokens, fold, dim].
     """
-    _, kv_heads, batch, length, _ = context.shape
-    tiles = invalid.shape[1] // batch
-    top = queries.new_full((*queries.shape[:2], 1), float("-inf"))
-    total, out = torch.zeros_like(top), torch.zeros_like(queries)
-    for begin in range(0, length, split):
-        keys, values = (
-            part.unsqueeze(2).expand(-1, -1, tiles, -1, -1).flatten(0, 2)
-            for part in context[..., begin : begin + split, :]
-        )
-        scores = torch.bmm(queries, keys.transpose(1, 2)).view(kv_heads, *invalid.shape[1:3], split)
-        scores = scores.masked_fill(invalid[..., begin : begin + split], float("-inf")).flatten(0, 1)
-        higher = torch.maximum(top, scores.amax(-1, keepdim=True))
-        weights, decay = torch.exp(scores - higher), torch.exp(top - higher)
-        total = total * decay + weights.sum(-1, keepdim=True)
-        out = out * decay + torch.bmm(weights, values)
-        top = higher
-    return out / total
+    kv_heads, batch, tiles, tokens, fold, dim = queries.shape
+    splits = context.shape[3] // split
+    keys, values = (
+        part.view(kv_heads, batch, 1, splits, split, dim).expand(-1, -1, tiles, -1, -1, -1).reshape(-1, split, dim)
+        for part in context
+    )
+    each = queries.reshape(-1, 1, tokens * fold, dim).expand(-1, splits, -1, -1).reshape(-1, tokens * fold, dim)
+    scores = torch.bmm(each, keys.transpose(1, 2)).view(kv_heads, batch, tiles, splits, tokens, fold, split)
+    hidden = invalid.reshape(batch, tiles, tokens, 1, splits, split).permute(0, 1, 4, 2, 3, 5)
+    scores.masked_fill_(hidden, float("-inf"))
+    weights = torch.exp(scores - scores.amax((3, 6), keepdim=True))
+    totals = weights.sum(-1, keepdim=True).unbind(3)
+    outs = torch.bmm(weights.view(-1, tokens * fold, split), values).view(*weights.shape[:-1], dim).unbind(3)
+    return _add_in_order(outs) / _add_in_order(totals)
+
+
+def _add_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """The sum, from first to last: torch.sum would choose an order by their number."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -34,10 +34,17 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_row_of_a_product_has_the_same_bits_wherever_it_lies(shape: tuple[int, int]) -> None:
-    inside, out = shape
+    check_product(*shape)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_products_large_enough_to_be_shared_among_threads_have_the_same_bits_too() -> None:
+    check_product(1024, 1024)
+
+
+def check_product(inside: int, out: int) -> None:
     for ops in backends():
         dtype = getattr(ops, "dtype", torch.float32)
         weight = ops.prepare_linear([noise(out, inside, seed=1)])
@@ -55,7 +62,7 @@ def test_norm_and_gate_give_a_row_the_same_bits_wherever_it_lies() -> None:
         dtype = getattr(ops, "dtype", torch.float32)
         row, weight = noise(1, 3000, seed=1).to(dtype), ops.prepare_vector(noise(3000, seed=2))
         norm, gate = ops.rms_norm(row.repeat(16, 1), weight, 1e-5)[0], ops.gated_silu(row.repeat(16, 1))[0]
-        for position in range(0, 80, 7):  # enough rows that torch would share them out among its threads
+        for position in (0, 13, 41, 79):  # enough rows that torch would share them out among its threads
             x = noise(80, 3000, seed=position).to(dtype)
             x[position] = row
             assert torch.equal(ops.rms_norm(x, weight, 1e-5)[position], norm)
@@ -65,14 +72,16 @@ def test_norm_and_gate_give_a_row_the_same_bits_wherever_it_lies() -> None:
 @pytest.mark.parametrize("block_size", [4, 16, 24, 80])
 @pytest.mark.parametrize("heads", [Heads(8, 2, 16), Heads(6, 2, 16), Heads(3, 3, 16), Heads(8, 1, 16)], ids=str)
 def test_attention_gives_a_sequence_the_same_bits_in_any_chunks_beside_any_rows(
-    heads: Heads, block_size: int
+    monkeypatch: pytest.MonkeyPatch, heads: Heads, block_size: int
 ) -> None:
     length = 2 * block_size + 21
     qkv = noise(length, (heads.query + 2 * heads.kv) * heads.dim, seed=1)
     for ops in backends():
         whole = attend(ops, heads, qkv, block_size, cuts=[length], beside=[])
         cuts = [block_size, 2 * block_size, length - 3, length - 2, length - 1, length]
-        pieces = attend(ops, heads, qkv, block_size, cuts, beside=[1, 1, 30, 90])
+        with monkeypatch.context() as patch:
+            patch.setattr("kernels.cpu._MAX_COPY", 1)  # tile by tile
+            pieces = attend(ops, heads, qkv, block_size, cuts, beside=[1, 1, 30, 90])
         assert torch.equal(whole, pieces)
 
 
