@@ -36,9 +36,16 @@ def _import(args: argparse.Namespace) -> int:
         code = last.reason or "IMPORT_INCOMPLETE"
         message = last.message or f"the import of {path} ended in state {last.state or 'unknown'}; import it again"
         raise CloisterError(code, message, grpc.StatusCode.FAILED_PRECONDITION)
-    text = f"{printable(last.model_version)} imported, {size(last.bytes_done)}, digest {last.model_digest[:16]}"
-    emit(args, plain(last), text)
+    emit(args, plain(last), _done(last))
     return 0
+
+
+def _done(last: admin_pb2.ImportBundleResponse) -> str:
+    """What a committed import did, in words."""
+    version = f"{printable(last.model_version)}, digest {last.model_digest[:16]}"
+    if last.bytes_done < last.bytes_total:
+        return f"{version}: in the store already; the payload of this bundle was not read"
+    return f"{version}: imported, {size(last.bytes_done)}"
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -122,7 +122,7 @@ class _Import:
             try:
                 terms = Terms(roots.load_pinned(place.trust), place.now(), self._gate, place.inspector)
                 passed = read_bundle(fd, terms, staging, self._advance)
-                return self._done(passed) if isinstance(passed, Verified) else self._commit(passed, staging)
+                return self._done() if isinstance(passed, Verified) else self._commit(passed, staging)
             finally:
                 staging.close()
         finally:
@@ -173,10 +173,9 @@ class _Import:
         self._report(committed)
         return committed
 
-    def _done(self, verified: Verified) -> Progress:
-        """Nothing was to do: the same bundle is in the store."""
-        total = verified.manifest.total_size
-        committed = replace(self._at, state=State.COMMITTED, bytes_done=total, file="")
+    def _done(self) -> Progress:
+        """Nothing was to do: the same bundle is in the store. The payload offered now was not read."""
+        committed = replace(self._at, state=State.COMMITTED, bytes_done=0, file="")
         self._place.ledger.change(self._import_id, committed)
         self._report(committed)
         return committed

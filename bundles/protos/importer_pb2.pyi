@@ -105,7 +105,7 @@ class ImportBundleResponse(_message.Message):
     state: Global___ImportState.ValueType
     """Where it is."""
     bytes_done: _builtins.int
-    """Payload bytes read and verified."""
+    """Payload bytes read and verified; 0 when the same bundle is in the store already."""
     bytes_total: _builtins.int
     """Payload bytes in all; 0 until the manifest is verified."""
     file: _builtins.str

@@ -41,6 +41,11 @@ class Appliance:
         """What a command prints with --json."""
         return json.loads(self.cloister("--json", *argv).stdout)
 
+    def records(self) -> list[Any]:
+        """The newest records of the audit log."""
+        lines = self.cloister("--json", "audit", "tail", "-n", "1000").stdout.splitlines()
+        return [json.loads(line) for line in lines]
+
     def status(self) -> Any:
         """`cloister status --json`."""
         return self.json("status")

@@ -1,0 +1,35 @@
+"""The format's documentation names every field and every refusal there is."""
+
+import json
+import re
+from pathlib import Path
+
+from bundles.trust import dsse
+from tests.bundles.making import (
+    members_of,
+)
+
+_NOT_REFUSALS = {"LC_ALL", "VIRTUAL_ENV", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
+
+
+def test_the_engine_version_is_the_distribution_s() -> None:
+    import tomllib
+
+    from bundles.trust.policy import ENGINE_VERSION
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["version"] == ENGINE_VERSION
+
+
+def test_the_manifest_has_no_field_beyond_the_documented_ones(bundle: Path) -> None:
+    payload = json.loads(dsse.parse(dict(members_of(bundle))["manifest.dsse.json"], "it").payload)
+    documented = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text()
+    assert [name for name in payload if f"`{name}`" not in documented] == []
+
+
+def test_every_refusal_in_the_code_is_in_the_documentation() -> None:
+    root = Path(__file__).parents[2]
+    sources = "\n".join(path.read_text() for path in (root / "bundles").rglob("*.py"))
+    codes = set(re.findall(r'"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|BASE64)"', sources)) - _NOT_REFUSALS
+    documented = (root / "docs" / "bundle-format.md").read_text()
+    assert sorted(code for code in codes if f"`{code}`" not in documented) == []
