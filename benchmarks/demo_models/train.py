@@ -229,6 +229,7 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = model.generation_config
     rounded.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def arguments() -> argparse.Namespace:
