@@ -46,6 +46,12 @@ def test_a_domain_can_be_asked_for():
     assert [note.domain for note in draw(1, 3)] == list(DOMAINS)
 
 
+def test_the_domains_of_one_seed_share_no_names():
+    claim, ward = (draw(1, 1, domain=domain)[0] for domain in ("claim", "ward"))
+    assert claim.gold["claimant"] != ward.gold["patient"]
+    assert claim.gold["date"] != ward.gold["date"]
+
+
 def test_an_unknown_split_is_refused_by_name():
     with pytest.raises(ValueError, match="unseen_valuez"):
         draw(1, 1, "unseen_valuez")

@@ -70,7 +70,7 @@ def stream(
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     for index in itertools.count():
-        rng = random.Random(f"notes:{seed}:{split}:{index}")
+        rng = random.Random(":".join(("notes", str(seed), split, str(index), *([domain] if domain else []))))
         yield _Writer(rng, domain or DOMAINS[index % len(DOMAINS)], split, invented).note(missing)
 
 
