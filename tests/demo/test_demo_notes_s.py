@@ -6,14 +6,11 @@ from pathlib import Path
 import jinja2.sandbox
 import pytest
 import tokenizers
+import torch
 
+from benchmarks.demo_models.answering import Model
 from benchmarks.demo_models.notes import draw
 from benchmarks.demo_models.tokens import ASSISTANT, BOS, EOS, SPECIAL, USER
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from benchmarks.demo_models.answering import Model  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "demo" / "demo-notes-s"
 FIELDS_RIGHT = 0.97  # of twelve held-out notes; the model card has the measured shares

@@ -79,7 +79,6 @@ def test_bfloat16_logits_are_as_close_as_bfloat16_is(models: dict[str, tuple[Pat
         assert (teacher_forced(loop, tokens, 30) - expected).std() / expected.std() < 0.05
 
 
-@pytest.mark.skipif(not (DEMO / "model.safetensors").exists(), reason="the demo model is not in this checkout")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_logits_of_the_demo_model_equal_those_of_transformers(options: str) -> None:
     model = transformers_model(DEMO)
