@@ -111,8 +111,8 @@ def _shell_scripts() -> list[str]:
 
 
 GATES: dict[str, Callable[[], list[str]]] = {
-    "format": _tool("ruff", "format", "--check", "."),
-    "lint": _tool("ruff", "check", "."),
+    "format": _tool("ruff", "format", "--no-cache", "--check", "."),
+    "lint": _tool("ruff", "check", "--no-cache", "."),
     "types": _tool("mypy"),
     "imports": _tool("lint-imports", "--no-cache"),
     "protos": _tool("buf", "lint"),

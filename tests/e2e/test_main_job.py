@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from appliance.client import AsyncClient
-
 from benchmarks.demo_models.notes import draw
 from tests.e2e.appliance import ALIAS, Appliance
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from appliance.client import Client, CloisterError
 
+from appliance.client import Client, CloisterError
 from tests.e2e.appliance import ALIAS, Appliance, cloister
 
 QUESTION = [{"role": "user", "content": "hello"}]
