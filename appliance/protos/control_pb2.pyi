@@ -138,6 +138,8 @@ class AuthorizeResponse(_message.Message):
     WORKER_SOCKET_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    MAX_CONCURRENT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
     """Opaque; single use; valid for a minute, for Admit."""
     deployment: _builtins.str
@@ -150,6 +152,10 @@ class AuthorizeResponse(_message.Message):
     """SHA-256 of the signed manifest, hex."""
     max_context_tokens: _builtins.int
     """Prompt and answer together."""
+    scope: _builtins.str
+    """The engine's opaque, stable name for the tenant; the gateway counts a tenant's calls by it."""
+    max_concurrent: _builtins.int
+    """Most requests of the tenant at once."""
     def __init__(
         self,
         *,
@@ -159,10 +165,12 @@ class AuthorizeResponse(_message.Message):
         worker_socket: _builtins.str = ...,
         model_digest: _builtins.str = ...,
         max_context_tokens: _builtins.int = ...,
+        scope: _builtins.str = ...,
+        max_concurrent: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "max_context_tokens", b"max_context_tokens", "model_digest", b"model_digest", "text_socket", b"text_socket", "ticket", b"ticket", "worker_socket", b"worker_socket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "max_concurrent", b"max_concurrent", "max_context_tokens", b"max_context_tokens", "model_digest", b"model_digest", "scope", b"scope", "text_socket", b"text_socket", "ticket", b"ticket", "worker_socket", b"worker_socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -478,19 +486,25 @@ class HeartbeatRequest(_message.Message):
 
     GATEWAY_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    LEASES_FIELD_NUMBER: _builtins.int
     gateway_id: _builtins.str
     """The gateway process."""
     address: _builtins.str
     """host:port it listens on."""
+    @_builtins.property
+    def leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Leases of the requests it walks at present."""
+
     def __init__(
         self,
         *,
         gateway_id: _builtins.str = ...,
         address: _builtins.str = ...,
+        leases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "gateway_id", b"gateway_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "gateway_id", b"gateway_id", "leases", b"leases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,12 +516,19 @@ class HeartbeatResponse(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    CLOSED_LEASES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def closed_leases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of its leases that are closed; their requests must end at once."""
+
     def __init__(
         self,
+        *,
+        closed_leases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["closed_leases", b"closed_leases"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
