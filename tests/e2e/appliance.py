@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import shutil
 import signal
 import socket
@@ -14,7 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from appliance.client import AsyncClient, Client
+from engine.protos.engine_pb2 import GetStatusRequest
+from engine.protos.engine_pb2_grpc import WorkerServiceStub
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODEL = ROOT / "demo" / "demo-notes-s"
@@ -53,6 +58,12 @@ class Appliance:
     def deployment(self, name: str = ALIAS) -> Any:
         """One deployment as `cloister status` shows it."""
         return next(d for d in self.status()["deployments"] if d["name"] == name)
+
+    def owned_pages(self) -> int:
+        """KV pages that requests own at present, as the worker itself counts them."""
+        with grpc.insecure_channel(f"unix:{self.home}/run/worker-{ALIAS}.sock") as channel:
+            counters = WorkerServiceStub(channel).GetStatus(GetStatusRequest(), timeout=10)
+        return counters.blocks_total - counters.blocks_free
 
     def client(self) -> Client:
         """A tenant's client, over mutual TLS."""
@@ -96,8 +107,6 @@ def initialise(home: Path, keys: Path) -> None:
 
 
 def _user_name() -> str:
-    import pwd
-
     return pwd.getpwuid(os.getuid()).pw_name
 
 

@@ -14,7 +14,7 @@ from appliance.client import CloisterError, Stream
 from tests.e2e.appliance import ALIAS, Appliance, build_bundle, running_appliance
 
 CANARY = "zebra-canary-4711"
-LONG = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 300}
+LONG = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 900}
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,20 @@ def test_a_worker_killed_mid_stream_aborts_its_requests_and_comes_back_by_itself
     with victim.client() as client:
         assert "".join(client.generate(ALIAS, text="hello", temperature=0, max_tokens=8)) is not None
     status = victim.status()
-    assert (status["open_leases"], status["reserved_tokens"]) == (0, 0)
+    assert (status["open_leases"], status["reserved_tokens"], victim.owned_pages()) == (0, 0, 0)
     assert "engine_failed" in outcomes(victim)
     assert victim.json("audit", "verify")["open_intents"] == 0
+
+
+def test_a_client_that_goes_away_frees_its_pages_and_is_recorded_as_cancelled(victim: Appliance) -> None:
+    with victim.client() as client:
+        stream = client.generate(ALIAS, text="hello", **LONG)
+        next(stream)
+        assert victim.owned_pages() > 0
+        stream.cancel()
+    eventually(lambda: victim.owned_pages() == 0, "its pages are free")
+    eventually(lambda: victim.status()["open_leases"] == 0, "its lease is closed")
+    assert outcomes(victim)[-1] == "cancelled"
 
 
 @pytest.mark.parametrize("process", ["gateway", "control", "importer", "engine-host"])
@@ -78,6 +89,7 @@ def test_any_process_killed_under_load_is_started_again_and_nothing_leaks(victim
         assert end_of(stream) in (None, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.ABORTED)
     eventually(lambda: answers(victim), f"an answer after {process} was killed")
     eventually(lambda: victim.status()["open_leases"] == 0, "every lease is closed")
+    eventually(lambda: victim.owned_pages() == 0, "every page is free")
     verdict = victim.json("audit", "verify")
     assert (verdict["intact"], verdict["open_intents"]) == (True, 0)
 

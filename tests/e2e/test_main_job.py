@@ -45,9 +45,15 @@ def test_every_one_of_32_concurrent_streams_is_bitwise_as_when_alone(appliance: 
     assert together == alone
 
 
-def test_nothing_is_reserved_and_no_page_is_owned_when_all_is_quiet(appliance: Appliance) -> None:
+def test_pages_and_reservations_are_held_while_a_stream_runs_and_returned_after_it(appliance: Appliance) -> None:
+    with appliance.client() as client:
+        stream = client.generate(ALIAS, text="hello", temperature=0, ignore_eos=True, max_tokens=200)
+        next(stream)
+        assert appliance.owned_pages() > 0
+        assert appliance.status()["open_leases"] == 1
+        list(stream)
     status = appliance.status()
-    assert (status["open_leases"], status["reserved_tokens"]) == (0, 0)
+    assert (status["open_leases"], status["reserved_tokens"], appliance.owned_pages()) == (0, 0, 0)
 
 
 def test_the_example_written_with_a_key_runs_as_it_is(appliance: Appliance) -> None:
