@@ -3,7 +3,6 @@
 The configuration, the tokenizer and the template are judged by the code that will use them.
 """
 
-import json
 import math
 import signal
 from collections import Counter
@@ -11,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any
 
 from engine.errors import EngineError
 from engine.inspect.folder import Folder
 from engine.models.config import ModelConfig, parse_config
 from engine.models.registry import architecture
+from engine.strict_json import load_object
 from engine.text.conversation import render_marked
 from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
 from engine.text.template import Message
@@ -85,7 +84,7 @@ def _refuse_code(folder: Folder) -> None:
             raise EngineError("CODE_REFUSED", f"{path} may hold code; only safetensors, JSON and text are taken")
     for path in ("config.json", "tokenizer_config.json"):
         content = folder.read(path, MAX_CONFIG_BYTES)
-        if content is not None and "auto_map" in _object(content, path):
+        if content is not None and "auto_map" in load_object(content, path, "CONFIG_INVALID"):
             raise EngineError("AUTO_MAP_REFUSED", f"{path} has auto_map, which names code to execute")
 
 
@@ -149,13 +148,3 @@ def _time_limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, previous)
-
-
-def _object(content: bytes, path: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise EngineError("CONFIG_INVALID", f"{path} is not JSON") from error
-    if not isinstance(parsed, dict):
-        raise EngineError("CONFIG_INVALID", f"{path} is not a JSON object")
-    return parsed

@@ -5,13 +5,13 @@ neither torch nor transformers. A field that is not known is refused, for it may
 that is null is as good as absent.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError
+from engine.strict_json import load_object
 
 _INERT = frozenset(
     (
@@ -113,7 +113,7 @@ def parse_config(config_json: bytes, generation_config_json: bytes | None = None
         EngineError: CONFIG_INVALID (not JSON, a field missing or of the wrong type) or CONFIG_UNSUPPORTED (a field
             or value this engine does not compute); the message names the field.
     """
-    fields = _Fields(_load(config_json, "config.json"))
+    fields = _Fields(load_object(config_json, "config.json", "CONFIG_INVALID"))
     heads = fields.size("num_attention_heads")
     hidden = fields.size("hidden_size")
     fields.only("hidden_act", "silu")
@@ -182,16 +182,6 @@ class _Fields:
             raise _unsupported(f"unknown field {', '.join(sorted(self._left))}")
 
 
-def _load(content: bytes, name: str) -> dict[str, Any]:
-    try:
-        raw = json.loads(content)
-    except ValueError as error:
-        raise EngineError("CONFIG_INVALID", f"{name} is not JSON") from error
-    if not isinstance(raw, dict):
-        raise EngineError("CONFIG_INVALID", f"{name} is not a JSON object")
-    return raw
-
-
 def _architecture(raw: Mapping[str, Any]) -> str:
     names = raw.get("architectures")
     if not isinstance(names, list) or len(names) != 1 or not isinstance(names[0], str):
@@ -238,7 +228,9 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def _eos(fields: _Fields, generation_config_json: bytes | None) -> tuple[int, ...]:
     own = fields.take("eos_token_id", [])
-    generation = _load(generation_config_json, "generation_config.json") if generation_config_json else {}
+    generation: Mapping[str, Any] = {}
+    if generation_config_json:
+        generation = load_object(generation_config_json, "generation_config.json", "CONFIG_INVALID")
     value = generation.get("eos_token_id")
     value = own if value is None else value
     ids = value if isinstance(value, list) else [value]

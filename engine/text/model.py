@@ -1,11 +1,11 @@
 """What engine-text needs of a model: its tokenizer, its chat template and how long a prompt may be."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError
+from engine.strict_json import load_object
 from engine.text.conversation import render_marked
 from engine.text.template import ChatTemplate, Message
 from engine.text.tokens import ControlTokenizer
@@ -143,12 +143,4 @@ def _token_text(settings: Mapping[str, Any], name: str) -> str:
 
 
 def _json_object(content: bytes | None, path: str) -> Mapping[str, Any]:
-    if content is None:
-        return {}
-    try:
-        parsed = json.loads(content)
-    except ValueError as error:
-        raise EngineError("TOKENIZER_INVALID", f"{path} is not JSON") from error
-    if not isinstance(parsed, dict):
-        raise EngineError("TOKENIZER_INVALID", f"{path} is not a JSON object")
-    return parsed
+    return {} if content is None else load_object(content, path, "TOKENIZER_INVALID")

@@ -17,6 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from engine.errors import EngineError
+from engine.strict_json import load_object
 
 
 class ControlTokenizer:
@@ -35,8 +36,8 @@ class ControlTokenizer:
     """
 
     def __init__(self, document: bytes) -> None:
+        tokenizer = load_object(document, "tokenizer.json", "TOKENIZER_INVALID")
         try:
-            tokenizer = json.loads(document)
             added = [token for token in tokenizer["added_tokens"] if token["content"]]
             self.controls = {token["content"]: int(token["id"]) for token in added if token["special"]}
             nonce = secrets.token_hex(16)

@@ -8,12 +8,12 @@ Source: the safetensors format, huggingface/safetensors README ("Format").
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import EngineError
+from engine.strict_json import load_object
 from engine.weights.files import FileSet, OpenFile, read_verified
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def read_header(content: bytes | bytearray | memoryview, file_size: int, path: s
     start = _LENGTH_BYTES + length
     if file_size < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or start > min(file_size, len(content)):
         raise _invalid(path, "its header does not fit")
+    header = load_object(bytes(content[_LENGTH_BYTES:start]), f"the header of {path}", "WEIGHTS_INVALID")
     try:
-        header = json.loads(bytes(content[_LENGTH_BYTES:start]), object_pairs_hook=_unique)
         header.pop("__metadata__", None)
         entries = {name: _entry(value, start) for name, value in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -108,13 +108,6 @@ def _entry(value: Mapping[str, Any], start: int) -> TensorEntry:
     if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
         raise ValueError("not a size")
     return TensorEntry(value["dtype"], shape, start + begin, start + end)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a name occurs twice")
-    return result
 
 
 def _invalid(path: str, what: str) -> EngineError:
