@@ -92,7 +92,7 @@ def _of_files(args: argparse.Namespace) -> dict[str, Any]:
             raise UsageError(f"no such file: {path}")
     files = (args.file, args.head or args.file.with_suffix(".head"), args.key)
     done = subprocess.run(
-        [sys.executable, "-m", "appliance.control.audit", *map(os.path.abspath, files)],
+        [sys.executable, "-P", "-m", "appliance.control.audit", *map(os.path.abspath, files)],
         capture_output=True,
         text=True,
         check=False,

@@ -19,9 +19,9 @@ from bundles.format.errors import BundleError
 MAX_ANSWER = 64 * 1024
 MAX_MESSAGE = 1000
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
-# The child finds our packages where this process found them.
-_PYTHON = (sys.executable, *(("-P",) if sys.flags.safe_path else ()))
-_ENVIRONMENT = ("PATH", "PYTHONPATH", "VIRTUAL_ENV", "LANG", "LC_ALL")
+# Only what is installed is imported: never a module of the current directory, which may be the bundle's medium.
+_PYTHON = (sys.executable, "-P")
+_ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "LANG", "LC_ALL")
 
 
 @dataclass(frozen=True)
