@@ -536,7 +536,7 @@ Global___HeartbeatResponse: _TypeAlias = HeartbeatResponse  # noqa: Y015
 
 @_typing.final
 class RecordRefusalRequest(_message.Message):
-    """A request the gateway refused before Admit."""
+    """One request that the gateway refused before Admit, or several alike within a second."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -544,12 +544,15 @@ class RecordRefusalRequest(_message.Message):
     METHOD_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
     method: _builtins.str
     """Full method name."""
     request_id: _builtins.str
     """The request's UUID."""
     reason: _builtins.str
     """The stable error code."""
+    count: _builtins.int
+    """How many alike this one stands for; 0 is one."""
     @_builtins.property
     def caller(self) -> Global___Caller:
         """Who."""
@@ -561,10 +564,11 @@ class RecordRefusalRequest(_message.Message):
         method: _builtins.str = ...,
         request_id: _builtins.str = ...,
         reason: _builtins.str = ...,
+        count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "method", b"method", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "count", b"count", "method", b"method", "reason", b"reason", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
