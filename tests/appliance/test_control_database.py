@@ -2,13 +2,14 @@
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from sqlalchemy import create_engine, event, select
+from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -82,3 +83,34 @@ async def test_what_was_answered_is_there_after_the_file_is_opened_again(tmp_pat
     second = Database(tmp_path / "control.db")
     assert await second.run(names) == ["kept"]
     second.close()
+
+
+def limit_pages(session: Session) -> None:
+    """Let the file grow by two pages more, as on a disk that is nearly full."""
+    pages = session.scalar(text("PRAGMA page_count"))
+    session.execute(text(f"PRAGMA max_page_count={pages + 2}"))
+
+
+def test_no_job_of_a_transaction_that_a_full_disk_rolled_back_is_answered_as_done(database: Database) -> None:
+    database.submit(limit_pages).result()
+    together = threading.Event()
+    waiting = [database.submit(lambda _: together.wait())]
+    waiting += [database.submit(put(*job)) for job in (("first", ""), ("big", "x" * 60_000), ("third", ""))]
+    together.set()
+    errors = dict(zip(("gate", "first", "big", "third"), (f.exception() for f in waiting), strict=True))
+    assert errors["third"] is None, "what came after the lost transaction has one of its own"
+    assert all(isinstance(errors[lost], CloisterError) for lost in ("first", "big"))
+    assert {e.code for e in errors.values() if isinstance(e, CloisterError)} == {"DATABASE_FAILED"}
+    assert database.submit(names).result() == ["third"]
+
+
+def test_a_job_that_was_refused_keeps_its_refusal_when_the_transaction_is_lost(database: Database) -> None:
+    def refused(_session: Session) -> None:
+        raise CloisterError("KEY_UNKNOWN", "no such key")
+
+    database.submit(limit_pages).result()
+    together = threading.Event()
+    database.submit(lambda _: together.wait())
+    waiting = [database.submit(refused), database.submit(put("big", "x" * 60_000))]
+    together.set()
+    assert [getattr(f.exception(), "code", "") for f in waiting] == ["KEY_UNKNOWN", "DATABASE_FAILED"]

@@ -2,18 +2,21 @@
 
 Jobs that wait at the same time share a transaction (group commit): each runs in a savepoint of its own, so one
 that fails takes back only its own changes, and all are answered after the one COMMIT, synchronous=FULL, has made
-them durable. One connection keeps clear of the WAL-reset defect of SQLite before 3.51.3, which needs two.
+them durable. Some errors (a full disk, for one) make SQLite roll back the transaction and not the savepoint; then
+all of its jobs fail. One connection keeps clear of the WAL-reset defect of SQLite before 3.51.3, which needs two.
 
-Source: sqlite.org/wal.html, sqlite.org/lang_savepoint.html.
+Source: sqlite.org/wal.html, sqlite.org/lang_savepoint.html, sqlite.org/lang_transaction.html (section 3.2).
 """
 
 import asyncio
 import logging
 import queue
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +35,7 @@ from appliance.errors import CloisterError
 logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells at every start that nothing is to be done
 
 Result = TypeVar("Result")
+log = logging.getLogger(__name__)
 _MIGRATIONS = Path(__file__).with_name("migrations")
 _MOST_PER_COMMIT = 64
 _PRAGMAS = ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF", "cell_size_check=ON")
@@ -98,8 +102,10 @@ class Database:
             return
         self._opened.set_result(None)
         with session:
+            raw: Any = session.connection().connection.driver_connection
+            session.rollback()
             while batch := self._next_batch():
-                _carry_out(session, batch)
+                _carry_out(session, raw, batch)
         engine.dispose()
 
     def _next_batch(self) -> list[_Job]:
@@ -118,33 +124,66 @@ class Database:
         return batch
 
 
-def _carry_out(session: Session, batch: list[_Job]) -> None:
-    """Run the jobs in one transaction, then answer them."""
+def _carry_out(session: Session, raw: sqlite3.Connection, batch: list[_Job]) -> None:
+    """Run the jobs in one transaction, then answer them; those behind a lost transaction share the next one."""
+    while batch:
+        done = _transaction(session, raw, batch)
+        session.expunge_all()
+        for job in batch[:done]:
+            _answer(job)
+        batch = batch[done:]
+
+
+def _transaction(session: Session, raw: sqlite3.Connection, batch: list[_Job]) -> int:
+    """Run jobs from the front of `batch` and commit; how many were run, each of which has its result or error."""
+    ran = 0
     try:
         for job in batch:
+            ran += 1
             try:
                 with session.begin_nested():
                     job.result = job.work(session)
             except Exception as error:
                 job.error = error
+                if not raw.in_transaction:
+                    raise
         session.commit()
-    except Exception as error:  # the commit itself failed: nothing of the batch is durable
+    except Exception as error:  # nothing of the transaction is durable
         session.rollback()
-        for job in batch:
-            job.error = job.error or error
-    session.expunge_all()
-    for job in batch:
-        if not job.done.set_running_or_notify_cancel():
-            continue
-        if job.error is not None:
-            job.done.set_exception(job.error)
-        else:
-            job.done.set_result(job.result)
+        _lose(batch[:ran], error)
+    return ran
+
+
+def _lose(jobs: list[_Job], error: Exception) -> None:
+    """Fail all jobs of a transaction that is gone; what one had refused by itself it still refuses."""
+    log.error("a transaction of control.db was lost", extra={"jobs": len(jobs)}, exc_info=error)
+    for job in jobs:
+        if not isinstance(job.error, CloisterError):
+            job.error = CloisterError(
+                "DATABASE_FAILED",
+                "control.db could not be written and nothing of this was done; control's log has the cause",
+                grpc.StatusCode.UNAVAILABLE,
+                retry_after=timedelta(seconds=1),
+            )
+
+
+def _answer(job: _Job) -> None:
+    if not job.done.set_running_or_notify_cancel():
+        return
+    if job.error is not None:
+        job.done.set_exception(job.error)
+    else:
+        job.done.set_result(job.result)
 
 
 def _engine(path: Path) -> Engine:
     """An engine over one connection, with transactions begun by us and not by the driver."""
-    engine = create_engine(f"sqlite:///{path}", poolclass=StaticPool, connect_args={"check_same_thread": False})
+    engine = create_engine(
+        f"sqlite:///{path}",
+        poolclass=StaticPool,
+        connect_args={"check_same_thread": False},
+        hide_parameters=True,  # errors are logged, and parameters are not for logs
+    )
 
     @event.listens_for(engine, "connect")
     def _connected(raw: DBAPIConnection, _record: object) -> None:
