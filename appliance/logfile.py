@@ -1,5 +1,6 @@
 """A process's log on disk: appended to, rotated by size at line ends, readable by its owner alone."""
 
+import io
 import os
 from pathlib import Path
 
@@ -18,36 +19,61 @@ class LogFile:
     def __init__(self, path: Path, max_bytes: int = _MAX_BYTES) -> None:
         self.path = path
         self._max_bytes = max_bytes
-        self._open()
+        self._file: io.FileIO | None = None
+        self._torn = False
 
     def write(self, chunk: bytes) -> None:
-        """Append whole lines, or whatever a process wrote last."""
-        if self._file.tell() and self._file.tell() + len(chunk) > self._max_bytes:
-            self._rotate()
-        self._file.write(chunk)
+        """Append whole lines, or whatever a process wrote last.
+
+        Raises:
+            OSError: `chunk` is not in the log, or not all of it; what is written next begins on a line of its own.
+        """
+        file = self._room_for(len(chunk))
+        rest = memoryview(b"\n" + chunk if self._torn else chunk)
+        while rest:
+            written = file.write(rest)
+            self._torn = True
+            rest = rest[written:]
+        self._torn = False
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def last_lines(self, count: int) -> list[str]:
-        """The newest `count` lines of the current file."""
-        with self.path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
-            return file.read().decode(errors="replace").splitlines()[-count:]
+        """The newest `count` lines of the current file; none when there is no file."""
+        try:
+            with self.path.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 64 * 1024))
+                return file.read(64 * 1024).decode(errors="replace").splitlines()[-count:]
+        except FileNotFoundError:
+            return []
 
-    def _open(self) -> None:
+    def _room_for(self, length: int) -> io.FileIO:
+        """The open file; a new one when `length` more bytes would make it too long."""
+        if self._file is None:
+            self._file = self._open()
+        if self._file.tell() and self._file.tell() + length > self._max_bytes:
+            self._rotate()
+            self.close()
+            self._torn = False
+            self._file = self._open()
+        return self._file
+
+    def _open(self) -> io.FileIO:
         descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._file = os.fdopen(descriptor, "ab", buffering=0)
-        self._file.seek(0, os.SEEK_END)
+        file = io.FileIO(descriptor, "ab")
+        file.seek(0, os.SEEK_END)
+        return file
 
     def _rotate(self) -> None:
-        self._file.close()
+        """Make every file one older."""
         for number in range(_KEPT, 0, -1):
             older = self.path if number == 1 else self._numbered(number - 1)
             if older.exists():
                 older.replace(self._numbered(number))
-        self._open()
 
     def _numbered(self, number: int) -> Path:
         return self.path.with_name(f"{self.path.name}.{number}")

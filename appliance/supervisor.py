@@ -1,18 +1,21 @@
 """Runs the table of processes: start in order, wait for READY, start again what dies, drain in reverse.
 
 Each child has its own notify socket in run/ (sd_notify(3)), its own process group, so that Ctrl-C in a terminal
-reaches this process alone, and its own log. Children die with this process, however it dies.
+reaches this process alone, and its own log. Children die with this process, however it dies: `engine.process.run`
+ties each of them to the one that started it.
 """
 
 import asyncio
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import socket
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import grpc
@@ -20,7 +23,6 @@ import grpc
 from appliance.errors import CloisterError
 from appliance.logfile import LogFile
 from appliance.processes import ProcessSpec
-from engine.process import die_with_parent
 
 _MAX_LINE = 1024 * 1024
 _UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
@@ -45,7 +47,7 @@ class RestartPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One change of one process: starting, ready, ended, stopping or stopped."""
+    """One change of one process: starting, ready, killed, ended, stopping, stopped, or unlogged."""
 
     process: str
     state: str
@@ -178,11 +180,15 @@ class Supervisor:
             limit=_MAX_LINE,
             cwd=self._home,
             env={**os.environ, "NOTIFY_SOCKET": str(self._notify_path(spec))},
-            preexec_fn=die_with_parent,
             process_group=0,
         )
         log = LogFile(self._home / "logs" / f"{spec.name}.log")
-        child = _Child(process, asyncio.create_task(_pump(process, log)))
+
+        def unlogged(error: OSError) -> None:
+            detail = f"{log.path}: {error.strerror}; its lines are dropped until there is room"
+            self._report(Report(spec.name, "unlogged", process.pid, detail))
+
+        child = _Child(process, asyncio.create_task(_pump(process, log, unlogged)))
         self._children[spec.name] = child
         self._report(Report(spec.name, "starting", process.pid))
         return child
@@ -269,15 +275,37 @@ def sole_supervisor(home: Path) -> Iterator[None]:
         yield
 
 
-async def _pump(process: asyncio.subprocess.Process, log: LogFile) -> None:
-    """Copy what a process writes into its log, by lines, until nobody holds the pipe."""
+async def _pump(process: asyncio.subprocess.Process, log: LogFile, unlogged: Callable[[OSError], None]) -> None:
+    """Copy what a process writes into its log, by lines, until nobody holds the pipe.
+
+    The pipe is read whether or not the log can be written: a process must not stand still because a disk is full.
+    What is lost is counted, `unlogged` is called once, and the number is logged when there is room again.
+    """
     if process.stdout is None:
         raise RuntimeError("started without a pipe")
+    lost = 0
     try:
         while chunk := await _read_line(process.stdout):
-            log.write(chunk)
+            try:
+                log.write(_lost_line(lost) + chunk)
+                lost = 0
+            except OSError as error:
+                if not lost:
+                    unlogged(error)
+                lost += 1
     finally:
+        with contextlib.suppress(OSError):
+            log.write(_lost_line(lost))
         log.close()
+
+
+def _lost_line(lost: int) -> bytes:
+    """A log line that says how many are missing before it; empty when none is."""
+    if not lost:
+        return b""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = {"time": time, "process": "serve", "level": "error", "event": f"{lost} lines lost", "lost": lost}
+    return json.dumps(line).encode() + b"\n"
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

@@ -89,11 +89,14 @@ def run(name: str, main: Callable[[Process], Awaitable[None]], forbidden: Iterab
     """Run `main` until it returns; the exit status: 0, or 1 after an error, which is logged.
 
     `main` gets the `Process`, calls `ready()` once it serves, and returns after `stopping` is set and what was
-    running has ended.
+    running has ended. A process whose READY is waited for dies with the one that started it.
     """
     configure_logging(name)
     process = Process(name, forbidden)
     try:
+        if os.environ.get("NOTIFY_SOCKET"):
+            die_with_parent()
+            _notify("")  # fails when the parent died before it could be tied to
         asyncio.run(_supervised(process, main))
     except Exception:
         log.exception("failed")
@@ -109,17 +112,23 @@ async def _supervised(process: Process, main: Callable[[Process], Awaitable[None
 
 
 def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Ask the kernel to signal this process when the one that started it dies; for `preexec_fn` of a child."""
+    """Ask the kernel to signal this process when the one that started it dies."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _notify(state: str) -> None:
-    """Send one line to $NOTIFY_SOCKET; nothing when nobody listens."""
+    """Send `state` to $NOTIFY_SOCKET, unless it is empty; nothing when nobody is named there.
+
+    Raises:
+        OSError: the one named there is gone.
+    """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.sendto(state.encode(), "\0" + address[1:] if address.startswith("@") else address)
+        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        if state:
+            sock.send(state.encode())
 
 
 class _JsonLines(logging.Formatter):

@@ -1,9 +1,13 @@
 """The process table, and the supervisor that runs it, with real child processes of a few lines each."""
 
 import asyncio
+import errno
+import json
 import os
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -16,7 +20,7 @@ import pytest
 from appliance.errors import CloisterError
 from appliance.logfile import LogFile
 from appliance.processes import LONGEST_SOCKET_NAME, TABLE, ProcessSpec, problems
-from appliance.supervisor import Report, RestartPolicy, Supervisor, sole_supervisor
+from appliance.supervisor import Report, RestartPolicy, Supervisor, _pump, sole_supervisor
 
 HASTY = RestartPolicy(first_delay=0.01, longest_delay=0.02, attempts=3)
 CHILD = """
@@ -42,6 +46,17 @@ elif mode == "fail":
     sys.exit(7)
 elif mode == "silent":
     time.sleep(60)
+elif mode == "chatty":  # more than a pipe holds, then READY
+    for number in range(4000):
+        print(f"line {number} " + "x" * 100)
+    sys.stdout.flush()
+    serve()
+elif mode == "tied":  # as every process of the house lives
+    from engine.process import run
+    async def main(process):
+        process.ready()
+        await process.stopping.wait()
+    sys.exit(run("tied", main))
 elif mode == "impostor":  # a child of the process speaks for it
     if os.fork() == 0:
         notify(b"READY=1")
@@ -178,7 +193,7 @@ def test_children_die_with_a_killed_supervisor(home: Path) -> None:
         "from appliance.processes import ProcessSpec\n"
         "def report(r): print(r.state, r.pid, flush=True)\n"
         "async def main():\n"
-        "    table = (ProcessSpec('child', 'stand_in', ('serve',)),)\n"
+        "    table = (ProcessSpec('child', 'stand_in', ('tied',)),)\n"
         "    await Supervisor(table, pathlib.Path(sys.argv[1]), '', report).run(asyncio.Event(), lambda: None)\n"
         "asyncio.run(main())\n"
     )
@@ -189,6 +204,57 @@ def test_children_die_with_a_killed_supervisor(home: Path) -> None:
         supervisor.kill()
     assert asyncio.run(_readable(descriptor)), "the child outlived its supervisor"
     os.close(descriptor)
+
+
+def test_a_process_whose_starter_is_gone_ends_before_it_serves(home: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(home / "gone"))
+    done = subprocess.run(
+        [sys.executable, "-m", "stand_in", "tied"],
+        env={**os.environ, "NOTIFY_SOCKET": str(home / "gone")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "ConnectionRefusedError" in done.stderr
+
+
+async def test_a_full_log_disk_does_not_hold_up_the_process_that_logs(home: Path) -> None:
+    (home / "logs" / "noisy.log").symlink_to("/dev/full")
+    async with running(home, spec("noisy", "chatty")) as run:
+        await run.until("noisy", "ready")
+        lost = await run.until("noisy", "unlogged")
+        assert "No space left on device" in lost.detail
+    assert run.states("noisy") == ["starting", "unlogged", "ready", "stopping", "stopped"]
+
+
+async def test_lines_lost_while_the_disk_was_full_are_counted_when_there_is_room_again() -> None:
+    class Disk(LogFile):
+        """Full for the second and third write."""
+
+        def __init__(self) -> None:
+            self.writes, self.written = 0, b""
+
+        def write(self, chunk: bytes) -> None:
+            self.writes += 1
+            if self.writes in (2, 3):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.written += chunk
+
+        def close(self) -> None:
+            pass
+
+    disk, told = Disk(), list[OSError]()
+    process = await asyncio.create_subprocess_exec(
+        "printf", "a\\nb\\nc\\nd\\ne\\n", stdout=asyncio.subprocess.PIPE
+    )
+    await _pump(process, disk, told.append)
+    await process.wait()
+    first, lost, *rest = disk.written.splitlines()
+    assert (first, rest) == (b"a", [b"d", b"e"])
+    assert json.loads(lost)["event"] == "2 lines lost"
+    assert len(told) == 1
 
 
 async def _readable(descriptor: int) -> bool:
@@ -228,3 +294,20 @@ def test_a_log_is_appended_to_and_shows_its_last_lines(tmp_path: Path) -> None:
         log.write(text)
         log.close()
     assert LogFile(tmp_path / "x.log").last_lines(2) == ["two", "three"]
+
+
+def test_a_line_that_was_written_in_part_does_not_swallow_the_next(tmp_path: Path) -> None:
+    """RLIMIT_FSIZE makes write(2) write what fits, and fail after that; setrlimit(2)."""
+    log, limits = LogFile(tmp_path / "x.log"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))
+        log.write(b"whole\n")
+        with pytest.raises(OSError, match="too large"):
+            log.write(b"cut in two\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    log.write(b"next\n")
+    log.close()
+    assert (tmp_path / "x.log").read_bytes() == b"whole\ncut \nnext\n"
