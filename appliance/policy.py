@@ -1,10 +1,17 @@
-"""Who may call what: one default-deny table that names every RPC of the appliance.
+"""Who may call what: one default-deny table that names every RPC of every proto in the tree.
 
-A process that serves an RPC without a row refuses to start (`check_complete`), and a call without a row is refused
-(`rule_for`). The gateway reads the tenant rows, control enforces all of them. Needs neither torch nor a database.
+How it is enforced:
 
-The auditor's rows are its own: in a later profile a person with the auditor's role has no other. Today the first
-operator, made by `init`, holds every role; the table is written so that each role stands alone.
+* the gateway does not start when a method it serves has no row, or a row of its services no method
+  (`check_complete`), and refuses each call whose row is neither a tenant's nor everybody's (`rule_for`);
+* control checks its services likewise at start, on its admin socket each call's row and role, and the row of each
+  tenant's call that the gateway asks it about;
+* the other sockets of the house, control.sock among them, are guarded by file permissions alone (run/ is 0700).
+  Their rows say who is meant to call; a test checks that none is missing, and no call is held against them.
+
+Needs neither torch nor a database. The auditor's rows are its own: in a later profile a person with the auditor's
+role has no other. Today the first operator, made by `init`, holds every role; the table is written so that each
+role stands alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -22,9 +29,12 @@ POLICY_VERSION = 1
 class Audience(StrEnum):
     """Who a method is for."""
 
+    PUBLIC = "public"
+    """Whoever has a client certificate, even without a key."""
     TENANT = "tenant"
-    GATEWAY = "gateway"
     OPERATOR = "operator"
+    GATEWAY = "gateway"
+    CONTROL = "control"
 
 
 class Role(StrEnum):
@@ -38,7 +48,7 @@ class Role(StrEnum):
 
 
 class AuditClass(StrEnum):
-    """What a call leaves in the audit log; a refused call always leaves an event."""
+    """What a call leaves in the audit log; a refused call leaves an event, or counts in that of one like it."""
 
     NONE = "none"
     """Nothing: it reads what is no secret, or another row records it."""
@@ -63,7 +73,9 @@ EVERY_ROLE = frozenset(Role)
 
 _TENANT_REQUEST = Rule(Audience.TENANT, AuditClass.REQUEST)
 _TENANT_READ = Rule(Audience.TENANT, AuditClass.NONE)
+_PUBLIC_READ = Rule(Audience.PUBLIC, AuditClass.NONE)
 _GATEWAY = Rule(Audience.GATEWAY, AuditClass.NONE)
+_CONTROL = Rule(Audience.CONTROL, AuditClass.NONE)
 _SEE = Rule(Audience.OPERATOR, AuditClass.NONE, EVERY_ROLE)
 _RUN_MODELS = Rule(Audience.OPERATOR, AuditClass.CHANGE, frozenset({Role.OPERATOR}))
 _RUN_TENANTS = Rule(Audience.OPERATOR, AuditClass.CHANGE, frozenset({Role.TENANT_MANAGER}))
@@ -75,7 +87,7 @@ def _rows(service: str, **methods: Rule) -> dict[str, Rule]:
 
 
 TABLE: Mapping[str, Rule] = {
-    **_rows("grpc.health.v1.Health", Check=_TENANT_READ, Watch=_TENANT_READ),
+    **_rows("grpc.health.v1.Health", Check=_PUBLIC_READ, Watch=_PUBLIC_READ),
     **_rows(
         "cloister.inference.v1.InferenceService",
         Generate=_TENANT_REQUEST,
@@ -91,6 +103,19 @@ TABLE: Mapping[str, Rule] = {
         ListVisibleModels=_GATEWAY,
         Heartbeat=_GATEWAY,
         RecordRefusal=_GATEWAY,
+    ),
+    **_rows("cloister.engine.v1.TextService", Prepare=_GATEWAY),
+    **_rows("cloister.engine.v1.WorkerService", Session=_GATEWAY, GetStatus=_CONTROL),
+    **_rows(
+        "cloister.engine.v1.HostService", GetInventory=_CONTROL, Reconcile=_CONTROL, WatchDeployments=_CONTROL
+    ),
+    **_rows(
+        "cloister.importer.v1.ImporterService",
+        ImportBundle=_CONTROL,
+        ListModelVersions=_CONTROL,
+        GetModelVersion=_CONTROL,
+        ReadOutbox=_CONTROL,
+        AcknowledgeOutbox=_CONTROL,
     ),
     **_rows("cloister.admin.v1.SystemService", GetStatus=_SEE),
     **_rows(
@@ -118,17 +143,17 @@ TABLE: Mapping[str, Rule] = {
 }
 
 
-def rule_for(method: str, audience: Audience) -> Rule:
-    """The row of `method` (/package.Service/Method) for a caller of `audience`.
+def rule_for(method: str, *audiences: Audience) -> Rule:
+    """The row of `method` (/package.Service/Method) for a caller who is of any of `audiences`.
 
     Raises:
         CloisterError: METHOD_NOT_ALLOWED, there is no row, or it is for somebody else.
     """
     rule = TABLE.get(method)
-    if rule is None or rule.audience is not audience:
+    if rule is None or rule.audience not in audiences:
         raise CloisterError(
             "METHOD_NOT_ALLOWED",
-            f"the policy table does not allow this method to a caller of the kind {audience}",
+            f"the policy table does not allow this method to a caller of the kind {' or '.join(audiences)}",
             grpc.StatusCode.PERMISSION_DENIED,
         )
     return rule

@@ -1,7 +1,9 @@
 """The policy table: complete or no start, and each role may do exactly what it says."""
 
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from google.protobuf.descriptor import ServiceDescriptor
@@ -10,9 +12,11 @@ from grpc_health.v1 import health_pb2
 from appliance import policy
 from appliance.errors import CloisterError
 from appliance.policy import Audience, AuditClass, Role
-from appliance.protos import admin_pb2, control_pb2, inference_pb2
 
-FILES = (health_pb2, inference_pb2, control_pb2, admin_pb2)
+ROOT = Path(policy.__file__).parent.parent
+PROTOS = sorted(path for path in ROOT.glob("*/protos/**/*.proto"))
+STUBS = [f"{path.relative_to(ROOT).parts[0]}.protos.{path.stem}_pb2" for path in PROTOS]
+FILES = (health_pb2, *map(importlib.import_module, STUBS))
 SERVICES: list[ServiceDescriptor] = [s for f in FILES for s in f.DESCRIPTOR.services_by_name.values()]
 ADMIN = [f"/{s.full_name}/{m.name}" for s in SERVICES if ".admin." in s.full_name for m in s.methods]
 
@@ -21,8 +25,21 @@ MANAGES = {"AddTenant", "SetTenant", "SuspendTenant", "IssueKey", "RevokeKey"}
 AUDITS = {"TailAudit", "VerifyAudit"}
 
 
-def test_every_rpc_of_every_served_protocol_has_a_row() -> None:
+def test_every_rpc_of_every_proto_in_the_tree_has_a_row_and_every_row_an_rpc() -> None:
     policy.check_complete(SERVICES)
+    names = {service.full_name for service in SERVICES}
+    assert {method[1:].rpartition("/")[0] for method in policy.TABLE} == names
+    declared = sum(path.read_text().count("\n  rpc ") for path in PROTOS)
+    health = len(health_pb2.DESCRIPTOR.services_by_name["Health"].methods)
+    assert len(policy.TABLE) == declared + health, "the descriptors are those of the protos"
+
+
+def test_what_is_internal_is_for_no_tenant_and_no_operator() -> None:
+    outside = {Audience.PUBLIC, Audience.TENANT, Audience.OPERATOR}
+    open_to = {method.split("/")[1] for method, rule in policy.TABLE.items() if rule.audience in outside}
+    assert {name.rpartition(".v1.")[0] for name in open_to} == {
+        "cloister.inference", "cloister.admin", "grpc.health",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("method", sorted(policy.TABLE))
