@@ -7,16 +7,18 @@
 Nothing appears under its final name before its bytes are on the disk.
 """
 
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from bundles.durable import sync_folder, write_file
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File
 
+_BLOCK = 4 * 1024 * 1024
 _SPARE = 64 * 1024 * 1024
 
 
@@ -37,15 +39,25 @@ class Store:
         """Where the file with this SHA-256 is or would be."""
         return self.root / "sha256" / digest[:2] / digest
 
-    def holds(self, files: Iterable[File]) -> bool:
-        """Whether every file is there with its size."""
-        for file in files:
-            try:
-                if self.path_of(file.sha256).stat().st_size != file.size:
-                    return False
-            except FileNotFoundError:
-                return False
-        return True
+    def whole(self, digests: Iterable[str], read: Callable[[int], None]) -> bool:
+        """Whether every file is there and its content is what its name says; all of them are read for that.
+
+        Args:
+            digests: of the files.
+            read: is told the bytes of each block that was read; may raise.
+        """
+        return all(self._is_sound(digest, read) for digest in dict.fromkeys(digests))
+
+    def _is_sound(self, digest: str, read: Callable[[int], None]) -> bool:
+        content = hashlib.sha256()
+        try:
+            with self.path_of(digest).open("rb", buffering=0) as file:
+                while block := file.read(_BLOCK):
+                    content.update(block)
+                    read(len(block))
+        except OSError:  # absent, or the disk cannot read it any more
+            return False
+        return content.hexdigest() == digest
 
     def sweep(self, committed: Iterable[tuple[str, int]]) -> None:
         """Remove what a process that died left behind: all staging, and records of versions not `committed`."""

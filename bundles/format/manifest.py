@@ -150,7 +150,7 @@ class Manifest(_Strict):
     issued_at: Time
     not_before: Time
     expires: Time | None
-    min_engine: Annotated[str, Field(pattern=r"^\d+\.\d+\.\d+$")]
+    min_engine: Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,2}$")]
     supersedes: Digest | None
     base: Digest | None
     targets: tuple[Annotated[str, Field(min_length=1, max_length=128)], ...]

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import logging
 import os
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -103,6 +104,12 @@ def import_bundle(place: Workplace, import_id: str, path: Path, report: Report) 
         log.warning("import failed", extra={"import_id": import_id, "errno": error.errno})
         code = "STORE_SPACE" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "STORE_IO"
         return run.reject(BundleError(code, f"the store cannot be written: {error.strerror}"))
+    except sqlite3.Error:
+        raise  # the record itself cannot be written; the caller ends the process
+    except Exception as error:
+        log.exception("import failed", extra={"import_id": import_id})
+        kind = type(error).__name__
+        return run.reject(BundleError("INTERNAL", f"a defect, {kind}; the importer's log says where"))
 
 
 class _Import:
@@ -129,7 +136,9 @@ class _Import:
             os.close(fd)
 
     def reject(self, error: BundleError) -> Progress:
-        """Record the refusal."""
+        """Record the refusal, unless the import is committed: then nothing takes that back."""
+        if self._at.state is State.COMMITTED:
+            return self._at
         rejected = replace(self._at, state=State.REJECTED, reason=error.code, message=error.message)
         self._place.ledger.change(self._import_id, rejected)
         self._report(rejected)
@@ -148,10 +157,20 @@ class _Import:
         if committed is None:
             check_policy(verified, place.site())
             self._check_names(manifest)
-        elif place.store.holds(manifest.files):
+        elif self._whole(committed):
             return False
         place.store.check_space(manifest.total_size)
         return True
+
+    def _whole(self, version: ModelVersion) -> bool:
+        """Whether the store has every byte of a version; reading them shows as progress and can be interrupted."""
+        at = self._at
+
+        def read(count: int) -> None:
+            done = min(at.bytes_total, self._at.bytes_done + count)
+            self._advance(replace(at, bytes_done=done, file="(in the store)"))
+
+        return self._place.store.whole([*version.digests()], read)
 
     def _check_names(self, manifest: Manifest) -> None:
         if self._place.ledger.find(manifest.reference) is not None:
@@ -165,11 +184,17 @@ class _Import:
         staging.publish()
         for root in verified.new_roots:
             write_file(place.trust / f"{root.version}.root.json", root.raw)
-        version = _version_of(verified, int(place.now().timestamp()), evidence)
+        known = place.ledger.find(verified.model_digest)
+        imported_at = known.imported_at if known else int(place.now().timestamp())
+        version = _version_of(verified, imported_at, evidence)
         place.store.write_record(version.name, version.sequence, version.as_dict())
         committed = replace(self._at, state=State.COMMITTED, file="")
         place.ledger.commit(self._import_id, committed, version)
-        self._raise_floors(verified)
+        self._at = committed
+        try:
+            self._raise_floors(verified)
+        except (OSError, BundleError) as error:  # the database has the floor; the next start writes the file
+            log.error("floors are not written", extra={"import_id": self._import_id, "error": str(error)})
         self._report(committed)
         return committed
 
@@ -177,6 +202,7 @@ class _Import:
         """Nothing was to do: the same bundle is in the store. The payload offered now was not read."""
         committed = replace(self._at, state=State.COMMITTED, bytes_done=0, file="")
         self._place.ledger.change(self._import_id, committed)
+        self._at = committed
         self._report(committed)
         return committed
 

@@ -73,6 +73,11 @@ class ModelVersion:
         """name@version."""
         return f"{self.name}@{self.version}"
 
+    def digests(self) -> Iterator[str]:
+        """SHA-256 of everything that the store holds of it: the files and the evidence."""
+        yield from (str(file["sha256"]) for file in self.files)
+        yield from self.evidence.values()
+
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
@@ -141,19 +146,19 @@ class Ledger:
             self._change(import_id, progress)
 
     def commit(self, import_id: str, progress: Progress, version: ModelVersion) -> None:
-        """An import is complete and its version exists, or neither."""
+        """An import is complete and its version exists, or neither; one that existed gets the new record."""
         with self._transaction():
-            if self.find(version.model_digest) is None:
-                self._db.execute(
-                    "INSERT INTO model_version(name,version,sequence,model_digest,record) VALUES(?,?,?,?,?)",
-                    (
-                        version.name,
-                        version.version,
-                        version.sequence,
-                        version.model_digest,
-                        json.dumps(version.as_dict()),
-                    ),
-                )
+            self._db.execute(
+                "INSERT INTO model_version(name,version,sequence,model_digest,record) VALUES(?,?,?,?,?)"
+                " ON CONFLICT(model_digest) DO UPDATE SET record=excluded.record",
+                (
+                    version.name,
+                    version.version,
+                    version.sequence,
+                    version.model_digest,
+                    json.dumps(version.as_dict()),
+                ),
+            )
             self._change(import_id, progress)
 
     def reject_unfinished(self) -> None:

@@ -167,7 +167,7 @@ def check_policy(verified: Verified, site: Site) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:3])
+    return tuple(int(part) for part in version.split("."))
 
 
 def _check_time(manifest: Manifest, site: Site) -> None:

@@ -6,13 +6,15 @@ import secrets
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from bundles.build import Signing, build, sign
+from bundles.content.inspector import Inspector, Verdict
 from bundles.format.errors import BundleError
 from bundles.importer import floors
 from bundles.importer.importing import Workplace, import_bundle
@@ -116,6 +118,81 @@ def test_a_damaged_store_is_filled_again_from_the_same_bundle(place: Workplace, 
     assert _import(place, bundle).state is State.COMMITTED
     assert _stored(place) == before
     assert place.ledger.versions() == (version,)
+
+
+def test_a_bit_that_flipped_in_the_store_is_mended_by_importing_the_bundle_again(
+    place: Workplace, bundle: Path
+) -> None:
+    _import(place, bundle)
+    before, version = _stored(place), place.ledger.versions()[0]
+    for digest in (str(version.files[0]["sha256"]), version.evidence["manifest.dsse.json"]):
+        path = place.store.path_of(digest)
+        path.chmod(0o600)
+        path.write_bytes(b"!" + path.read_bytes()[1:])
+        assert _stored(place) != before
+        told: list[Progress] = []
+        assert _import(place, bundle, told).state is State.COMMITTED
+        assert State.STREAMING in [p.state for p in told]
+        assert _stored(place) == before
+    assert place.ledger.versions() == (version,)
+
+
+def test_a_damaged_store_is_not_mended_from_a_damaged_bundle(place: Workplace, bundle: Path) -> None:
+    _import(place, bundle)
+    path = place.store.path_of(str(place.ledger.versions()[0].files[0]["sha256"]))
+    path.unlink()
+    chunk = next(name for name, _ in members_of(bundle) if name.startswith("c/"))
+    replace_member(bundle, chunk, lambda raw: b"!" + raw[1:])
+    assert _import(place, bundle).reason == "CHUNK_DIGEST"
+    assert not path.exists()
+
+
+def test_more_signatures_of_one_manifest_are_kept_when_the_store_is_mended(
+    place: Workplace, bundle: Path, trust: Trust
+) -> None:
+    _import(place, bundle)
+    version = place.ledger.versions()[0]
+    sign(bundle, Signing(trust.root, (trust.release_key,)))
+    replace_member(
+        bundle,
+        "manifest.dsse.json",
+        lambda raw: dsse.parse(raw, "it").signed_by(keys.new_private_key("ed25519")).encode(),
+    )
+    place.store.path_of(version.evidence["manifest.dsse.json"]).unlink()
+    assert _import(place, bundle).state is State.COMMITTED
+    told: list[Progress] = []
+    _import(place, bundle, told)
+    assert State.STREAMING not in [p.state for p in told]
+
+
+def test_an_import_that_stumbles_over_a_defect_is_recorded(place: Workplace, bundle: Path, home: Path) -> None:
+    class Defective(Inspector):
+        def inspect(self, files: Mapping[str, int]) -> Verdict:
+            raise ValueError("nobody foresaw this")
+
+    told: list[Progress] = []
+    ended = _import(replace(place, inspector=Defective()), bundle, told)
+    assert (ended.state, ended.reason, told[-1]) == (State.REJECTED, "INTERNAL", ended)
+    assert "nobody" not in ended.message
+    entry = place.ledger.outbox(0)[-1]
+    assert (entry.state, entry.reason, entry.model_version) == (State.REJECTED, "INTERNAL", "tiny@1.0.1")
+    assert list((home / "store" / "staging").iterdir()) == []
+
+
+def test_what_fails_after_the_commit_does_not_take_it_back(
+    place: Workplace, bundle: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(floors, "save", broken)
+    assert _import(place, bundle).state is State.COMMITTED
+    assert place.ledger.outbox(0)[-1].state is State.COMMITTED
+    monkeypatch.undo()
+    place.ledger.close()
+    again = Workplace.open(home, INSPECTOR)
+    assert floors.load(home / "trust" / "floors.json").models["tiny"].sequence == 1
+    again.ledger.close()
 
 
 def test_a_damaged_bundle_leaves_nothing_that_could_be_loaded(place: Workplace, bundle: Path, home: Path) -> None:
