@@ -78,8 +78,8 @@ class CpuBackend:
 
     def prepare_rope(self, inv_freq: Sequence[float], max_positions: int) -> Tensor:
         """Float32 [max_positions, 2, 1, head_dim]: cosines, and sines whose first half is negated."""
-        angles = torch.outer(torch.arange(max_positions).double(), torch.tensor(inv_freq, dtype=torch.float64))
-        cos, sin = angles.cos(), angles.sin()
+        angles = torch.outer(torch.arange(max_positions).float(), torch.tensor(inv_freq, dtype=torch.float32))
+        cos, sin = angles.double().cos(), angles.double().sin()
         return torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)], dim=1).float().unsqueeze(2)
 
     def allocate_kv(self, spec: KvSpec) -> _KvCache:

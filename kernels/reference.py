@@ -55,8 +55,10 @@ class ReferenceBackend:
         return weight.to(self.dtype, copy=True)
 
     def prepare_rope(self, inv_freq: Sequence[float], max_positions: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines [max_positions, head_dim / 2], computed in float64."""
-        angles = torch.outer(torch.arange(max_positions).double(), torch.tensor(inv_freq, dtype=torch.float64))
+        """Cosines and sines [max_positions, head_dim / 2] of float32 angles, computed in float64."""
+        angles = torch.outer(
+            torch.arange(max_positions).float(), torch.tensor(inv_freq, dtype=torch.float32)
+        ).double()
         return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
 
     def allocate_kv(self, spec: KvSpec) -> Tensor:

@@ -6,6 +6,7 @@ that is null is as good as absent.
 """
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +16,42 @@ from engine.strict_json import load_object
 
 _INERT = frozenset(
     (
-        *("_name_or_path", "architectures", "model_type", "transformers_version", "tokenizer_class"),
+        *("_name_or_path", "architectures", "transformers_version", "transformers.js_config", "tokenizer_class"),
         *("bos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
         *("dtype", "torch_dtype", "initializer_range", "attention_dropout"),
         *("use_cache", "output_attentions", "output_hidden_states", "return_dict"),
     )
 )
+_NO_OPS = {  # fields that mean nothing with this value, and something else with any other
+    "partial_rotary_factor": 1,
+    "pretraining_tp": 1,
+    "is_llama_config": True,
+    "rope_interleaved": False,
+    "is_decoder": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "tie_encoder_decoder": False,
+    "torchscript": False,
+}
+_AT_MOST = {  # far beyond any model of today, and small enough that a table of that size harms nobody
+    "max_position_embeddings": 2**20,
+    "vocab_size": 2**20,
+    "hidden_size": 2**16,
+    "intermediate_size": 2**18,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 1024,
+    "num_key_value_heads": 1024,
+    "head_dim": 1024,
+    "original_max_position_embeddings": 2**20,
+    "rope_theta": 1e12,
+    "factor": 2**20,
+}
+_LARGEST = 1e6  # of numbers with no limit of their own
+_ACTIVATIONS = ("silu", "swish")  # two names of one function
 _ROPE_FIELDS = {
-    "default": frozenset(),
+    "default": frozenset[str](),
     "linear": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
+    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor"}),
 }
 _DEFAULT_THETA = 10000.0  # what transformers assumes for the oldest Llama configurations, which do not say
 
@@ -50,15 +77,18 @@ class RopeConfig:
     original_context: int = 0
 
     def inv_freq(self, head_dim: int) -> tuple[float, ...]:
-        """Radians per token of each pair of numbers, head_dim / 2 of them.
+        """Radians per token of each pair of numbers, head_dim / 2 of them, each a float32.
+
+        They are rounded where transformers rounds them, for models are trained and published with those: far into
+        a context an angle differs by more from the exact one than a logit may.
 
         Source: Su et al., "RoFormer", 2021, equation 15; Chen et al., "Extending Context Window of Large Language
         Models via Positional Interpolation", 2023; for llama3, Meta's Llama 3.1 reference implementation.
         """
-        plain = [self.theta ** (-2 * i / head_dim) for i in range(head_dim // 2)]
+        plain = [_float32(1 / _float32(self.theta ** _float32(i / head_dim))) for i in range(0, head_dim, 2)]
         if self.kind == "llama3":
-            return tuple(self._llama3(frequency) for frequency in plain)
-        return tuple(frequency / self.factor for frequency in plain)
+            return tuple(_float32(self._llama3(frequency)) for frequency in plain)
+        return tuple(_float32(frequency / self.factor) for frequency in plain)
 
     def _llama3(self, frequency: float) -> float:
         turns = self.original_context * frequency / (2 * math.pi)
@@ -73,6 +103,7 @@ class ModelConfig:
 
     Attributes:
         architecture: as config.json names it.
+        model_type: as config.json names it; decides with transformers, and must be the architecture's.
         vocab_size: tokens.
         hidden_size: numbers per token between layers.
         intermediate_size: numbers per token inside the gated MLP.
@@ -90,6 +121,7 @@ class ModelConfig:
     """
 
     architecture: str
+    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -116,17 +148,19 @@ def parse_config(config_json: bytes, generation_config_json: bytes | None = None
     fields = _Fields(load_object(config_json, "config.json", "CONFIG_INVALID"))
     heads = fields.size("num_attention_heads")
     hidden = fields.size("hidden_size")
-    fields.only("hidden_act", "silu")
-    fields.only("pretraining_tp", 1, default=1)
+    fields.only("hidden_act", *_ACTIVATIONS)
+    for name, value in _NO_OPS.items():
+        fields.only(name, value, default=value)
     config = ModelConfig(
         architecture=_architecture(fields.raw),
+        model_type=fields.text("model_type"),
         vocab_size=fields.size("vocab_size"),
         hidden_size=hidden,
         intermediate_size=fields.size("intermediate_size"),
         num_layers=fields.size("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=fields.size("num_key_value_heads", heads),
-        head_dim=fields.size("head_dim", hidden // heads),
+        head_dim=fields.size("head_dim", None if hidden % heads else hidden // heads),
         max_context_tokens=fields.size("max_position_embeddings"),
         rms_norm_eps=fields.number("rms_norm_eps"),
         rope=_rope(fields),
@@ -154,14 +188,18 @@ class _Fields:
 
     def size(self, name: str, default: int | None = None) -> int:
         """A positive whole number."""
-        value = self.take(name, default)
-        if type(value) is not int or value < 1:
-            raise _invalid(name, "a positive whole number", value)
-        return value
+        return _size(name, self.take(name, default))
 
-    def number(self, name: str, default: float | None = None) -> float:
+    def number(self, name: str) -> float:
         """A positive finite number."""
-        return _positive(name, self.take(name, default))
+        return _positive(name, self.take(name))
+
+    def text(self, name: str) -> str:
+        """A string."""
+        value = self.take(name)
+        if type(value) is not str:
+            raise _invalid(name, "a string", value)
+        return value
 
     def flag(self, name: str) -> bool:
         """True or false; absent is false."""
@@ -170,11 +208,9 @@ class _Fields:
             raise _invalid(name, "true or false", value)
         return value
 
-    def only(self, name: str, supported: object, default: object = None) -> None:
-        """Refuse any value but one."""
-        value = self.take(name, default)
-        if value != supported or type(value) is not type(supported):
-            raise _unsupported(f"{name} = {value!r} (supported: {supported!r})")
+    def only(self, name: str, *supported: object, default: object = None) -> None:
+        """Refuse any value but these."""
+        _only(name, self.take(name, default), *supported)
 
     def refuse_rest(self) -> None:
         """Refuse the fields nobody took."""
@@ -190,34 +226,35 @@ def _architecture(raw: Mapping[str, Any]) -> str:
 
 
 def _rope(fields: _Fields) -> RopeConfig:
-    parameters = fields.take("rope_parameters")
-    scaling = fields.take("rope_scaling")
-    theta = fields.take("rope_theta")
-    if parameters is not None and (scaling is not None or theta not in (None, _get(parameters, "rope_theta"))):
-        raise _unsupported("rope_parameters beside a rope_theta or rope_scaling that differs")
-    values = dict(_mapping(parameters if parameters is not None else scaling or {}))
-    theta = values.pop("rope_theta", None) or theta or _DEFAULT_THETA
+    parameters, scaling, theta = (fields.take(n) for n in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if parameters is not None and scaling is not None:
+        raise _unsupported("rope_parameters beside a rope_scaling")
+    given = _mapping(parameters if parameters is not None else {} if scaling is None else scaling)
+    values = {name: value for name, value in given.items() if value is not None}
+    inner = values.pop("rope_theta", theta)
+    if theta is not None and (inner != theta or (parameters is not None and "rope_theta" not in given)):
+        raise _unsupported("a rope_theta beside rope_parameters or rope_scaling that differs")
     legacy = values.pop("type", None)
-    kind = values.pop("rope_type", None) or legacy or "default"
-    if kind not in _ROPE_FIELDS or legacy not in (None, kind):
+    kind = values.pop("rope_type", "default" if legacy is None else legacy)
+    if not isinstance(kind, str) or kind not in _ROPE_FIELDS or legacy not in (None, kind):
         raise _unsupported(f"rope_type = {kind!r} (supported: {', '.join(sorted(_ROPE_FIELDS))})")
-    surplus = {name for name, value in values.items() if value is not None} - _ROPE_FIELDS[kind]
-    if surplus:
-        raise _unsupported(f"unknown rope field {', '.join(sorted(surplus))}")
-    return _rope_of(kind, _positive("rope_theta", theta), values)
+    _only("rope partial_rotary_factor", values.pop("partial_rotary_factor", 1), 1)
+    return _rope_of(kind, _positive("rope_theta", _DEFAULT_THETA if inner is None else inner), values)
 
 
-def _rope_of(kind: str, theta: float, values: Mapping[str, Any]) -> RopeConfig:
-    numbers = {name: _positive(f"rope {name}", values.get(name)) for name in _ROPE_FIELDS[kind]}
-    original = numbers.pop("original_max_position_embeddings", 0)
-    rope = RopeConfig(kind, theta, original_context=int(original), **numbers)
+def _rope_of(kind: str, theta: float, values: dict[str, Any]) -> RopeConfig:
+    numbers = {name: _positive(name, values.pop(name, None)) for name in sorted(_ROPE_FIELDS[kind])}
+    original = 0
+    if kind == "llama3":
+        original = _size("original_max_position_embeddings", values.pop("original_max_position_embeddings", None))
+    if values:
+        raise _unsupported(f"unknown rope field {', '.join(sorted(values))}")
+    rope = RopeConfig(kind, theta, original_context=original, **numbers)
+    if theta < 1:
+        raise _invalid("rope_theta", "at least 1", theta)
     if rope.factor < 1 or (kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor):
-        raise _invalid("rope", "a factor of at least 1 and high_freq_factor above low_freq_factor", dict(values))
+        raise _invalid("rope", "a factor of at least 1 and high_freq_factor above low_freq_factor", numbers)
     return rope
-
-
-def _get(mapping: object, name: str) -> object:
-    return mapping.get(name) if isinstance(mapping, dict) else None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -248,10 +285,33 @@ def _check(config: ModelConfig) -> None:
         raise _invalid("eos_token_id", f"below the vocabulary's {config.vocab_size}", config.eos_token_ids)
 
 
+def _size(name: str, value: object) -> int:
+    if type(value) is not int or value < 1:
+        raise _invalid(name, "a positive whole number", value)
+    _bound(name, value)
+    return value
+
+
 def _positive(name: str, value: object) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]  # type() narrows nothing
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise _invalid(name, "a positive number", value)
-    return float(value)  # type: ignore[arg-type]  # see above
+    _bound(name, value)
+    return float(value)
+
+
+def _bound(name: str, value: float) -> None:
+    limit = _AT_MOST.get(name, _LARGEST)
+    if value > limit:
+        raise _unsupported(f"{name} is beyond {limit}, the largest this engine takes")
+
+
+def _only(name: str, value: object, *supported: object) -> None:
+    if value not in supported or isinstance(value, bool) != isinstance(supported[0], bool):
+        raise _unsupported(f"{name} = {value!r} (supported: {', '.join(map(repr, supported))})")
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def _invalid(name: str, wanted: str, value: object) -> EngineError:

@@ -66,6 +66,17 @@ def test_both_layouts_of_transformers_mean_the_same() -> None:
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "", "type": "linear", "factor": 2.0}}, "rope_type"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 33.0}, "rope_theta": 5e5}, "rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0, "low_freq_factor": 1.0}}, "low_freq_factor"),
+        ({"is_decoder": True}, "is_decoder"),
+        ({"add_cross_attention": 1}, "add_cross_attention"),
+        ({"max_position_embeddings": 10**9}, "max_position_embeddings"),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        ({"num_attention_heads": 10**6, "num_key_value_heads": 1, "head_dim": 2}, "num_attention_heads"),
+        ({"hidden_size": 10**6}, "hidden_size"),
+        ({"rope_theta": 1e300}, "rope_theta"),
     ],
     ids=lambda value: str(value)[:60],
 )
@@ -92,6 +103,18 @@ def test_what_changes_the_mathematics_is_refused_by_name(changes: dict[str, Any]
         ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0.5}}, "factor"),
         ({"rope_scaling": ["linear"]}, "rope"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"rope_theta": 0.5}, "rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta"),
+        ({"rms_norm_eps": True}, "rms_norm_eps"),
+        ({"model_type": None}, "model_type"),
+        ({"model_type": 7}, "model_type"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, "head_dim"),
+        (
+            {"rope_scaling": LLAMA3 | {"rope_type": "llama3", "original_max_position_embeddings": 64.7}},
+            "original_max_position_embeddings",
+        ),
         ({"rope_parameters": LLAMA3 | {"rope_type": "llama3", "low_freq_factor": 4.0}}, "high_freq_factor"),
     ],
     ids=lambda value: str(value)[:60],
@@ -113,6 +136,23 @@ def test_end_tokens_come_from_the_generation_config_where_it_names_any() -> None
     assert parse_config(config_json).eos_token_ids == (1,)
     assert parse_config(config_json, b'{"eos_token_id": [2, 3]}').eos_token_ids == (2, 3)
     assert parse_config(config_json, b'{"temperature": 1}').eos_token_ids == (1,)
+
+
+def test_fields_that_change_nothing_are_accepted() -> None:
+    no_ops = {
+        "partial_rotary_factor": 1.0,
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "hidden_act": "swish",
+    }
+    assert parse(**no_ops) == parse()
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "mistral", "qwen2", ""])
+def test_a_model_type_of_another_family_is_refused(model_type: str) -> None:
+    with pytest.raises(EngineError, match="model_type") as error:
+        architecture(parse(model_type=model_type))
+    assert error.value.code == "CONFIG_UNSUPPORTED"
 
 
 def test_an_unknown_architecture_is_refused_by_name() -> None:
