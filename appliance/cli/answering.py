@@ -7,12 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-from appliance.cli.arguments import positive
+from appliance.cli.arguments import positive, real, seconds, whole
 from appliance.cli.failure import UsageError
 from appliance.cli.output import emit_line, write_text
 from appliance.client import Client, Options, Stream
 from appliance.client.results import Completed
 
+MAX_SEED, MAX_TOP_K = (1 << 64) - 1, (1 << 31) - 1
 _SAMPLING = ("temperature", "top_p", "top_k", "seed", "max_tokens", "stop", "timeout")
 
 
@@ -27,13 +28,15 @@ def add_request_arguments(parser: argparse.ArgumentParser, what: str) -> None:
         help="made by `cloister key issue --out DIR` (CLOISTER_CREDENTIALS)",
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="of the gateway, if not the one in the credentials")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 always takes the likeliest token")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that make up P")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--seed", type=int, metavar="N", help="same seed, model and input: same answer")
+    parser.add_argument("--temperature", type=real, metavar="T", help="0 always takes the likeliest token")
+    parser.add_argument("--top-p", type=real, metavar="P", help="draw from the likeliest tokens that make up P")
+    parser.add_argument("--top-k", type=whole(0, MAX_TOP_K), metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--seed", type=whole(0, MAX_SEED), metavar="N", help="same seed, model and input: same answer"
+    )
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="length of the answer, at most")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
-    parser.add_argument("--timeout", type=float, metavar="S", help="seconds, default 120")
+    parser.add_argument("--timeout", type=seconds, metavar="S", help="seconds, default 120")
     parser.add_argument("--stats", action="store_true", help="tokens, speed and audit record on standard error")
 
 
@@ -56,12 +59,21 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def text_of(args: argparse.Namespace) -> str:
-    """The prompt or message."""
+    """The prompt or message, from standard input as its bytes are.
+
+    Raises:
+        UsageError: standard input is not UTF-8.
+    """
     if args.text != "-":
         return str(args.text)
     if sys.stdin.isatty():
         print("reading from the terminal; end with Ctrl-D", file=sys.stderr)
-    return sys.stdin.read()
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"standard input is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}"
+        ) from None
 
 
 def show(args: argparse.Namespace, stream: Stream) -> int:
@@ -79,8 +91,8 @@ def show(args: argparse.Namespace, stream: Stream) -> int:
 def stats(stream: Stream) -> str:
     """One line about a finished answer."""
     usage, times = stream.usage, stream.completed.timings
-    seconds = (times.prefill + times.decode).total_seconds()
-    rate = f"{usage.completion_tokens / seconds:.0f} tokens/s" if seconds > 0 else "-"
+    computed = (times.prefill + times.decode).total_seconds()
+    rate = f"{usage.completion_tokens / computed:.0f} tokens/s" if computed > 0 else "-"
     return (
         f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, {rate}, "
         f"first after {times.time_to_first_token.total_seconds() * 1000:.0f} ms, "
@@ -113,5 +125,5 @@ def _show_events(args: argparse.Namespace, stream: Stream) -> None:
 
 
 def _completed(completed: Completed) -> dict[str, object]:
-    seconds = {name: value.total_seconds() for name, value in asdict(completed.timings).items()}
-    return {"usage": asdict(completed.usage), "timings": seconds}
+    timings = {name: value.total_seconds() for name, value in asdict(completed.timings).items()}
+    return {"usage": asdict(completed.usage), "timings": timings}

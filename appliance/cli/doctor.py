@@ -5,39 +5,22 @@ import os
 import platform
 import re
 import shutil
-import socket
 import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from appliance.cli import liveness
 from appliance.cli.failure import FAILED
+from appliance.cli.finding import Finding
 from appliance.cli.output import emit, printable, size
 from appliance.cli.serve import socket_room
 
 _GIB = 1 << 30
-_SOCKETS = ("control.sock", "admin.sock", "login.sock", "importer.sock", "engine-host.sock")
 _TORCH = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.get_num_threads())"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found.
-
-    Attributes:
-        check: what was looked at.
-        level: OK, WARN or FAIL.
-        found: what is there.
-        remedy: what to do; empty with OK.
-    """
-
-    check: str
-    level: str
-    found: str
-    remedy: str = ""
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -151,29 +134,6 @@ def _sockets(home: Path) -> Finding:
     return Finding("sockets", "OK", f"{room} bytes of path to spare")
 
 
-def _processes(home: Path) -> Finding:
-    """Each socket is connected to; none that answers is the ordinary state of a stopped appliance."""
-    silent = [name for name in _SOCKETS if not _answers(home / "run" / name)]
-    if not silent:
-        return Finding("processes", "OK", "all answer")
-    if len(silent) == len(_SOCKETS):
-        return Finding(
-            "processes", "WARN", "none answers: the appliance is not running", "start it: `cloister serve`"
-        )
-    remedy = f"read the logs in {home / 'logs'}"
-    return Finding("processes", "FAIL", f"no answer on {', '.join(silent)}", remedy)
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(2)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-    return True
-
-
 CHECKS: tuple[Callable[[Path], Finding], ...] = (
     _python,
     _torch,
@@ -183,5 +143,5 @@ CHECKS: tuple[Callable[[Path], Finding], ...] = (
     _disk,
     _home,
     _sockets,
-    _processes,
+    liveness.check,
 )

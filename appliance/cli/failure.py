@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from appliance.errors import CloisterError
 
 FAILED, BAD_USAGE, REFUSED, NOT_REACHABLE = 1, 2, 3, 4
+# Preconditions that nobody refused: a directory on this side lacks something.
+_HERE = {"CREDENTIALS_MISSING", "ADDRESS_MISSING"}
 
 
 class UsageError(Exception):
@@ -79,6 +81,10 @@ def _exit_status(error: "CloisterError") -> int:
     }
     if error.code == "NOT_RUNNING" or error.status is grpc.StatusCode.UNAVAILABLE:
         return NOT_REACHABLE
+    if error.code in _HERE:
+        return FAILED
+    if error.code.startswith("INVALID_") and error.status is grpc.StatusCode.INVALID_ARGUMENT:
+        return BAD_USAGE
     return REFUSED if error.status in refusals else FAILED
 
 

@@ -11,6 +11,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--operator",
         required=True,
+        type=_operator,
         metavar="NAME=USER",
         help="the first operator, and the operating-system user who is this operator",
     )
@@ -32,6 +33,14 @@ def register(parser: argparse.ArgumentParser) -> None:
         "--root", type=Path, metavar="ROOT.json", help="root of trust for bundles, from `cloister trust init`"
     )
     parser.set_defaults(run=_init)
+
+
+def _operator(text: str) -> str:
+    """NAME=USER; a USER that is empty is most often a shell variable that is not set."""
+    name, _, user = text.partition("=")
+    if not name or not user:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=USER; for yourself: {name or 'alice'}=$(id -un)")
+    return text
 
 
 def _init(args: argparse.Namespace) -> int:

@@ -2,12 +2,15 @@
 
 import argparse
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from appliance.cli.arguments import positive
 from appliance.cli.output import emit, plain, printable, table
 from appliance.client.admin import AdminClient
-from appliance.client.credentials import Credentials, check_vacant, write_credentials
+from appliance.client.credentials import FILES, Credentials, check_vacant, write_credentials
 from appliance.client.enrol import make_csr
 from appliance.protos import admin_pb2
 
@@ -35,25 +38,53 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 
 def _issue(args: argparse.Namespace) -> int:
-    """The private key is made here and stays here; what the appliance sends back is shown once, into files."""
+    """The private key is made here and stays here; what the appliance sends back is shown once, into files.
+
+    That files can be written is tried before a key is issued; a key whose files could not be written is revoked.
+    """
     os.umask(0o077)
     check_vacant(args.out)
     private_key, request = make_csr(args.tenant, args.app)
-    with AdminClient(args.home) as admin:
+    with _folder(args.out), AdminClient(args.home) as admin:
         issued = admin.tenants.IssueKey(
             admin_pb2.IssueKeyRequest(
                 tenant=args.tenant, application=args.app, csr_pem=request, valid_days=args.days
             )
         )
-    address = args.address or issued.gateway_address
-    write_credentials(
-        args.out, Credentials(address, issued.ca_pem, issued.certificate_pem, private_key, issued.api_key)
-    )
+        address = args.address or issued.gateway_address
+        try:
+            write_credentials(
+                args.out, Credentials(address, issued.ca_pem, issued.certificate_pem, private_key, issued.api_key)
+            )
+        except BaseException:
+            admin.tenants.RevokeKey(admin_pb2.RevokeKeyRequest(key_id=issued.key_id))
+            raise
     expires = issued.expires_at.ToJsonString()
     value = {"key_id": issued.key_id, "expires_at": expires, "directory": str(args.out), "address": address}
     text = f"key {issued.key_id} written to {printable(str(args.out))}; expires {expires[:10]}"
     emit(args, value, text)
     return 0
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """A folder without credentials that files can be written in; after an error it is as it was before.
+
+    Raises:
+        OSError: it cannot be made, or not be written in.
+    """
+    made = not out.exists()
+    out.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        with tempfile.NamedTemporaryFile(dir=out) as trial:
+            trial.write(bytes(64 << 10))
+        yield
+    except BaseException:
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+        if made:
+            out.rmdir()
+        raise
 
 
 def _list(args: argparse.Namespace) -> int:

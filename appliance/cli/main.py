@@ -5,9 +5,8 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from appliance.cli import failure, output
+from appliance.cli import arguments, failure, output
 
 # Noun or top-level verb -> what it is for. Its module is appliance.cli.NOUN, with `register(parser)`; this table
 # is all that `cloister --help` reads, so that help costs no import.
@@ -38,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(_noun_of(words))
+    for word in words:
+        if not arguments.is_text(word):
+            parser.error(f"{os.fsencode(word)!r} is not UTF-8; so no name, path or text may be")
     args = parser.parse_args(words)
     if not hasattr(args, "run"):
         parser.print_help(sys.stderr)
@@ -65,7 +67,7 @@ def build_parser(noun: str | None) -> argparse.ArgumentParser:
         epilog="exit status: 0 done, 1 failed, 2 bad usage, 3 refused, 4 not reachable",
         allow_abbrev=False,
     )
-    _add_common(parser, _default_home(), False)
+    _add_common(parser, os.environ.get("CLOISTER_HOME") or "~/.cloister", False)
     nouns = parser.add_subparsers(metavar="COMMAND", title="commands")
     for name, purpose in NOUNS.items():
         sub = nouns.add_parser(name, help=purpose, description=_sentence(purpose), allow_abbrev=False)
@@ -89,18 +91,10 @@ def _noun_of(words: Sequence[str]) -> str | None:
     return noun if noun in NOUNS else None
 
 
-def _default_home() -> Path:
-    return _directory(os.environ.get("CLOISTER_HOME") or "~/.cloister")
-
-
-def _directory(text: str) -> Path:
-    return Path(text).expanduser().absolute()
-
-
 def _add_common(parser: argparse.ArgumentParser, home: object, as_json: object) -> None:
     parser.add_argument(
         "--home",
-        type=_directory,
+        type=arguments.directory,
         default=home,
         metavar="DIR",
         help="home directory of the appliance (CLOISTER_HOME; default ~/.cloister)",

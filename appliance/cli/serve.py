@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -39,9 +40,8 @@ def _serve(args: argparse.Namespace) -> int:
     home = args.home.resolve()
     _require_home(home)
     (home / "logs").mkdir(exist_ok=True)
-    listen = _with_port(*args.listen)
     with sole_supervisor(home):
-        asyncio.run(_supervise(args, home, listen))
+        asyncio.run(_supervise(args, home, _usable(*args.listen)))
     return 0
 
 
@@ -54,7 +54,8 @@ async def _supervise(args: argparse.Namespace, home: Path, listen: str) -> None:
     def report(change: Report) -> None:
         value = {"process": change.process, "state": change.state, "pid": change.pid, "detail": change.detail}
         detail = f"  {change.detail}" if change.detail else ""
-        emit_line(args, value, f"{change.process:<12} {change.state:<9} pid {change.pid}{detail}")
+        with contextlib.suppress(OSError):  # on a full disk this line is lost, and nothing else
+            emit_line(args, value, f"{change.process:<12} {change.state:<9} pid {change.pid}{detail}")
 
     def all_ready() -> None:
         value = {"state": "ready", "listen": listen, "home": str(home), "isolation": ISOLATION}
@@ -87,14 +88,22 @@ def _address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
-def _with_port(host: str, port: int) -> str:
-    """The address with a free port in place of 0, so that a restarted gateway comes back where it was."""
-    if port:
-        return f"{host}:{port}"
+def _usable(host: str, port: int) -> str:
+    """The address, found free before anything is started, with a port in place of 0, so that a restarted gateway
+    comes back where it was.
+
+    Raises:
+        CloisterError: ADDRESS_UNUSABLE.
+    """
     try:
-        family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(where)
+            probe.listen()
             return f"{host}:{probe.getsockname()[1]}"
-    except OSError as error:
-        raise CloisterError("ADDRESS_UNUSABLE", f"cannot listen on {host}: {error.strerror}") from error
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or "no host of that name"
+        raise CloisterError(
+            "ADDRESS_UNUSABLE", f"cannot listen on {host}:{port}: {why}; choose another with --listen HOST:PORT"
+        ) from error

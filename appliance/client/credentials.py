@@ -10,7 +10,7 @@ from appliance.errors import CloisterError
 
 CA, CERTIFICATE, KEY, API_KEY, ADDRESS = "ca.pem", "client.pem", "client.key", "api.key", "address"
 PROTO, EXAMPLE, README = "inference.proto", "example.py", "README"
-_FILES = (CA, CERTIFICATE, KEY, API_KEY, ADDRESS, PROTO, EXAMPLE, README)
+FILES = (CA, CERTIFICATE, KEY, API_KEY, ADDRESS, PROTO, EXAMPLE, README)
 _PROTO_SOURCE = Path(__file__).parents[1] / "protos" / "cloister" / "inference" / "v1" / "inference.proto"
 
 _EXAMPLE_TEXT = '''"""Asks the first model that answers chats one question, and prints the answer as it comes."""
@@ -97,7 +97,7 @@ def check_vacant(directory: Path) -> None:
     Raises:
         CloisterError: CREDENTIALS_EXIST.
     """
-    there = [name for name in _FILES if (directory / name).exists()]
+    there = [name for name in FILES if (directory / name).exists()]
     if there:
         raise CloisterError(
             "CREDENTIALS_EXIST",

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -13,8 +15,9 @@ import grpc
 import pytest
 
 from admin_tui.terminal import Terminal
-from appliance.cli import doctor, failure, output
-from appliance.cli.doctor import CHECKS, Finding
+from appliance.cli import doctor, failure, liveness, output
+from appliance.cli.doctor import CHECKS
+from appliance.cli.finding import Finding
 from appliance.cli.main import NOUNS, _noun_of, build_parser, main
 from appliance.cli.progress import ProgressBar
 from appliance.errors import CloisterError
@@ -101,6 +104,60 @@ def test_bad_usage_exits_2(words: list[str], capsys: pytest.CaptureFixture[str])
     assert "usage: cloister" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--home", "/x\udcff", "version"],
+        ["tenant", "add", "name\udcff"],
+        ["chat", "m", "text", "--seed", "9" * 23],
+        ["chat", "m", "text", "--seed", str(1 << 64)],
+        ["chat", "m", "text", "--top-k", "-1"],
+        ["chat", "m", "text", "--max-tokens", "9" * 5000],
+        ["chat", "m", "text", "--temperature", "nan"],
+        ["chat", "m", "text", "--timeout", "1e30"],
+        ["status", "--wait", "0"],
+        ["init", "--site", "x", "--operator", "alice="],
+    ],
+)
+def test_a_word_that_does_not_fit_is_bad_usage_and_no_defect(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert "usage: cloister" in printed
+    assert "INTERNAL" not in printed
+
+
+def test_the_largest_seed_fits() -> None:
+    assert build_parser("chat").parse_args(["chat", "m", "t", "--seed", str((1 << 64) - 1)]).seed == (1 << 64) - 1
+
+
+def test_a_home_in_the_environment_that_is_no_text_is_bad_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CLOISTER_HOME", "/x\udcff")
+    with pytest.raises(SystemExit) as end:
+        main(["status"])
+    assert end.value.code == 2
+    assert "not UTF-8" in capsys.readouterr().err
+
+
+def test_standard_input_that_is_no_text_is_bad_usage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
+    assert main(["chat", "notes", "-", "--credentials", str(tmp_path)]) == 2
+    assert "byte 1 is 0xff" in capsys.readouterr().err
+
+
+def test_an_operator_without_a_user_is_told_how_to_name_oneself(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["init", "--site", "x", "--operator", "alice="])
+    assert "alice=$(id -un)" in capsys.readouterr().err
+
+
 def test_no_command_at_all_shows_help_and_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "commands:" in capsys.readouterr().err
@@ -126,6 +183,9 @@ class RefusalError(Exception):
         (CloisterError("A", "x", grpc.StatusCode.FAILED_PRECONDITION), "A", 3),
         (CloisterError("A", "x", grpc.StatusCode.DATA_LOSS), "A", 3),
         (CloisterError("A", "x", grpc.StatusCode.NOT_FOUND), "A", 1),
+        (CloisterError("CREDENTIALS_MISSING", "x", grpc.StatusCode.FAILED_PRECONDITION), "CREDENTIALS_MISSING", 1),
+        (CloisterError("INVALID_NAME", "x", grpc.StatusCode.INVALID_ARGUMENT), "INVALID_NAME", 2),
+        (CloisterError("NOT_INITIALISED", "x"), "NOT_INITIALISED", 1),
         (RefusalError("bad"), "SIGNATURE_INVALID", 3),
         (failure.UsageError("x"), "BAD_USAGE", 2),
         (FileNotFoundError(2, "No such file", "/x"), "ENOENT", 1),
@@ -323,6 +383,44 @@ def test_serve_refuses_a_home_whose_sockets_would_not_fit(
         (home / name).mkdir(parents=True)
     assert main(["--home", str(home), "serve"]) == 1
     assert "PATH_TOO_LONG" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["127.0.0.1:{port}", "no-such-host.invalid:1", "x" * 64 + ":1"])
+def test_serve_starts_nothing_when_it_cannot_listen(where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with (
+        tempfile.TemporaryDirectory(prefix="cl-", dir="/tmp") as home,
+        socket.create_server(("127.0.0.1", 0)) as taken,
+    ):
+        for name in ("run", "control"):
+            (Path(home) / name).mkdir()
+        address = where.format(port=taken.getsockname()[1])
+        assert main(["--home", home, "serve", "--listen", address]) == 1
+        assert list((Path(home) / "logs").iterdir()) == []
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith(f"error: ADDRESS_UNUSABLE: cannot listen on {address}: ")
+
+
+def test_waiting_for_an_appliance_that_does_not_come_ends_in_time_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--home", str(tmp_path), "status", "--wait", "0.01"]) == 4
+    assert "NOT_READY: after 0.01 s not connected: control" in capsys.readouterr().err
+
+
+def test_a_process_that_takes_connections_and_says_nothing_does_not_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(liveness, "_ANSWER_S", 0.2)
+    with tempfile.TemporaryDirectory(prefix="cl-", dir="/tmp") as home, socket.socket(socket.AF_UNIX) as mute:
+        (Path(home) / "run").mkdir()
+        mute.bind(f"{home}/run/importer.sock")
+        mute.listen()
+        finding = liveness.check(Path(home))
+    assert finding.level == "FAIL"
+    assert "importer: does not answer" in finding.found
+    assert "engine-host: not running" in finding.found
+    assert "answered:" not in finding.found
 
 
 def test_chat_without_credentials_is_bad_usage(

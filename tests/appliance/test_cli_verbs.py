@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from appliance.cli import liveness
 from appliance.cli.main import main
 
 Cloister = Callable[..., str]
@@ -92,9 +93,9 @@ def test_a_limit_that_is_no_number_above_zero_is_bad_usage(cloister: Cloister, n
 
 
 def test_a_refusal_is_a_line_with_its_code_or_json(cloister: Cloister) -> None:
-    line = cloister("tenant", "add", "Not A Name", expect=1)
+    line = cloister("tenant", "add", "Not A Name", expect=2)
     assert line.startswith("error: INVALID_NAME: ")
-    error = parsed(cloister("tenant", "add", "Not A Name", "--json", expect=1))["error"]
+    error = parsed(cloister("tenant", "add", "Not A Name", "--json", expect=2))["error"]
     assert error["code"] == "INVALID_NAME"
 
 
@@ -126,6 +127,42 @@ def test_a_key_is_not_issued_into_a_directory_that_has_one(cloister: Cloister, t
     cloister(*words)
     assert "CREDENTIALS_EXIST" in cloister(*words, expect=1)
     assert len(parsed(cloister("key", "list", "--tenant", "twice", "--json"))) == 1
+
+
+def test_no_key_is_issued_for_files_that_cannot_be_written(cloister: Cloister, tmp_path: Path) -> None:
+    cloister("tenant", "add", "nowhere")
+    (tmp_path / "file").touch()
+    words = ("key", "issue", "--tenant", "nowhere", "--app", "a", "--out")
+    assert "ENOTDIR" in cloister(*words, str(tmp_path / "file" / "c"), expect=1)
+    assert parsed(cloister("key", "list", "--tenant", "nowhere", "--json")) == []
+
+
+def test_a_key_whose_files_could_not_be_written_is_revoked_and_leaves_none(
+    cloister: Cloister, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk fills up half-way: the proto that goes last cannot be copied."""
+    cloister("tenant", "add", "unlucky")
+    monkeypatch.setattr("appliance.client.credentials._PROTO_SOURCE", tmp_path / "absent")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "mine").touch()
+    words = ("key", "issue", "--tenant", "unlucky", "--app", "a", "--out", str(tmp_path / "c"))
+    assert "ENOENT" in cloister(*words, expect=1)
+    states = [key["state"] for key in parsed(cloister("key", "list", "--tenant", "unlucky", "--json"))]
+    assert states == ["revoked"]
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["mine"]
+
+
+def test_a_refused_key_leaves_no_folder(cloister: Cloister, tmp_path: Path) -> None:
+    cloister("key", "issue", "--tenant", "absent", "--app", "a", "--out", str(tmp_path / "c"), expect=1)
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_doctor_names_what_does_not_answer_and_what_does(home: Path) -> None:
+    finding = liveness.check(home)
+    assert finding.level == "FAIL"
+    for fact in ("importer: not running", "engine-host: not running", "gateway: has not been heard"):
+        assert fact in finding.found
+    assert finding.found.endswith("answered: control")
 
 
 def test_status_shows_what_is_missing(cloister: Cloister) -> None:
