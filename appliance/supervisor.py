@@ -23,6 +23,7 @@ import grpc
 from appliance.errors import CloisterError
 from appliance.logfile import LogFile
 from appliance.processes import ProcessSpec
+from engine.process import child_environment
 
 _MAX_LINE = 1024 * 1024
 _UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
@@ -179,7 +180,7 @@ class Supervisor:
             stderr=asyncio.subprocess.STDOUT,
             limit=_MAX_LINE,
             cwd=self._home,
-            env={**os.environ, "NOTIFY_SOCKET": str(self._notify_path(spec))},
+            env=child_environment(self._notify_path(spec)),
             process_group=0,
         )
         log = LogFile(self._home / "logs" / f"{spec.name}.log")

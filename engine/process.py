@@ -116,6 +116,15 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
+def child_environment(notify: Path) -> dict[str, str]:
+    """What a process of the house is started with: this process's variables, and where to report READY.
+
+    gRPC's C core writes lines of its own form to standard error, and reads what to write before any of our code
+    runs; the logs are JSON lines only.
+    """
+    return {"GRPC_VERBOSITY": "NONE", **os.environ, "NOTIFY_SOCKET": str(notify)}
+
+
 def _notify(state: str) -> None:
     """Send `state` to $NOTIFY_SOCKET, unless it is empty; nothing when nobody is named there.
 

@@ -8,7 +8,6 @@ between fork and exec here, where gRPC has threads.
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import socket
 import struct
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.launch import REFUSED_STATUS
+from engine.process import child_environment
 
 _UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
 _NOTICE_BYTES = 4096
@@ -105,7 +105,7 @@ class Child:
                 *spec.argv,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env={**os.environ, "NOTIFY_SOCKET": str(spec.notify)},
+                env=child_environment(spec.notify),
             )
         except BaseException:
             notify.close()

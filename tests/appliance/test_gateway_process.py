@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import os
 import shutil
 import signal
 import socket
@@ -17,6 +16,7 @@ import pytest
 
 from appliance.client import AsyncClient, CloisterError
 from appliance.gateway.__main__ import FORBIDDEN
+from engine.process import child_environment
 from tests.appliance.gateway_house import API_KEY, AUTHORITY, CLIENT, House, make_home, say
 
 CANARY = "zebra-canary-4711"
@@ -41,7 +41,7 @@ async def process(home: Path, *arguments: str) -> AsyncIterator[asyncio.subproce
     """`python -m appliance.gateway`, ended with the test."""
     started = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "appliance.gateway", "--home", str(home), *arguments,
-        stderr=asyncio.subprocess.PIPE, env={**os.environ, "NOTIFY_SOCKET": str(home / "notify")},
+        stderr=asyncio.subprocess.PIPE, env=child_environment(home / "notify"),
     )  # fmt: skip
     try:
         yield started
