@@ -114,8 +114,8 @@ class Request:
         sampling: how tokens are drawn.
         stop: when it ends.
         scope: the engine's opaque name of the owner; pages are scrubbed when they change scope.
-        salt: root of the owner's prefix cache.
-        weight: fair-share weight.
+        salt: roots the owner's prefix cache when there is one; carried, not read yet.
+        weight: the scope's share of the tokens, beside those of the other scopes that wait.
         tokens: prompt and generated tokens.
         limit: most tokens to generate; the scheduler lowers it to what the context allows.
         num_computed: tokens whose keys and values are in the KV pages.

@@ -2,20 +2,21 @@
 
 Every request chases `num_tokens` with `num_computed`. Rows that only need their next token go first, so that a
 long prompt never stalls a running answer; what is left of the step's budget goes to unfinished prompts in order of
-arrival. A request is admitted only when the pool can hold its prompt and its longest answer beside those of all
-admitted ones, so no request is ever stopped for want of a page.
+admission, which is fair between scopes (`engine.fair_queue`). A request is admitted only when the pool can hold
+its prompt and its longest answer beside those of all admitted ones, so no request is ever stopped for want of a
+page.
 
 Source: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI 2022
 (iteration-level scheduling); Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference with
 Sarathi-Serve", OSDI 2024 (chunked prefill beside decode).
 """
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.errors import EngineError
+from engine.fair_queue import FairQueue
 from engine.plan import FULL, BlockTable, PlanRow, SamplerSetup, StepPlan, StepResult
 from engine.request import Request
 
@@ -56,7 +57,7 @@ class Scheduler:
             )
         self.pool = pool
         self.limits = limits
-        self._waiting: deque[Request] = deque()
+        self._waiting = FairQueue()
         self._running: dict[int, Request] = {}
         self._slots = list(reversed(range(limits.max_running)))
         self._reserved = 0
@@ -99,7 +100,7 @@ class Scheduler:
                 f"prompt and answer need {self._worst_case(request)} KV pages, the deployment has "
                 f"{self.pool.num_blocks}; ask for a shorter answer or load the model with more pages",
             )
-        self._waiting.append(request)
+        self._waiting.push(request)
 
     def remove(self, request: Request) -> None:
         """Forget `request`, waiting or running, and free its pages."""
@@ -127,7 +128,9 @@ class Scheduler:
         """Move each request that the step brought forward to what it has computed now."""
         rows = {row.handle: row for row in plan.rows}
         for done in result.rows:
-            self._running[done.handle].num_computed = rows[done.handle].end
+            request = self._running[done.handle]
+            request.num_computed = rows[done.handle].end
+            self._waiting.charge(request, len(done.token_ids))
         if result.rows:
             self._dirty.clear()
             self._new_samplers.clear()
@@ -149,18 +152,14 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self._waiting and self._slots:
-            request = self._next_waiting()
+            request = self._waiting.peek()
             if self._reserved + self._worst_case(request) > self.pool.num_free:
-                return
-            self._waiting.remove(request)
+                return  # nobody overtakes, or a large request would wait for ever
+            self._waiting.pop()
             self._reserved += self._worst_case(request)
             request.slot = self._slots.pop()
             self._running[request.handle] = request
             self._new_samplers.append(SamplerSetup(request.slot, request.sampling))
-
-    def _next_waiting(self) -> Request:
-        """The request to admit next: the one place that decides who comes first. First come, first served."""
-        return self._waiting[0]
 
     def _worst_case(self, request: Request) -> int:
         """Pages for the prompt and the longest answer; the last token's keys and values are never needed."""

@@ -251,7 +251,7 @@ class AdmitResponse(_message.Message):
     scope: _builtins.str
     """The engine's opaque, stable name for the tenant."""
     salt: _builtins.bytes
-    """Root of this tenant's prefix cache."""
+    """Roots this tenant's prefix cache when there is one; carried, not read yet."""
     weight: _builtins.int
     """Fair-share weight."""
     def __init__(

@@ -617,9 +617,9 @@ class Submit(_message.Message):
     scope: _builtins.str
     """Opaque name of the owner."""
     salt: _builtins.bytes
-    """Root of the owner's prefix cache."""
+    """Roots the owner's prefix cache when there is one; carried, not read yet."""
     weight: _builtins.int
-    """Fair-share weight."""
+    """The scope's share of the tokens, beside those of the other scopes that wait."""
     temperature: _builtins.float
     """0 is greedy."""
     top_p: _builtins.float

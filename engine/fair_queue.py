@@ -1,0 +1,68 @@
+"""Waiting requests, in the order that gives every scope its share: start-time fair queueing by tokens.
+
+Each scope has a counter of the tokens computed for it, divided by its requests' weight; the scope that is behind
+comes next, and within it the oldest request. A scope that comes back from idleness starts where those that waited
+meanwhile have got to, so that it is neither owed for the time it asked for nothing nor forgiven what it took.
+
+Source: Goyal, Vin and Cheng, "Start-time Fair Queuing", SIGCOMM 1996; Sheng et al., "Fairness in Serving Large
+Language Models", OSDI 2024 (counters of tokens, lifted on return).
+"""
+
+from collections import deque
+
+from engine.request import Request
+
+
+class FairQueue:
+    """The requests of one deployment that are not admitted yet.
+
+    It keeps one number for every scope it has ever seen; scopes are tenants, of which there are few.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: dict[str, deque[Request]] = {}
+        self._served: dict[str, float] = {}  # tokens / weight, per scope
+        self._reached = 0.0  # the counter of the scope that was admitted last, at that moment
+
+    def __len__(self) -> int:
+        return sum(len(requests) for requests in self._waiting.values())
+
+    def push(self, request: Request) -> None:
+        """Queue `request` behind those of its scope."""
+        scope = request.scope
+        if scope not in self._waiting:
+            others = [self._served[waiting] for waiting in self._waiting]
+            self._served[scope] = max(self._served.get(scope, 0.0), min(others, default=self._reached))
+            self._waiting[scope] = deque()
+        self._waiting[scope].append(request)
+
+    def peek(self) -> Request:
+        """The oldest request of the scope that is furthest behind; of two level scopes, the one longer in wait.
+
+        Raises:
+            ValueError: nothing waits.
+        """
+        return self._waiting[min(self._waiting, key=self._served.__getitem__)][0]
+
+    def pop(self) -> Request:
+        """Take the request that `peek` shows; its prompt is charged to its scope."""
+        request = self.peek()
+        self._reached = self._served[request.scope]
+        self.charge(request, len(request.prompt))
+        self.remove(request)
+        return request
+
+    def remove(self, request: Request) -> None:
+        """Forget a waiting request, uncharged.
+
+        Raises:
+            ValueError: it does not wait.
+        """
+        requests = self._waiting.get(request.scope, deque())
+        requests.remove(request)
+        if not requests:
+            del self._waiting[request.scope]
+
+    def charge(self, request: Request, tokens: int) -> None:
+        """Count `tokens` computed for a request that was admitted."""
+        self._served[request.scope] += tokens / request.weight
