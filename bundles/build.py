@@ -27,7 +27,7 @@ from bundles.format import manifest as manifests
 from bundles.format.chunks import CHUNK_SIZE, Extent, extents, read_extent
 from bundles.format.container import ContainerWriter, open_source
 from bundles.format.errors import BundleError
-from bundles.format.manifest import File, Kind, Manifest, Requirement, Resources
+from bundles.format.manifest import File, Manifest, Resources, Statement
 from bundles.format.paths import check_paths
 from bundles.pipeline import Progress, Report, State, stream_payload
 from bundles.reader import END, HEADER, MANIFEST, OMS, BundleReader, end_document, header_hints, root_member
@@ -45,11 +45,8 @@ class Release:
         name: the model's name: lower case, digits, '.', '_', '-'.
         version: free text without spaces, shown to people.
         sequence: grows with every release of this name; an appliance never goes back.
-        kind: model, adapter or draft.
-        requires: of an adapter or draft: the models it works with.
         licence: SPDX expression; where empty, the one that the folder's model card states.
         licence_files: its text, where the folder has no LICENSE file.
-        accept_licence: an operator must accept it before first use.
         attestations: provenance, bill of materials, scan reports; carried as they are.
         targets: appliances it is for; any where empty.
         expires: when it stops being importable.
@@ -60,29 +57,13 @@ class Release:
     name: str
     version: str
     sequence: int
-    kind: Kind = "model"
-    requires: tuple[Requirement, ...] = ()
     licence: str = ""
     licence_files: tuple[Path, ...] = ()
-    accept_licence: bool = False
     attestations: tuple[Path, ...] = ()
     targets: tuple[str, ...] = ()
     expires: datetime | None = None
     issued_at: datetime = field(default_factory=lambda: datetime.now(UTC))
     chunk_size: int = CHUNK_SIZE
-
-
-def requirement(text: str) -> Requirement:
-    """A requirement from NAME or NAME=DIGEST.
-
-    Raises:
-        BundleError: MANIFEST_REQUIRES.
-    """
-    name, _, digest = text.partition("=")
-    try:
-        return Requirement(name=name, model_digest=digest or None)
-    except ValidationError:
-        raise BundleError("MANIFEST_REQUIRES", f"{text!a} is not NAME or NAME=DIGEST of a manifest") from None
 
 
 @dataclass(frozen=True)
@@ -109,20 +90,21 @@ def _silent(_: Progress) -> None:
 def build(
     release: Release, model: Path, out: Path, *, inspector: Inspector | None = None, report: Report = _silent
 ) -> Manifest:
-    """Write an unsigned bundle of the files in `model`; its manifest.
+    """Write an unsigned bundle of the files in `model`; its manifest, of kind model.
 
     Hidden files are left out. `canaries.json` becomes the manifest's canaries and `model.sig` the publisher's
     signature; neither is a file of the model.
 
     Raises:
-        BundleError: the folder, its files or the statement are refused.
+        BundleError: RELEASE_INVALID; the folder or its files are refused.
     """
+    _check_release(release)
     with sources.opened(model) as files:
         forbidden.check_names(files)
         check_paths(files)
         verdict = judge({path: (fd, os.fstat(fd).st_size) for path, fd in files.items()}, inspector or Inspector())
         listed = tuple(sources.describe(path, fd, release.chunk_size) for path, fd in files.items())
-        licences = sources.licences(model, release.licence_files, release.licence, release.accept_licence)
+        licences = sources.licences(model, release.licence_files, release.licence)
         attestations = sources.documents("attest", release.attestations)
         published = sources.read_optional(model / sources.PUBLISHED_SIGNATURE)
         manifest = _manifest(
@@ -139,11 +121,28 @@ def build(
     return manifest
 
 
+def _check_release(release: Release) -> None:
+    """Refuse what no manifest may state, before any file is read."""
+    try:
+        Statement(
+            name=release.name,
+            version=release.version,
+            sequence=release.sequence,
+            targets=release.targets,
+            spdx=release.licence or "NOASSERTION",
+        )
+    except ValidationError as error:
+        raise BundleError("RELEASE_INVALID", _first(error)) from None
+
+
 def sign(path: Path, signing: Signing, *, report: Report = _silent) -> tuple[str, ...]:
     """Sign a bundle, in place; the key ids that have signed its manifest now.
 
+    The publisher signs first: the manifest names that signature, so a new one would void every release signature.
+
     Raises:
-        BundleError: KEY_NOT_IN_ROLE, OMS_MISSING, OMS_FILES_DIFFER, or the bundle itself is refused.
+        BundleError: ALREADY_SIGNED, KEY_NOT_IN_ROLE, OMS_MISSING, OMS_FILES_DIFFER, or the bundle itself is
+            refused.
     """
     _check_roles(signing)
     fd = open_source(path)
@@ -152,9 +151,13 @@ def sign(path: Path, signing: Signing, *, report: Report = _silent) -> tuple[str
         head = reader.read_head()
         envelope = dsse.parse(head.envelope, "the signed manifest")
         manifest = manifests.parse(envelope.payload)
+        if envelope.signatures and signing.publisher_key is not None:
+            raise _already_signed(len(envelope.signatures))
         oms_raw = _publisher_signature(manifest, head, signing)
         digest = hashlib.sha256(oms_raw).hexdigest()
         if digest != manifest.oms_sha256:
+            if envelope.signatures:
+                raise _already_signed(len(envelope.signatures))
             manifest = manifest.model_copy(update={"oms_sha256": digest})
             envelope = dsse.Envelope(manifest.encode(), manifests.PAYLOAD_TYPE)
         for key in signing.release_keys:
@@ -164,6 +167,14 @@ def sign(path: Path, signing: Signing, *, report: Report = _silent) -> tuple[str
     finally:
         os.close(fd)
     return tuple(signature.keyid for signature in envelope.signatures)
+
+
+def _already_signed(signatures: int) -> BundleError:
+    return BundleError(
+        "ALREADY_SIGNED",
+        f"{signatures} release signature(s) hold with the publisher's signature that is there; give a release key "
+        "alone, or build the bundle again",
+    )
 
 
 def _check_roles(signing: Signing) -> None:
@@ -286,7 +297,7 @@ def _manifest(release: Release, *, files: tuple[File, ...], **parts: object) -> 
         "schema": manifests.SCHEMA,
         "bundle_id": secrets.token_hex(16),
         "product": manifests.PRODUCT,
-        "kind": release.kind,
+        "kind": "model",
         "name": release.name,
         "version": release.version,
         "sequence": release.sequence,
@@ -297,7 +308,7 @@ def _manifest(release: Release, *, files: tuple[File, ...], **parts: object) -> 
         "supersedes": None,
         "base": None,
         "targets": release.targets,
-        "requires": release.requires,
+        "requires": (),
         "resources": Resources(gpu_memory=0, gpus=0),
         "chunk_size": release.chunk_size,
         "files": files,
@@ -309,10 +320,14 @@ def _manifest(release: Release, *, files: tuple[File, ...], **parts: object) -> 
     try:
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError("MANIFEST_SCHEMA", f"{where} cannot be {first['input']!a}: {first['msg']}") from None
+        raise BundleError("MANIFEST_SCHEMA", _first(error)) from None
     return manifests.parse(manifest.encode())
+
+
+def _first(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where} cannot be {first['input']!a}: {first['msg']}"
 
 
 def _compact(value: Mapping[str, object]) -> bytes:

@@ -65,14 +65,13 @@ def _visible(folder: Path) -> Iterator[str]:
         )
 
 
-def licences(model: Path, files: Sequence[Path], stated: str, accept: bool) -> list[tuple[Licence, bytes]]:
+def licences(model: Path, files: Sequence[Path], stated: str) -> list[tuple[Licence, bytes]]:
     """The licences of a model and their texts: of `files`, else the folder's LICENSE files, else its model card.
 
     Args:
         model: the folder.
         files: texts that the caller names.
         stated: SPDX expression; where empty, the one of the model card.
-        accept: an operator must accept them before first use.
 
     Raises:
         BundleError: LICENCE_MISSING, and as `documents`.
@@ -85,7 +84,7 @@ def licences(model: Path, files: Sequence[Path], stated: str, accept: bool) -> l
     if not texts:
         raise BundleError("LICENCE_MISSING", f"{model} has no LICENSE file; name one with --licence-file")
     spdx = stated or (card[1] if card else "NOASSERTION")
-    return [(Licence(**document.model_dump(), spdx=spdx, accept=accept), content) for document, content in texts]
+    return [(Licence(**document.model_dump(), spdx=spdx, accept=False), content) for document, content in texts]
 
 
 def documents(folder: str, paths: Sequence[Path]) -> list[tuple[Document, bytes]]:

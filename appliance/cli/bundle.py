@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from appliance.cli.arguments import days
 from appliance.cli.failure import UsageError
 from appliance.cli.output import emit, printable, size, table
 
@@ -34,6 +35,11 @@ def register(parser: argparse.ArgumentParser) -> None:
     verify.add_argument(
         "--root", type=Path, required=True, metavar="ROOT.json", help="the root of trust to believe"
     )
+    verify.add_argument(
+        "--appliance",
+        metavar="NAME",
+        help="refuse a bundle that this appliance, as `cloister init --site` named it, would not import",
+    )
     verify.set_defaults(run=_verify)
     inspect = verbs.add_parser("inspect", help="what a bundle says about itself")
     inspect.add_argument("bundle", type=Path, metavar="BUNDLE")
@@ -48,20 +54,19 @@ def _register_build(build: argparse.ArgumentParser) -> None:
     build.add_argument("--version", required=True, help="shown to people")
     build.add_argument("--sequence", type=int, required=True, help="grows with every release of this name")
     build.add_argument("--out", type=Path, required=True, metavar="BUNDLE")
-    build.add_argument("--kind", choices=("model", "adapter", "draft"), default="model")
-    build.add_argument(
-        "--requires", action="append", default=[], metavar="NAME[=DIGEST]", help="of an adapter or draft"
-    )
     build.add_argument(
         "--licence", default="", metavar="SPDX", help="SPDX expression (default: of the model card)"
     )
     build.add_argument("--licence-file", type=Path, action="append", default=[], metavar="FILE", help="its text")
-    build.add_argument("--accept-licence", action="store_true", help="an operator must accept it before first use")
     build.add_argument("--attest", type=Path, action="append", default=[], metavar="FILE", help="carried as it is")
     build.add_argument(
-        "--target", action="append", default=[], metavar="APPLIANCE", help="only for this appliance"
+        "--target",
+        action="append",
+        default=[],
+        metavar="APPLIANCE",
+        help="only the appliance with this name (its `cloister init --site`) imports it; may be repeated",
     )
-    build.add_argument("--expires-days", type=int, metavar="N", help="not importable after N days")
+    build.add_argument("--expires-days", type=days, metavar="N", help="not importable after N days")
     _add_signing(build, required=False)
     build.set_defaults(run=_build)
 
@@ -92,7 +97,7 @@ def _build(args: argparse.Namespace) -> int:
         signers = sign(args.out, signing, report=report) if signing else ()
     value = {"bundle": str(args.out), "signers": signers, **_facts(manifest)}
     state = f"signed by {len(signers)} release key(s)" if signers else "not signed yet: cloister bundle sign"
-    emit(args, value, f"{args.out}: {manifest.reference}, {size(manifest.total_size)}, {state}")
+    emit(args, value, f"{printable(str(args.out))}: {manifest.reference}, {size(manifest.total_size)}, {state}")
     return 0
 
 
@@ -104,17 +109,25 @@ def _sign(args: argparse.Namespace) -> int:
         signers = sign(args.bundle, signing, report=report)
     threshold = signing.root.roles["release"].threshold
     value = {"bundle": str(args.bundle), "signers": signers, "threshold": threshold}
-    emit(args, value, f"{args.bundle}: signed by {len(signers)} release key(s), {threshold} must sign")
+    emit(
+        args,
+        value,
+        f"{printable(str(args.bundle))}: signed by {len(signers)} release key(s), {threshold} must sign",
+    )
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
+    from datetime import UTC, datetime
+
     from bundles.trust import roots
+    from bundles.trust.policy import Site
     from bundles.verify import verify
 
     root = roots.load(args.root)
+    site = Site(datetime.now(UTC), appliance=args.appliance)
     with _progress(args) as report:
-        verified = verify(args.bundle, root, report=report)
+        verified = verify(args.bundle, root, site=site, report=report)
     emit(args, {"verified": True, **_proof(verified), **_facts(verified.manifest)}, _describe_proof(verified))
     return 0
 
@@ -139,18 +152,15 @@ def _inspect(args: argparse.Namespace) -> int:
 def _release(args: argparse.Namespace) -> "Release":
     from datetime import UTC, datetime, timedelta
 
-    from bundles.build import Release, requirement
+    from bundles.build import Release
 
     now = datetime.now(UTC)
     return Release(
         name=args.name,
         version=args.version,
         sequence=args.sequence,
-        kind=args.kind,
-        requires=tuple(map(requirement, args.requires)),
         licence=args.licence,
         licence_files=tuple(args.licence_file),
-        accept_licence=args.accept_licence,
         attestations=tuple(args.attest),
         targets=tuple(args.target),
         expires=None if args.expires_days is None else now + timedelta(days=args.expires_days),
@@ -228,6 +238,7 @@ def _describe(manifest: "Manifest") -> str:
     facts = [
         ("bundle", f"{manifest.reference} ({manifest.kind}), sequence {manifest.sequence}"),
         ("issued", manifest.issued_at + (f", expires {manifest.expires}" if manifest.expires else "")),
+        ("for", ", ".join(manifest.targets) or "any appliance"),
         ("model", f"{model.architecture}, {model.dtype}, {model.parameters:,} parameters"),
         ("context", f"{model.max_context_tokens:,} tokens"),
         ("licence", ", ".join(f"{licence.spdx} ({licence.member})" for licence in manifest.licences)),

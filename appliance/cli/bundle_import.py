@@ -3,13 +3,12 @@
 import argparse
 from pathlib import Path
 
-import grpc
-
+from appliance.cli.failure import UsageError
 from appliance.cli.output import emit, plain, printable, size, table
 from appliance.cli.progress import ProgressBar
 from appliance.client.admin import AdminClient
-from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
+from bundles.format.errors import BundleError
 
 Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns has no public name
 
@@ -24,18 +23,21 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
 
 def _import(args: argparse.Namespace) -> int:
     path = args.path.absolute()
+    try:
+        request = admin_pb2.ImportBundleRequest(path=str(path))
+    except ValueError:  # of a folder above, which nobody typed
+        raise UsageError(f"{path} is not UTF-8; import the bundle from another folder") from None
     bar = ProgressBar()
     last = admin_pb2.ImportBundleResponse()
     try:
         with AdminClient(args.home) as admin:
-            for last in admin.models.ImportBundle(admin_pb2.ImportBundleRequest(path=str(path))):
+            for last in admin.models.ImportBundle(request):
                 bar.update(last.state, last.bytes_done, last.bytes_total, last.file)
     finally:
         bar.close()
     if last.state != "committed":
-        code = last.reason or "IMPORT_INCOMPLETE"
         message = last.message or f"the import of {path} ended in state {last.state or 'unknown'}; import it again"
-        raise CloisterError(code, message, grpc.StatusCode.FAILED_PRECONDITION)
+        raise BundleError(last.reason or "IMPORT_INCOMPLETE", message)
     emit(args, plain(last), _done(last))
     return 0
 

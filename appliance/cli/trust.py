@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from appliance.cli.arguments import days
 from appliance.cli.output import emit, printable, table
 
 if TYPE_CHECKING:
@@ -20,7 +21,9 @@ def register(parser: argparse.ArgumentParser) -> None:
         "init", help="make one root, release and publisher key, and the root of trust over them"
     )
     init.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    init.add_argument("--days", type=int, default=3650, help="how long the root is valid (default 3650)")
+    init.add_argument(
+        "--days", type=days, default=3650, metavar="N", help="how long the root is valid (default 3650)"
+    )
     init.set_defaults(run=_init)
     show = verbs.add_parser("show", help="roles, thresholds and fingerprints of a root of trust")
     show.add_argument("file", type=Path, metavar="ROOT.json")

@@ -98,6 +98,7 @@ def _fill(home: Home, plan: Plan) -> dict[str, str]:
     _fill_gateway(home.root / "gateway", authority, plan.listen_names)
     if plan.root is not None:
         write_secret(home.root / "trust" / "1.root.json", plan.root)
+    write_secret(home.root / "trust" / "site", plan.site.encode() + b"\n")
     _fill_database(home, plan)
     facts = {
         "site": plan.site,

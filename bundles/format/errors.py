@@ -1,4 +1,31 @@
-"""The one error of the bundle format: why a bundle is refused."""
+"""The one error of the bundle format: why a bundle is refused, and the exit status each refusal has."""
+
+FAILED, BAD_USAGE, REFUSED = 1, 2, 3
+
+# Everything else is verification, policy or tampering, and REFUSED: so is a code that this version does not know.
+_FAILED = frozenset(
+    {
+        "SOURCE_UNREADABLE",
+        "SOURCE_NOT_FILE",
+        "SOURCE_CHANGED",
+        "KEY_UNREADABLE",
+        "ROOT_UNREADABLE",
+        "STORE_SPACE",
+        "STORE_IO",
+        "LEDGER_NEWER",
+        "INTERRUPTED",
+        "IMPORT_INCOMPLETE",
+        "INTERNAL",
+    }
+)
+_BAD_USAGE = frozenset({"RELEASE_INVALID", "ALREADY_SIGNED"})
+
+
+def exit_status_of(code: str) -> int:
+    """The exit status of a command line that ends with `code`: 1 failed, 2 bad usage, 3 refused."""
+    if code in _FAILED:
+        return FAILED
+    return BAD_USAGE if code in _BAD_USAGE else REFUSED
 
 
 class BundleError(Exception):
@@ -10,9 +37,8 @@ class BundleError(Exception):
         exit_status: of a command line that ends with it.
     """
 
-    exit_status = 3
-
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+        self.exit_status = exit_status_of(code)

@@ -54,12 +54,25 @@ Version = Annotated[str, Field(pattern=r"^[0-9A-Za-z](?:[0-9A-Za-z.+_-]{0,62}[0-
 Time = Annotated[str, AfterValidator(_checked_time)]
 Text = Annotated[str, Field(max_length=4096)]
 Size = Annotated[int, Field(ge=0, le=MAX_TOTAL)]
+Sequence = Annotated[int, Field(gt=0, lt=2**53)]
+Target = Annotated[str, Field(min_length=1, max_length=128)]
+Spdx = Annotated[str, Field(min_length=1, max_length=128)]
 Kind = Literal["model", "adapter", "draft"]
 Role = Literal["weights", "weights-index", "config", "tokenizer", "template", "licence", "document"]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+
+class Statement(_Strict):
+    """What a person types of a release; `build` refuses it early."""
+
+    name: Name
+    version: Version
+    sequence: Sequence
+    targets: tuple[Target, ...]
+    spdx: Spdx
 
 
 class Requirement(_Strict):
@@ -108,9 +121,9 @@ class Document(_Strict):
 
 
 class Licence(Document):
-    """A licence: its SPDX expression, and whether an operator must accept it before first use."""
+    """A licence and its SPDX expression; `accept`, to ask an operator before first use, is reserved and false."""
 
-    spdx: Annotated[str, Field(min_length=1, max_length=128)]
+    spdx: Spdx
     accept: bool
 
 
@@ -146,14 +159,14 @@ class Manifest(_Strict):
     kind: Kind
     name: Name
     version: Version
-    sequence: Annotated[int, Field(gt=0, lt=2**53)]
+    sequence: Sequence
     issued_at: Time
     not_before: Time
     expires: Time | None
     min_engine: Annotated[str, Field(pattern=r"^[0-9]{1,6}(\.[0-9]{1,6}){0,2}$")]
     supersedes: Digest | None
     base: Digest | None
-    targets: tuple[Annotated[str, Field(min_length=1, max_length=128)], ...]
+    targets: tuple[Target, ...]
     requires: tuple[Requirement, ...]
     model: Model
     resources: Resources
@@ -193,7 +206,7 @@ def parse(raw: bytes) -> Manifest:
 
     Raises:
         BundleError: MANIFEST_TOO_LARGE, MANIFEST_SCHEMA, MANIFEST_CRITICAL, MANIFEST_FILES, MANIFEST_SIZES,
-            MANIFEST_DOCUMENTS, MANIFEST_REQUIRES, BUNDLE_VOLUMES, BASE_ABSENT, LICENCE_MISSING; the JSON and PATH
+            MANIFEST_DOCUMENTS, BUNDLE_VOLUMES, BASE_ABSENT, LICENCE_MISSING, LICENCE_ACCEPTANCE; the JSON and PATH
             codes.
     """
     if len(raw) > MAX_MANIFEST:
@@ -219,10 +232,6 @@ def _check_scope(manifest: Manifest) -> None:
     if manifest.base is not None:
         raise BundleError(
             "BASE_ABSENT", "the bundle holds only what changed since another; carry in the whole one"
-        )
-    if bool(manifest.requires) != (manifest.kind != "model"):
-        raise BundleError(
-            "MANIFEST_REQUIRES", f"a bundle of kind {manifest.kind} must say what it requires, or not"
         )
 
 
@@ -254,6 +263,8 @@ def _check_documents(manifest: Manifest) -> None:
         raise BundleError("MANIFEST_DOCUMENTS", "a document is listed twice or in the wrong folder")
     if not manifest.licences:
         raise BundleError("LICENCE_MISSING", "the manifest names no licence; every bundle states one")
+    if any(licence.accept for licence in manifest.licences):
+        raise BundleError("LICENCE_ACCEPTANCE", "the licence asks for an acceptance; that needs a newer Cloister")
 
 
 def media_type_of(path: str) -> str:

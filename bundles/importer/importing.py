@@ -59,12 +59,20 @@ class Workplace:
     def open(cls, home: Path, inspector: Inspector | None = None) -> "Workplace":
         """The workplace in a home directory, cleared of what a dead process left.
 
+        `trust/site`, which init writes, has the appliance's name.
+
         Raises:
             BundleError: FLOORS_DAMAGED, LEDGER_NEWER.
         """
         store = Store(home / "store")
         (home / "trust").mkdir(mode=0o700, exist_ok=True)
-        place = cls(home / "trust", store, Ledger(home / "store" / "store.db"), inspector or Inspector())
+        place = cls(
+            home / "trust",
+            store,
+            Ledger(home / "store" / "store.db"),
+            inspector or Inspector(),
+            appliance=_site_name(home / "trust" / "site"),
+        )
         place.ledger.reject_unfinished()
         store.sweep((version.name, version.sequence) for version in place.ledger.versions())
         floors.save(place.trust / "floors.json", place.floors())
@@ -83,6 +91,14 @@ class Workplace:
         """What a manifest is judged against now."""
         held = self.floors()
         return Site(self.now(), held.clock, tuple(held.models.items()), self.appliance)
+
+
+def _site_name(path: Path) -> str:
+    """The name in the file; empty when there is none."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return ""
 
 
 def import_bundle(place: Workplace, import_id: str, path: Path, report: Report) -> Progress:

@@ -139,27 +139,39 @@ class Site:
         now: the clock.
         clock_floor: a moment that has surely passed: the newest accepted `issued_at`.
         floors: by model name.
-        appliance: this appliance's name; empty where it has none.
+        appliance: this appliance's name, empty where it has none; None leaves targets unjudged.
     """
 
     now: datetime
     clock_floor: datetime | None = None
     floors: tuple[tuple[str, Floor], ...] = ()
-    appliance: str = ""
+    appliance: str | None = None
 
 
 def check_policy(verified: Verified, site: Site) -> None:
     """Refuse a well-signed manifest that is not for here and now.
 
     Raises:
-        BundleError: WRONG_PRODUCT, WRONG_TARGET, ENGINE_TOO_OLD, CLOCK_BEHIND, NOT_YET_VALID, BUNDLE_EXPIRED,
-            ROLLBACK_REFUSED, SEQUENCE_REUSED.
+        BundleError: WRONG_PRODUCT, KIND_UNSUPPORTED, REQUIRES_UNMET, WRONG_TARGET, ENGINE_TOO_OLD,
+            CLOCK_BEHIND, NOT_YET_VALID, BUNDLE_EXPIRED, ROLLBACK_REFUSED, SEQUENCE_REUSED.
     """
     manifest = verified.manifest
     if manifest.product != manifests.PRODUCT:
         raise BundleError("WRONG_PRODUCT", f"the bundle is for {manifest.product!a}")
-    if manifest.targets and site.appliance not in manifest.targets:
-        raise BundleError("WRONG_TARGET", "the bundle is for other appliances; ask for one for this")
+    if manifest.kind != "model":
+        raise BundleError(
+            "KIND_UNSUPPORTED", f"the bundle holds a {manifest.kind}; this version takes models only"
+        )
+    if manifest.requires:
+        raise BundleError(
+            "REQUIRES_UNMET", f"the bundle needs {manifest.requires[0].name}; this version combines no models"
+        )
+    if site.appliance is not None and manifest.targets and site.appliance not in manifest.targets:
+        raise BundleError(
+            "WRONG_TARGET",
+            f"the bundle is for {manifest.targets[0]!a}{' and others' if len(manifest.targets) > 1 else ''}, not "
+            f"for this appliance, {site.appliance!a}; ask for one for this",
+        )
     if _numbers(manifest.min_engine) > _numbers(ENGINE_VERSION):
         raise BundleError("ENGINE_TOO_OLD", f"the bundle needs Cloister {manifest.min_engine}; upgrade first")
     _check_time(manifest, site)

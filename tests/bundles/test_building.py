@@ -31,7 +31,15 @@ def test_building_refuses_what_importing_would(tmp_path: Path) -> None:
         assert not out.exists()
         return error.value.code
 
-    assert code(name="Bad Name") == "MANIFEST_SCHEMA"
+    for wrong in (
+        {"name": "Bad Name"},
+        {"version": "a b"},
+        {"sequence": 0},
+        {"sequence": 2**53},
+        {"targets": ("",)},
+        {"licence": "x" * 129},
+    ):
+        assert code(**wrong) == "RELEASE_INVALID"
     (model / "evil.py").write_text("")
     assert code() == "CONTENT_CODE"
     (model / "evil.py").unlink()
@@ -77,9 +85,24 @@ def test_signing_refuses_a_key_without_the_role_and_a_damaged_bundle(bundle: Pat
     replace_member(bundle, chunk, lambda raw: b"!" + raw[1:])
     before = bundle.read_bytes()
     with pytest.raises(BundleError, match="CHUNK_DIGEST"):
-        sign(bundle, trust.signing())
+        sign(bundle, Signing(trust.root, (trust.release_key,)))
     assert bundle.read_bytes() == before
     assert [p.name for p in bundle.parent.iterdir()] == [bundle.name]
+
+
+def test_a_new_publisher_s_signature_never_drops_release_signatures(bundle: Path, trust: Trust) -> None:
+    before = bundle.read_bytes()
+    there = dict(members_of(bundle))["oms.sig"]
+    resources = [
+        oms.Resource(f.path, f.sha256) for f in verify(bundle, trust.root, inspector=INSPECTOR).manifest.files
+    ]
+    other = oms.sign_model("tiny", resources, trust.publisher_key)
+    for signing in (trust.signing(), Signing(trust.root, (trust.release_key,), oms=other)):
+        with pytest.raises(BundleError, match="ALREADY_SIGNED"):
+            sign(bundle, signing)
+    assert bundle.read_bytes() == before
+    sign(bundle, Signing(trust.root, (trust.release_key,), oms=there))
+    verify(bundle, trust.root, inspector=INSPECTOR)
 
 
 def test_equal_and_empty_files_travel(tmp_path: Path, trust: Trust) -> None:

@@ -7,7 +7,9 @@ import pytest
 
 from appliance.cli.main import main
 from bundles.content import inspector
-from tests.bundles.making import INSPECTOR, make_model, members_of, replace_member
+from bundles.format.errors import exit_status_of
+from bundles.trust.keys import new_private_key, save_private_key
+from tests.bundles.making import INSPECTOR, make_model, make_root, members_of, replace_member
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +120,84 @@ def test_signing_without_a_root_is_bad_usage(
     assert _run("bundle", "build", *words, "--release-key", keys / "release.key") == 2
     assert not (tmp_path / "b").exists()
     assert "--root" in capsys.readouterr().err
+
+
+def test_two_holders_of_release_keys_sign_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = {name: new_private_key("ed25519") for name in ("root", "first", "second")}
+    made["publisher"] = new_private_key("ecdsa-sha2-nistp384")
+    for name, key in made.items():
+        save_private_key(key, tmp_path / f"{name}.key")
+    roles = {
+        "root": [made["root"]],
+        "release": [made["first"], made["second"]],
+        "publisher": [made["publisher"]],
+    }
+    root = tmp_path / "root.json"
+    root.write_bytes(make_root(1, roles, {"release": 2}).raw)
+    out = _build(tmp_path)
+    publisher = ("--publisher-key", tmp_path / "publisher.key")
+    first, second = (("--release-key", tmp_path / f"{name}.key") for name in ("first", "second"))
+    assert _json(capsys, "bundle", "sign", out, "--root", root, *publisher, *first)["threshold"] == 2
+    assert _run("bundle", "sign", out, "--root", root, *publisher, *second) == 2
+    assert "error: ALREADY_SIGNED: " in capsys.readouterr().err
+    assert _run("bundle", "verify", out, "--root", root) == 3
+    assert "SIGNATURE_THRESHOLD" in capsys.readouterr().err
+    assert len(_signers(_json(capsys, "bundle", "sign", out, "--root", root, *second))) == 2
+    assert len(_signers(_json(capsys, "bundle", "verify", out, "--root", root))) == 2
+
+
+def _signers(value: dict[str, object]) -> list[str]:
+    signers = value["signers"]
+    assert isinstance(signers, list)
+    return signers
+
+
+def test_a_target_is_told_and_judged_where_an_appliance_is_named(
+    tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = _build(tmp_path, "--target", "ward-3", *_signing(keys))
+    verify = ("bundle", "verify", out, "--root", keys / "root.json")
+    capsys.readouterr()
+    assert _run(*verify) == 0
+    assert "for:      ward-3" in capsys.readouterr().out
+    assert _run(*verify, "--appliance", "ward-3") == 0
+    assert _run(*verify, "--appliance", "ward-4") == 3
+    assert "error: WRONG_TARGET: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-5", "36501", "99999999", "1e3", "\u0665x"])
+def test_a_number_of_days_beyond_reason_is_bad_usage_and_leaves_nothing(tmp_path: Path, number: str) -> None:
+    model = make_model(tmp_path / "m")
+    words = ("--model", model, "--name", "x", "--version", "1", "--sequence", "1", "--out", tmp_path / "b")
+    for command in (
+        ("trust", "init", "--out", tmp_path / "keys", f"--days={number}"),
+        ("bundle", "build", *words, f"--expires-days={number}"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            _run(*command)
+        assert ended.value.code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_an_exit_status_tells_a_failure_from_a_slip_from_a_refusal(
+    tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = ("--root", keys / "root.json")
+    model = make_model(tmp_path / "m")
+
+    def build(name: str, sequence: str, model: Path = model) -> int:
+        words = ("--name", name, "--version", "1", "--sequence", sequence, "--out", tmp_path / "b")
+        return _run("bundle", "build", "--model", model, *words)
+
+    assert _run("bundle", "verify", tmp_path / "absent", *root) == 1
+    assert _run("bundle", "verify", tmp_path, *root) == 1
+    assert _run("trust", "show", tmp_path / "absent") == 1
+    assert build("Bad Name", "1") == build("x", "0") == build("x", str(2**53)) == 2
+    assert build("x", "1", tmp_path / "absent") == 1
+    (model / "evil.py").write_text("")
+    assert build("x", "1") == 3
+    assert "INTERNAL" not in capsys.readouterr().err
+    codes = ("STORE_SPACE", "STORE_IO", "INTERRUPTED", "INTERNAL", "ROLLBACK_REFUSED", "UNSUPPORTED_ARCHITECTURE")
+    assert [exit_status_of(code) for code in codes] == [1, 1, 1, 1, 3, 3]

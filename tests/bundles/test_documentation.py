@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from bundles.format.errors import exit_status_of
 from bundles.trust import dsse
 from tests.bundles.making import (
     members_of,
@@ -33,3 +34,15 @@ def test_every_refusal_in_the_code_is_in_the_documentation() -> None:
     codes = set(re.findall(r'"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+|BASE64)"', sources)) - _NOT_REFUSALS
     documented = (root / "docs" / "bundle-format.md").read_text()
     assert sorted(code for code in codes if f"`{code}`" not in documented) == []
+
+
+def test_the_documentation_has_the_exit_status_of_every_code() -> None:
+    refusals = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text().partition("## Refusals")[2]
+    statuses = refusals.partition("The table is")[0]
+    failed, _, slips = statuses.partition("nothing was judged:")[2].partition("with 2 where")
+    for text, status in ((failed, 1), (slips, 2)):
+        codes = re.findall("`([A-Z_]+)`", text)
+        assert codes
+        assert {exit_status_of(code) for code in codes} == {status}
+    listed = set(re.findall("`([A-Z][A-Z0-9_]+)`", refusals))
+    assert {c for c in listed if exit_status_of(c) != 3} == set(re.findall("`([A-Z_]+)`", statuses))

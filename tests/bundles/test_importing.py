@@ -195,6 +195,19 @@ def test_what_fails_after_the_commit_does_not_take_it_back(
     again.ledger.close()
 
 
+def test_a_bundle_for_this_appliance_is_imported_and_one_for_another_is_not(
+    place: Workplace, home: Path, tmp_path: Path, trust: Trust
+) -> None:
+    path = make_bundle(tmp_path / "b", trust, targets=("ward-3",))
+    assert _import(place, path).reason == "WRONG_TARGET", "an appliance without a name is nobody's target"
+    place.ledger.close()
+    for name, expected in (("ward-4", State.REJECTED), ("ward-3", State.COMMITTED)):
+        (home / "trust" / "site").write_text(f"{name}\n")
+        named = Workplace.open(home, INSPECTOR)
+        assert _import(named, path).state is expected
+        named.ledger.close()
+
+
 def test_a_damaged_bundle_leaves_nothing_that_could_be_loaded(place: Workplace, bundle: Path, home: Path) -> None:
     chunk = [name for name, _ in members_of(bundle) if name.startswith("c/")][-1]
     replace_member(bundle, chunk, lambda raw: b"!" + raw[1:])

@@ -39,12 +39,11 @@ from tests.bundles.making import (
 )
 
 Change = Callable[[dict[str, Any]], None]
-_NOT_REFUSALS = {"LC_ALL", "VIRTUAL_ENV", "F8_E4M3", "F8_E5M2", "F8_E8M0"}
 
 
 def _refusal(path: Path, root: Root, site: Site | None = None) -> str:
     with pytest.raises(BundleError) as error:
-        verify(path, root, site=site, inspector=INSPECTOR)
+        verify(path, root, site=site or Site(datetime.now(UTC), appliance="here"), inspector=INSPECTOR)
     return error.value.code
 
 
@@ -241,8 +240,10 @@ def _path(name: str) -> Change:
         (lambda m: m.update(critical=["new-rule"], extra=1), "MANIFEST_CRITICAL"),
         (lambda m: m.update(base="0" * 64), "BASE_ABSENT"),
         (lambda m: m.update(volumes=[{"index": 1, "chunks": 1}]), "BUNDLE_VOLUMES"),
-        (lambda m: m.update(kind="adapter"), "MANIFEST_REQUIRES"),
-        (lambda m: m.update(requires=[{"name": "x", "model_digest": None}]), "MANIFEST_REQUIRES"),
+        (lambda m: m.update(kind="adapter"), "KIND_UNSUPPORTED"),
+        (lambda m: m.update(kind="draft", requires=[{"name": "x", "model_digest": None}]), "KIND_UNSUPPORTED"),
+        (lambda m: m.update(requires=[{"name": "x", "model_digest": None}]), "REQUIRES_UNMET"),
+        (lambda m: m["licences"][0].update(accept=True), "LICENCE_ACCEPTANCE"),
         (lambda m: m.update(licences=[]), "LICENCE_MISSING"),
         (lambda m: m["licences"][0].update(member="licence/../../x"), "MANIFEST_SCHEMA"),
         (lambda m: m["licences"][0].update(member="attest/x"), "MANIFEST_DOCUMENTS"),
@@ -349,6 +350,16 @@ def test_floors_refuse_the_old_the_other_and_the_early(bundle: Path, trust: Trus
     verify(bundle, trust.root, site=same, inspector=INSPECTOR)
     assert _refusal(bundle, trust.root, Site(now, clock_floor=now + timedelta(days=2))) == "CLOCK_BEHIND"
     assert _refusal(bundle, trust.root, Site(now + timedelta(days=4000))) == "ROOT_EXPIRED"
+
+
+def test_a_bundle_for_named_appliances_is_for_them_alone(tmp_path: Path, trust: Trust) -> None:
+    path = make_bundle(tmp_path / "b", trust, targets=("ward-3", "ward-4"))
+    now = datetime.now(UTC)
+    assert _refusal(path, trust.root, Site(now, appliance="ward-5")) == "WRONG_TARGET"
+    assert _refusal(path, trust.root, Site(now, appliance="")) == "WRONG_TARGET"
+    verify(path, trust.root, site=Site(now, appliance="ward-4"), inspector=INSPECTOR)
+    manifest = verify(path, trust.root, inspector=INSPECTOR).manifest
+    assert manifest.targets == ("ward-3", "ward-4"), "who verifies without a name is told whom it is for"
 
 
 def test_a_bundle_that_expires_is_refused_from_that_moment(tmp_path: Path, trust: Trust) -> None:
