@@ -37,34 +37,34 @@ async def house() -> AsyncIterator[House]:
 
 
 @asynccontextmanager
-async def process(home: Path, *arguments: str) -> AsyncIterator[asyncio.subprocess.Process]:
-    """`python -m appliance.gateway`, ended with the test."""
-    started = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "appliance.gateway", "--home", str(home), *arguments,
-        stderr=asyncio.subprocess.PIPE, env=child_environment(home / "notify"),
-    )  # fmt: skip
-    try:
-        yield started
-    finally:
-        if started.returncode is None:
-            started.kill()
-            await started.wait()
+async def process(home: Path, listen: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, socket.socket]]:
+    """`python -m appliance.gateway`, ended with the test, and where it says READY."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        notify.bind(str(home / "notify"))
+        started = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "appliance.gateway", "--home", str(home), "--listen", listen,
+            stderr=asyncio.subprocess.PIPE, env=child_environment(home / "notify"),
+        )  # fmt: skip
+        try:
+            yield started, notify
+        finally:
+            if started.returncode is None:
+                started.kill()
+                await started.wait()
 
 
 @asynccontextmanager
 async def running(house: House) -> AsyncIterator[tuple[asyncio.subprocess.Process, AsyncClient]]:
     """The process once it said READY, and a client of the address it reported to control."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-        notify.bind(str(house.home / "notify"))
-        async with process(house.home, "--listen", "127.0.0.1:0") as started:
-            assert await asyncio.to_thread(notify.recv, 100) == b"READY=1"
-            await house.control.arrived["Heartbeat"].wait()
-            address = house.control.asked("Heartbeat")[0].address
-            client = AsyncClient(
-                address, ca=AUTHORITY.pem, certificate=CLIENT.certificate, key=CLIENT.key, api_key=API_KEY
-            )
-            async with client:
-                yield started, client
+    async with process(house.home, "127.0.0.1:0") as (started, notify):
+        assert await asyncio.to_thread(notify.recv, 100) == b"READY=1"
+        await house.control.arrived["Heartbeat"].wait()
+        address = house.control.asked("Heartbeat")[0].address
+        client = AsyncClient(
+            address, ca=AUTHORITY.pem, certificate=CLIENT.certificate, key=CLIENT.key, api_key=API_KEY
+        )
+        async with client:
+            yield started, client
 
 
 async def test_it_serves_and_sigterm_finishes_what_runs_and_exits_0(house: House) -> None:
@@ -122,15 +122,15 @@ async def test_a_port_that_is_taken_is_named(house: House) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         listen = f"127.0.0.1:{taken.getsockname()[1]}"
-        async with process(house.home, "--listen", listen) as gateway:
+        async with process(house.home, listen) as (gateway, _):
             _, written = await gateway.communicate()
     assert gateway.returncode == 1
     assert f"LISTEN_FAILED: cannot listen on {listen}" in written.decode()
 
 
 async def test_a_home_without_certificates_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    async with process(tmp_path, "--listen", "127.0.0.1:0") as gateway:
-        _, written = await gateway.communicate()
+    async with process(tmp_path, "127.0.0.1:0") as (gateway, _):
+        _out, written = await gateway.communicate()
     assert gateway.returncode == 1
     assert "NOT_INITIALISED" in written.decode()
     assert "cloister init" in written.decode()
