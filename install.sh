@@ -26,7 +26,8 @@ usage: ./install.sh --demo [--keep] [--seed N]
   --test   set up .venv with the test tools, then run all checks and all tests.
 
 Needs Python 3.11 or newer and either a package index or a folder wheels/ beside this file.
-Writes nothing outside this checkout. PYTHON=/path/to/python3 chooses the interpreter.
+Keeps to this checkout, but for temporary files in /tmp while it runs.
+PYTHON=/path/to/python3 chooses the interpreter.
 USAGE
 }
 
@@ -75,6 +76,9 @@ is_installed() {
 }
 
 make_venv() {
+  if [[ -e $VENV && ! -f $VENV/pyvenv.cfg && ! -f $VENV/install.log ]]; then
+    fail "$VENV is there and is no virtual environment" "move it away, then run this again"
+  fi
   if [[ -e $VENV ]] && ! is_new_enough "$VENV/bin/python"; then
     say "  .venv is not usable any more; making it anew"
     rm -rf "$VENV"
@@ -199,10 +203,21 @@ run_tests() {
   setup test
   cd "$ROOT"
   "$VENV/bin/python" .ci/gates.py
-  exec "$VENV/bin/python" -m pytest "$@"
+  local status=0
+  "$VENV/bin/python" -m pytest "$@" || status=$?
+  rmdir "${TMPDIR:-/tmp}/pytest-of-$(id -un)" 2>/dev/null || true  # pytest leaves it empty
+  exit $status
+}
+
+# What the tools remember between runs lies in .venv, and goes with it.
+keep_caches_here() {
+  export XDG_CACHE_HOME=$VENV/cache
+  export BUF_CACHE_DIR=$XDG_CACHE_HOME/buf HF_HOME=$XDG_CACHE_HOME/huggingface TRITON_HOME=$XDG_CACHE_HOME
+  export TORCHINDUCTOR_CACHE_DIR=$XDG_CACHE_HOME/torchinductor
 }
 
 main() {
+  keep_caches_here
   case ${1-} in
   --demo) shift && demo "$@" ;;
   --test) shift && run_tests "$@" ;;

@@ -1,15 +1,17 @@
 """The appliance of one demo: where it lives, its commands, and proof that nothing of it is left running."""
 
+import contextlib
 import fcntl
 import os
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 CLOISTER = Path(sys.executable).with_name("cloister")
 START_LIMIT_S = 90.0
 STOP_LIMIT_S = 90.0
+# Where a demo lives whose checkout has too long a path, and the file in the checkout that says so.
+_TEMPORARY, _PREFIX, _WHERE = Path("/tmp"), "cl-demo-", "where"  # noqa: S108  # made by mkdtemp, for this user alone
 
 
 class CommandError(Exception):
@@ -38,14 +42,15 @@ class Machine:
     """
 
     def __init__(self) -> None:
-        self.folder = ROOT / ".demo"
-        _stop_earlier(self.folder / "home")
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self.elsewhere = socket_room(self.folder / "home") < 0
+        self.folder = beside = ROOT / ".demo"
+        self.elsewhere = socket_room(beside / "home") < 0
+        for earlier in (*_recorded(beside), beside):
+            _stop_earlier(earlier / "home")
+            shutil.rmtree(earlier, ignore_errors=True)
+        beside.mkdir(mode=0o700)
         if self.elsewhere:
-            self.folder = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))
-        else:
-            self.folder.mkdir(mode=0o700)
+            self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_TEMPORARY))
+            (beside / _WHERE).write_text(str(self.folder))
         self.home = self.folder / "home"
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -130,12 +135,22 @@ class Machine:
         return found
 
     def tidy(self) -> None:
-        """Remove a folder that is not in the checkout."""
+        """Remove a folder that is not in the checkout. What is left by other ways, the next demo removes."""
         if self.elsewhere:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "CLOISTER_HOME": str(self.home)}
+
+
+def _recorded(beside: Path) -> Iterator[Path]:
+    """Where an earlier demo of this checkout lived, if not in it; only a folder that a demo can have made."""
+    with contextlib.suppress(OSError):
+        earlier = Path((beside / _WHERE).read_text())
+        facts = earlier.lstat()
+        ours = stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.getuid()
+        if ours and earlier.parent == _TEMPORARY and earlier.name.startswith(_PREFIX):
+            yield earlier
 
 
 def _received(notify: socket.socket) -> bool:

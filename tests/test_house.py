@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -114,3 +115,31 @@ def test_install_names_the_remedy_when_there_is_no_python(tmp_path: Path) -> Non
     assert "error: no Python 3.11 or newer found" in done.stderr
     assert "PYTHON=/path/to/python3" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_install_removes_no_folder_that_it_did_not_make(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    for name in ("install.sh", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    mine = tmp_path / ".venv"
+    make(mine)
+    done = subprocess.run(["bash", tmp_path / "install.sh", "--demo"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{mine} is there and is no virtual environment" in done.stderr
+    assert mine.exists()
+
+
+def test_the_caches_of_every_tool_lie_in_the_checkout(tmp_path: Path) -> None:
+    """What install.sh exports is what every tool it starts is told about its cache."""
+    text = (ROOT / "install.sh").read_text()
+    (tmp_path / "install.sh").write_text(text.replace('  "")\n', '  env) env ;;\n  "")\n', 1))
+    done = subprocess.run(
+        ["bash", tmp_path / "install.sh", "env"],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    exported = dict(line.split("=", 1) for line in done.stdout.splitlines())
+    for name in ("XDG_CACHE_HOME", "BUF_CACHE_DIR", "HF_HOME", "TRITON_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        assert exported[name].startswith(f"{tmp_path}/.venv/cache")
