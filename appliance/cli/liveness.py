@@ -17,12 +17,16 @@ from engine.protos import engine_pb2, engine_pb2_grpc
 _CHECK = "processes"
 _ANSWER_S = 3.0
 _ABSENT = "not running"
+_LOGIN, _IMPORTER, _ENGINE_HOST = "login.sock", "importer.sock", "engine-host.sock"
+_STOPPED = Finding(_CHECK, "WARN", "none answers: the appliance is not running", "start it: `cloister serve`")
 _WELL = {"ready", "loading", "draining"}
 
 
 def check(home: Path) -> Finding:
     """Control, importer and engine-host are asked; of the gateway and deployments, control says what it knows."""
     run = home / "run"
+    if not any((run / name).exists() for name in (_LOGIN, _IMPORTER, _ENGINE_HOST)):
+        return _STOPPED
     silent = {name: why for name, why in (("importer", _importer(run)), ("engine-host", _engine_host(run))) if why}
     answered = [name for name in ("importer", "engine-host") if name not in silent]
     try:
@@ -59,7 +63,7 @@ def _finding(home: Path, answered: list[str], silent: dict[str, str], unchecked:
 
 def _importer(run: Path) -> str:
     """Why the importer is not well; empty when it is."""
-    with grpc.insecure_channel(f"unix:{run / 'importer.sock'}") as channel:
+    with grpc.insecure_channel(f"unix:{run / _IMPORTER}") as channel:
         stub = importer_pb2_grpc.ImporterServiceStub(channel)
         try:
             stub.ListModelVersions(importer_pb2.ListModelVersionsRequest(), timeout=_ANSWER_S)
@@ -70,7 +74,7 @@ def _importer(run: Path) -> str:
 
 def _engine_host(run: Path) -> str:
     """The same of engine-host."""
-    with grpc.insecure_channel(f"unix:{run / 'engine-host.sock'}") as channel:
+    with grpc.insecure_channel(f"unix:{run / _ENGINE_HOST}") as channel:
         stub = engine_pb2_grpc.HostServiceStub(channel)
         try:
             stub.GetInventory(engine_pb2.GetInventoryRequest(), timeout=_ANSWER_S)

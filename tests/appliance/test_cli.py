@@ -366,6 +366,7 @@ def test_the_doctor_refuses_a_home_that_others_can_enter(tmp_path: Path) -> None
 def test_the_doctor_refuses_a_home_too_long_for_sockets(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 90)
     assert doctor._sockets(long).level == "FAIL"
+    assert liveness.check(long).found.startswith("none answers")
 
 
 def test_serve_refuses_a_home_that_was_never_initialised(
