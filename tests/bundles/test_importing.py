@@ -137,6 +137,16 @@ def test_a_bit_that_flipped_in_the_store_is_mended_by_importing_the_bundle_again
     assert place.ledger.versions() == (version,)
 
 
+def test_reading_the_store_before_an_import_can_be_interrupted(place: Workplace, bundle: Path) -> None:
+    _import(place, bundle)
+
+    def told(progress: Progress) -> None:
+        if progress.state is State.SIGNED and progress.bytes_done:
+            raise BundleError("INTERRUPTED", "the importer is stopping")
+
+    assert import_bundle(place, "again", bundle, told).reason == "INTERRUPTED"
+
+
 def test_a_damaged_store_is_not_mended_from_a_damaged_bundle(place: Workplace, bundle: Path) -> None:
     _import(place, bundle)
     path = place.store.path_of(str(place.ledger.versions()[0].files[0]["sha256"]))
