@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -18,8 +19,6 @@ ANSWER_S = 15.0
 ADMIT_S = 30.0
 SETTLE_S = 10.0
 RECORD_S = 2.0
-# Refusals being recorded at once; what is beyond goes out unrecorded rather than queueing here.
-_MAX_RECORDING = 64
 _RETRY_FIRST_S, _RETRY_MOST_S, _RETRIES = 0.2, 5.0, 120
 
 Request = TypeVar("Request")
@@ -59,7 +58,7 @@ class ControlClient:
         self._stub = control_pb2_grpc.ControlServiceStub(self._channel)
         self._gateway_id = gateway_id
         self._background = background
-        self._recording = 0
+        self._leases: set[str] = set()
 
     async def authorize(
         self, caller: control_pb2.Caller, method: str, model: str, request_id: str
@@ -78,8 +77,10 @@ class ControlClient:
         return await _ask(self._stub.ListVisibleModels, request, ANSWER_S)
 
     async def admit(self, request: control_pb2.AdmitRequest) -> control_pb2.AdmitResponse:
-        """A lease. Run it shielded: a lease that was given must be settled."""
-        return await _ask(self._stub.Admit, request, ADMIT_S)
+        """A lease, named in each heartbeat until settled. Run it shielded: a lease given must be settled."""
+        admitted = await _ask(self._stub.Admit, request, ADMIT_S)
+        self._leases.add(admitted.lease)
+        return admitted
 
     async def await_intent(self, lease: str) -> None:
         """Return once the intent of `lease` is durable."""
@@ -88,37 +89,38 @@ class ControlClient:
     async def settle(self, request: control_pb2.SettleRequest) -> control_pb2.SettleResponse:
         """Close a lease. When control cannot take it now, that is raised, and tried again in the background."""
         try:
-            return await _ask(self._stub.Settle, request, SETTLE_S)
+            response = await _ask(self._stub.Settle, request, SETTLE_S)
         except CloisterError as error:
             if error.status is grpc.StatusCode.UNAVAILABLE:
                 self._background.spawn(self._settle_later(request))
+            else:
+                self._leases.discard(request.lease)
             raise
+        self._leases.discard(request.lease)
+        return response
 
-    async def record_refusal(self, caller: control_pb2.Caller, method: str, request_id: str, reason: str) -> bool:
+    async def record_refusal(self, request: control_pb2.RecordRefusalRequest) -> bool:
         """Put a refusal of the gateway's own into the audit log, if control takes it in time; whether it did."""
-        if self._recording >= _MAX_RECORDING:
-            return False
-        request = control_pb2.RecordRefusalRequest(
-            caller=caller, method=method, request_id=request_id, reason=reason
-        )
-        self._recording += 1
         try:
             await _ask(self._stub.RecordRefusal, request, RECORD_S)
         except CloisterError as error:
-            log.warning("refusal not recorded", extra={"reason": reason, "code": error.code})
+            log.warning("refusal not recorded yet", extra={"reason": request.reason, "code": error.code})
             return False
-        finally:
-            self._recording -= 1
         return True
 
-    async def heartbeat(self, address: str) -> bool:
-        """Tell control that this process lives and where it listens; whether it heard."""
-        request = control_pb2.HeartbeatRequest(gateway_id=self._gateway_id, address=address)
+    async def heartbeat(self, address: str, limit_s: float) -> Sequence[str] | None:
+        """Tell control that this process lives, where it listens and which leases it has.
+
+        Returns: those of them that control has closed; None when it did not hear.
+        """
+        request = control_pb2.HeartbeatRequest(
+            gateway_id=self._gateway_id, address=address, leases=sorted(self._leases)
+        )
         try:
-            await _ask(self._stub.Heartbeat, request, ANSWER_S)
+            heard = await _ask(self._stub.Heartbeat, request, limit_s)
         except CloisterError:
-            return False
-        return True
+            return None
+        return heard.closed_leases
 
     async def close(self) -> None:
         """Hang up."""
@@ -136,8 +138,10 @@ class ControlClient:
                 if error.status is grpc.StatusCode.UNAVAILABLE:
                     continue
                 log.info("late settlement refused", extra={"code": error.code})
-            return
-        log.error("lease never settled", extra={"tries": _RETRIES})
+            break
+        else:
+            log.error("lease never settled", extra={"tries": _RETRIES})
+        self._leases.discard(request.lease)
 
 
 async def _ask(

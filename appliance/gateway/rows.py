@@ -73,6 +73,14 @@ class Rows:
             self._over.set()
         self._changed.set()
 
+    def cut_off(self, error: CloisterError) -> None:
+        """End the call now, even when the worker's last word only waits for a client that reads slowly."""
+        if self._error is None:
+            self._error = error
+            self._pending.clear()
+            self._changed.set()
+            self.interrupt()
+
     async def next(self) -> engine_pb2.Row:
         """The next row, or all that wait merged into one when there are many.
 

@@ -15,8 +15,11 @@ from appliance.errors import CloisterError
 from appliance.gateway import health
 from appliance.gateway.background import Background
 from appliance.gateway.control import ControlClient
+from appliance.gateway.gate import Gate
+from appliance.gateway.refusals import Refusals
 from appliance.gateway.service import SERVICE, InferenceService
 from appliance.gateway.sessions import Sessions
+from appliance.gateway.streams import Streams
 from appliance.gateway.texts import Texts
 from appliance.gateway.walk import Neighbours
 from appliance.protos import inference_pb2, inference_pb2_grpc
@@ -27,8 +30,12 @@ DRAIN_GRACE_S = 10.0
 # After the grace: calls that were cut off write their status, and their leases are settled.
 _LAST_WORDS_S = 3.0
 
-# A call beyond this many is refused by gRPC itself; the service refuses, with details, well before.
-_MAX_CALLS = 1024
+# Control abandons the leases of a gateway that it has not heard for so long; their streams end here, too.
+SILENCE_S = 5.0
+_BEAT_ANSWER_S = 2.0
+
+# A call beyond this many is refused by gRPC itself; the gate refuses, with details, well before.
+_MAX_CALLS = 16_384
 # Larger than the service's own limit, so that a request that is too large gets an error that says so.
 _MAX_MESSAGE_BYTES = 16 << 20
 _OPTIONS = (
@@ -39,6 +46,7 @@ _OPTIONS = (
     ("grpc.max_concurrent_streams", 256),
     ("grpc.max_allowed_incoming_connections", 4096),
     ("grpc.server_handshake_timeout_ms", 5_000),
+    ("grpc.max_connection_idle_ms", 300_000),
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -69,10 +77,15 @@ class Gateway:
         self._control = ControlClient(home / "run" / "control.sock", secrets.token_hex(16), self._background)
         self._sessions = Sessions()
         self._texts = Texts()
-        near = Neighbours(self._control, self._texts, self._sessions, self._background)
-        self._service = InferenceService(near)
+        self._streams = Streams()
+        near = Neighbours(self._control, self._texts, self._sessions, self._background, self._streams)
+        self._refusals = Refusals(self._control)
+        self._service = InferenceService(near, self._refusals)
         self._health = health.Health((SERVICE, health.SERVICE))
-        self._server = grpc.aio.server(maximum_concurrent_rpcs=_MAX_CALLS, options=_OPTIONS)
+        self._gate = Gate(self._refusals)
+        self._server = grpc.aio.server(
+            interceptors=(self._gate,), maximum_concurrent_rpcs=_MAX_CALLS, options=_OPTIONS
+        )
         self._credentials = server_credentials(home / "gateway")
 
     async def serve(self, process: Process) -> None:
@@ -124,17 +137,31 @@ class Gateway:
         unfinished = await self._background.finish(_LAST_WORDS_S)
         if unfinished:
             log.error("leases not settled", extra={"count": unfinished})
+        await self._refusals.close()
         await self._sessions.close()
         await self._texts.close()
         await self._control.close()
 
     async def _beat(self) -> None:
-        """Keep our leases alive; without control nothing can be answered, and health says so."""
+        """Keep our leases alive, and end the streams of those that control has closed.
+
+        Without control nothing can be answered, health says so, and what is being answered ends in time.
+        """
+        now = asyncio.get_running_loop().time
+        heard = now()
         while True:
-            heard = await self._control.heartbeat(self.address)
+            sent = now()
+            limit_s = max(0.1, min(_BEAT_ANSWER_S, _left(heard, sent)))
+            closed = await self._control.heartbeat(self.address, limit_s)
+            if closed is not None:
+                heard = sent
+                self._streams.cut(closed)
+            elif _left(heard, now()) <= 0:
+                self._streams.cut_all()
             if not self._service.draining:
-                await self._health.set(heard)
-            await asyncio.sleep(HEARTBEAT_S)
+                await self._health.set(closed is not None)
+            pause = _left(heard, now())
+            await asyncio.sleep(min(HEARTBEAT_S, pause) if pause > 0 else HEARTBEAT_S)
 
 
 def server_credentials(folder: Path) -> grpc.ServerCredentials:
@@ -154,6 +181,11 @@ def server_credentials(folder: Path) -> grpc.ServerCredentials:
             grpc.StatusCode.FAILED_PRECONDITION,
         ) from None
     return grpc.ssl_server_credentials([(key, certificate)], clients, require_client_auth=True)
+
+
+def _left(heard: float, now: float) -> float:
+    """Seconds until control takes us for dead."""
+    return heard + SILENCE_S - now
 
 
 def _dialable(host: str) -> str:

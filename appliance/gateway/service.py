@@ -11,7 +11,9 @@ import grpc
 
 from appliance.errors import CloisterError, abort
 from appliance.gateway.control import ControlRefusalError
+from appliance.gateway.gate import PUSHBACK_TRAILER, pushback
 from appliance.gateway.identity import caller_of, check_caller
+from appliance.gateway.refusals import Refusals
 from appliance.gateway.validation import CheckedRequest, check_chat, check_generate, request_id_of
 from appliance.gateway.walk import Event, Neighbours, Walk
 from appliance.protos import control_pb2, inference_pb2_grpc
@@ -19,7 +21,6 @@ from appliance.protos import inference_pb2 as api
 
 SERVICE = "cloister.inference.v1.InferenceService"
 RECEIPT_TRAILER = "cloister-receipt-bin"
-PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
 DEFAULT_DEADLINE_S = 120.0
 MAX_ACTIVE = 512
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -35,8 +36,9 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         draining: new calls are refused.
     """
 
-    def __init__(self, neighbours: Neighbours) -> None:
+    def __init__(self, neighbours: Neighbours, refusals: Refusals) -> None:
         self.draining = False
+        self._refusals = refusals
         self._neighbours = neighbours
         self._active = 0
         self._idle = asyncio.Event()
@@ -68,7 +70,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             visible = await self._neighbours.control.visible_models(caller, method)
         except CloisterError as error:
             await self._record(error, caller, method, "")
-            await abort(context, error, _pushback(error))
+            await abort(context, error, pushback(error))
         return api.ListModelsResponse(
             models=[
                 api.Model(
@@ -140,14 +142,14 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             if walk is not None and walk.admitted:
                 raise _EndedError(error, request_id, ((PUSHBACK_TRAILER, "-1"),)) from None
             await self._record(error, caller, method, request_id)
-            raise _EndedError(error, request_id, _pushback(error)) from None
+            raise _EndedError(error, request_id, pushback(error)) from None
 
     async def _record(
         self, error: CloisterError, caller: control_pb2.Caller, method: str, request_id: str
     ) -> None:
         """Put a refusal of our own on record; control records its own, and one that is gone records nothing."""
         if not isinstance(error, ControlRefusalError) and error.code != "CONTROL_UNAVAILABLE":
-            await self._neighbours.control.record_refusal(caller, method, request_id, error.code)
+            await self._refusals.record(caller, method, request_id, error.code)
 
     def _check_open(self) -> None:
         """Refuse what comes too late, or on top of too much."""
@@ -217,13 +219,6 @@ def _deadline(context: _Context) -> float:
     """On the event loop's clock: the client's, or DEFAULT_DEADLINE_S from now."""
     remaining: float | None = context.time_remaining()
     return asyncio.get_running_loop().time() + (DEFAULT_DEADLINE_S if remaining is None else remaining)
-
-
-def _pushback(error: CloisterError) -> tuple[tuple[str, str], ...]:
-    """When a client that retries by itself should (gRPC A6)."""
-    if error.retry_after is None:
-        return ()
-    return ((PUSHBACK_TRAILER, str(round(error.retry_after.total_seconds() * 1000))),)
 
 
 def _known_id(given: str) -> str:

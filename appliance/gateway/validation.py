@@ -22,6 +22,8 @@ MAX_TEMPERATURE = 100.0
 MAX_STOPS = 16
 MAX_STOP_BYTES = 128
 MAX_MODEL_NAME_BYTES = 256
+# No vocabulary in use has a longer token (cl100k, o200k, Llama 3 and Qwen: 128 spaces).
+MAX_TOKEN_BYTES = 128
 ROLES = ("system", "user", "assistant")
 _UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
@@ -130,6 +132,28 @@ def room_for_answer(asked: int | None, prompt_tokens: int, max_context_tokens: i
             field="stopping.max_tokens" if asked and left >= 1 else None,
         )
     return asked or left
+
+
+def check_length(prompt: engine.PrepareRequest, max_context_tokens: int) -> None:
+    """Refuse a prompt that cannot fit, before anybody tokenises it: a token has `MAX_TOKEN_BYTES` at the most.
+
+    Raises:
+        CloisterError: CONTEXT_OVERFLOW.
+    """
+    count, most, what = len(prompt.token_ids.ids), max_context_tokens, "token ids"
+    if not prompt.HasField("token_ids"):
+        contents = [message.content for message in prompt.conversation.messages] or [prompt.text]
+        count, most, what = sum(len(text.encode()) for text in contents), most * MAX_TOKEN_BYTES, "bytes"
+    if count > most:
+        raise CloisterError(
+            "CONTEXT_OVERFLOW",
+            f"the prompt has {count} {what}, and more than {most} cannot fit the model's context of "
+            f"{max_context_tokens} tokens; shorten it",
+            metadata={
+                f"prompt_{what.replace(' ', '_')}": str(count),
+                "max_context_tokens": str(max_context_tokens),
+            },
+        )
 
 
 def request_id_of(given: str) -> str:

@@ -7,7 +7,7 @@ that was obtained is settled whatever happens to the call, because settling runs
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,8 +19,10 @@ from appliance.gateway.control import ControlClient, ControlRefusalError
 from appliance.gateway.events import completed, finish_name, finished
 from appliance.gateway.rows import EngineGoneError, Rows, slow_client
 from appliance.gateway.sessions import Session, Sessions
+from appliance.gateway.slots import TenantSlots
+from appliance.gateway.streams import Streams
 from appliance.gateway.texts import Texts, engine_unavailable
-from appliance.gateway.validation import CheckedRequest, room_for_answer
+from appliance.gateway.validation import CheckedRequest, check_length, room_for_answer
 from appliance.protos import control_pb2
 from appliance.protos import inference_pb2 as api
 from engine.protos import engine_pb2 as engine
@@ -52,12 +54,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Neighbours:
-    """The processes a request is walked through."""
+    """The processes a request is walked through, and what all requests have in common."""
 
     control: ControlClient
     texts: Texts
     sessions: Sessions
     background: Background
+    streams: Streams = field(default_factory=Streams)
+    slots: TenantSlots = field(default_factory=TenantSlots)
 
 
 class Walk:
@@ -72,7 +76,7 @@ class Walk:
         send: writes one event to the client; waits while the client has no room.
 
     Attributes:
-        admitted: the request's id is spent; the same request cannot be tried again.
+        admitted: the request's id is spent, or may be; the same request cannot be tried again.
     """
 
     def __init__(
@@ -108,8 +112,27 @@ class Walk:
             raise self._interrupted() from None
 
     async def _walk(self) -> api.Receipt:
+        """A ticket that control no longer knows, because something took too long, is asked for once again."""
+        try:
+            return await self._walk_from(await self._authorize())
+        except ControlRefusalError as refusal:
+            if refusal.code != "TICKET_INVALID":
+                raise
+        return await self._walk_from(await self._authorize())
+
+    async def _authorize(self) -> control_pb2.AuthorizeResponse:
+        request = self._request
+        return await self._neighbours.control.authorize(
+            self._caller, self._method, request.model, request.request_id
+        )
+
+    async def _walk_from(self, place: control_pb2.AuthorizeResponse) -> api.Receipt:
+        with self._neighbours.slots.slot(place.scope, place.max_concurrent):
+            check_length(self._request.prompt, place.max_context_tokens)
+            return await self._walk_through(place)
+
+    async def _walk_through(self, place: control_pb2.AuthorizeResponse) -> api.Receipt:
         near, request = self._neighbours, self._request
-        place = await near.control.authorize(self._caller, self._method, request.model, request.request_id)
         prompt = list(await near.texts.prepare(place.text_socket, request.prompt))
         max_tokens = room_for_answer(request.max_tokens, len(prompt), place.max_context_tokens)
         session = await near.sessions.open(place.worker_socket)
@@ -117,6 +140,7 @@ class Walk:
         started = self._now()
         rows = self._rows = session.submit(self._submission(admitted, prompt, max_tokens))
         rows.interrupt = self._interrupt
+        near.streams.add(admitted.lease, rows)
         closing = _Closing(near, session, rows, admitted.lease, len(prompt), started)
         try:
             end = await self._deliver(admitted.lease, place.model_digest, len(prompt), rows)
@@ -144,13 +168,20 @@ class Walk:
             prompt_sha256=request.prompt_sha256,
             parameters=request.parameters(max_tokens),
         )
-        self.admitted = True
         task = near.background.spawn(near.control.admit(question))
         try:
-            return await asyncio.shield(task)
+            admitted = await asyncio.shield(task)
+        except ControlRefusalError:
+            raise
+        except CloisterError:
+            self.admitted = True
+            raise
         except asyncio.CancelledError:
+            self.admitted = True
             near.background.spawn(_settle_unwanted(near.control, task, *self._why_interrupted()))
             raise
+        self.admitted = True
+        return admitted
 
     def _submission(
         self, admitted: control_pb2.AdmitResponse, prompt: list[int], max_tokens: int
@@ -236,7 +267,7 @@ class Walk:
         """How control records `error`."""
         if isinstance(error, ControlRefusalError) or error.code == "CONTROL_UNAVAILABLE":
             return control_pb2.OUTCOME_REFUSED
-        if error.code in ("SLOW_CLIENT", "GATEWAY_STOPPING"):
+        if error.code in ("SLOW_CLIENT", "GATEWAY_STOPPING", "LEASE_CLOSED"):
             return control_pb2.OUTCOME_CANCELLED
         if error.code in _ENGINE_REFUSALS and not self._accepted:
             return control_pb2.OUTCOME_REFUSED
@@ -283,12 +314,14 @@ class _Closing:
 
     async def completed(self, end: engine.End) -> control_pb2.SettleResponse:
         """The client got the whole answer."""
+        self.near.streams.discard(self.lease)
         return await self._settle(control_pb2.OUTCOME_COMPLETED, "", finish_name(end))
 
     async def broken_off(
         self, outcome: control_pb2.Outcome.ValueType, reason: str
     ) -> control_pb2.SettleResponse | None:
         """The client did not get the whole answer; the engine is to forget the request first."""
+        self.near.streams.discard(self.lease)
         self.rows.abort()
         await self.rows.over(LAST_WORD_S)
         self.session.release(self.rows)

@@ -33,7 +33,10 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
         self.run = run
         self.calls: list[tuple[str, Any]] = []
         self.refuse: dict[str, CloisterError] = {}
+        self.refuse_once: dict[str, CloisterError] = {}
         self.hold: dict[str, asyncio.Event] = {}
+        self.max_concurrent = 100
+        self.closed_leases: list[str] = []
         self.arrived: dict[str, asyncio.Event] = {
             name: asyncio.Event() for name in ("Admit", "AwaitIntent", "Settle", "Heartbeat", "RecordRefusal")
         }
@@ -48,6 +51,8 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
             self.arrived[name].set()
         if name in self.hold:
             await self.hold[name].wait()
+        if name in self.refuse_once:
+            await abort(context, self.refuse_once.pop(name))
         if name in self.refuse:
             await abort(context, self.refuse[name])
 
@@ -60,6 +65,8 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
             worker_socket=str(self.run / "worker-notes.sock"),
             model_digest="d" * 64,
             max_context_tokens=CONTEXT,
+            scope="s1",
+            max_concurrent=self.max_concurrent,
         )
 
     async def Admit(self, request: Any, context: Context) -> Any:
@@ -83,7 +90,7 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
 
     async def Heartbeat(self, request: Any, context: Context) -> Any:
         await self._meet("Heartbeat", request, context)
-        return control_pb2.HeartbeatResponse()
+        return control_pb2.HeartbeatResponse(closed_leases=self.closed_leases)
 
     async def RecordRefusal(self, request: Any, context: Context) -> Any:
         await self._meet("RecordRefusal", request, context)

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import grpc
 import pytest
 
 from appliance.client import CloisterError
+from appliance.control.admission import leases
 from appliance.gateway import server, walk
 from appliance.gateway.rows import MAX_PENDING_BYTES, MERGE_AFTER, EngineGoneError, Rows
 from appliance.gateway.sessions import Sessions
@@ -134,6 +136,105 @@ async def test_control_that_dies_mid_stream_means_no_ok_and_a_later_settlement(h
     await house.start_control()
     settled = await house.settled()
     assert (settled.lease, settled.outcome) == ("lease-ticket", control_pb2.OUTCOME_COMPLETED)
+
+
+async def test_a_stream_whose_lease_control_has_closed_ends_at_once_and_so_does_its_work(house: House) -> None:
+    house.worker.script = one_word_then_silence
+    async with house.client() as client:
+        stream = client.generate("notes", "x")
+        assert await anext(stream) == "Hel"
+        house.control.closed_leases = ["lease-ticket", "lease-of-nobody"]
+        with pytest.raises(CloisterError) as error:
+            await anext(stream)
+        assert (error.value.status, error.value.code) == (grpc.StatusCode.ABORTED, "LEASE_CLOSED")
+        assert error.value.retry_after is None
+        await house.worker.aborted.wait()
+        settled = await house.settled()
+        assert (settled.outcome, settled.reason) == (control_pb2.OUTCOME_CANCELLED, "LEASE_CLOSED")
+        assert house.worker.aborts == [house.worker.submits[0].handle]
+        house.control.closed_leases = []
+    named = [list(beat.leases) for beat in house.control.asked("Heartbeat")]
+    assert ["lease-ticket"] in named
+    await until(lambda: not house.control.asked("Heartbeat")[-1].leases)
+
+
+async def test_an_answer_that_only_waits_for_its_reader_ends_with_its_lease(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.gateway.rows.MAX_PENDING_BYTES", 64 << 20)
+
+    async def flood(submit: Any, send: Send) -> None:
+        await say(*["y" * (3 << 20)] * 3)(submit, send)
+
+    house.worker.script = flood
+    async with house.channel() as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(inference_pb2.GenerateRequest(model="notes", text="xx"), metadata=KEY_METADATA)
+        await call.wait_for_connection()
+        await until(lambda: bool(house.worker.submits))
+        house.control.closed_leases = ["lease-ticket"]
+        assert (await house.settled()).reason == "LEASE_CLOSED"
+        with pytest.raises(grpc.aio.AioRpcError, match="LEASE_CLOSED"):
+            _ = [event async for event in call]
+
+
+async def test_a_control_that_is_silent_too_long_ends_the_streams(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SILENCE_S", 1.5)
+    monkeypatch.setattr(server, "HEARTBEAT_S", 0.1)
+    house.worker.script = one_word_then_silence
+    async with house.client() as client:
+        stream = client.generate("notes", "x")
+        assert await anext(stream) == "Hel"
+        house.control.hold["Heartbeat"] = asyncio.Event()
+        with pytest.raises(CloisterError) as error:
+            await anext(stream)
+    assert (error.value.status, error.value.code) == (grpc.StatusCode.ABORTED, "LEASE_CLOSED")
+    await house.worker.aborted.wait()
+
+
+def test_the_gateway_gives_up_no_later_than_control_does() -> None:
+    assert server.SILENCE_S <= leases.SILENCE_S
+
+
+async def test_what_control_refuses_to_admit_may_be_sent_again_under_its_id(house: House) -> None:
+    house.control.refuse["Admit"] = CloisterError(
+        "TENANT_CONCURRENCY", "x", grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=timedelta(seconds=0.5)
+    )
+    assert await pushback(house) == "500"
+    house.control.refuse["Admit"] = CloisterError("AUDIT_BLOCKED", "x", grpc.StatusCode.UNAVAILABLE)
+    assert await pushback(house) is None
+
+
+async def test_an_admission_without_an_answer_is_not_sent_again(house: House) -> None:
+    house.control.hold["Admit"] = asyncio.Event()
+    asked = asyncio.create_task(pushback(house))
+    await house.control.arrived["Admit"].wait()
+    await house.kill("control")
+    assert await asked == "-1"
+
+
+async def test_a_ticket_control_does_not_know_any_more_is_asked_for_once_again(house: House) -> None:
+    invalid = CloisterError("TICKET_INVALID", "x", grpc.StatusCode.FAILED_PRECONDITION)
+    house.control.refuse_once["Admit"] = invalid
+    async with house.client() as client:
+        assert (await client.generate("notes", "x").result()).text == "Hello"
+    assert [len(house.control.asked(name)) for name in ("Authorize", "Admit", "Settle")] == [2, 2, 1]
+    house.control.refuse["Admit"] = invalid
+    assert (await failure(house)).code == "TICKET_INVALID"
+    assert len(house.control.asked("Admit")) == 4
+
+
+async def pushback(house: House) -> str | None:
+    """When a refused request may be sent again, in the words of gRPC."""
+    async with house.channel(options=(("grpc.enable_retries", 0),)) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.Generate(inference_pb2.GenerateRequest(model="notes", text="x"), metadata=KEY_METADATA)
+        with pytest.raises(grpc.aio.AioRpcError):
+            _ = [event async for event in call]
+        value = dict(await call.trailing_metadata() or ()).get("grpc-retry-pushback-ms")
+        return None if value is None else str(value)
 
 
 async def test_the_engines_error_before_a_token_is_the_requests_alone(house: House) -> None:
