@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -71,6 +72,19 @@ def _leaves(parser: object, noun: str) -> "list[list[str]]":
         return [leaf for leaves in below for leaf in leaves] if below else [words]
 
     return walk(groups(parser)[0][noun], [noun])
+
+
+@pytest.mark.parametrize("folder", ["appliance", "bundles", "engine", "demo", "docs", "README.md", "install.sh"])
+def test_every_command_that_a_text_of_ours_names_exists(folder: str) -> None:
+    """Messages, help and documentation say what to type next; `cloister NOUN VERB` must be a command."""
+    commands = {tuple(leaf) for noun in NOUNS for leaf in _leaves(build_parser(noun), noun)}
+    known = {command[:length] for command in commands for length in (1, 2)}
+    place = Path(__file__).parents[2] / folder
+    paths = [place] if place.is_file() else [p for p in place.rglob("*") if p.suffix in (".py", ".md", ".proto")]
+    for path in paths:
+        for noun, verb in re.findall(r"`cloister ([a-z]+)(?: ([a-z]+))?[^`]*`", path.read_text()):
+            nested = (noun,) not in commands
+            assert ((noun, verb) if nested and verb else (noun,)) in known, f"{path}: cloister {noun} {verb}"
 
 
 @pytest.mark.parametrize(
