@@ -1,9 +1,12 @@
 """The process `control`: three Unix sockets, two databases, and no torch."""
 
 import argparse
+import asyncio
 import os
 import sys
 from pathlib import Path
+
+import grpc
 
 from appliance.control.home import Home
 from appliance.control.plane import ControlPlane
@@ -16,9 +19,10 @@ _GRACE_S = 2.0
 async def serve(running: process.Process, home: Home, isolation: str) -> None:
     """Serve until told to stop, then drain."""
     plane = ControlPlane(home, isolation)
+    servers: list[grpc.aio.Server] = []
     try:
         await plane.recover()
-        control, admin = plane.control_server(), plane.admin_server()
+        servers = [control, admin] = [plane.control_server(), plane.admin_server()]
         running.listen(control, home.control_socket)
         running.listen(admin, home.admin_socket)
         await control.start()
@@ -26,13 +30,27 @@ async def serve(running: process.Process, home: Home, isolation: str) -> None:
         login = await plane.login_broker().listen(home.login_socket)
         plane.begin()
         running.ready()
-        await running.stopping.wait()
+        await _told_to_stop(running, plane)
         await plane.drain()
         login.close()
         await admin.stop(_GRACE_S)
         await control.stop(_GRACE_S)
     finally:
+        for server in servers:
+            await server.stop(None)
         await plane.close()
+
+
+async def _told_to_stop(running: process.Process, plane: ControlPlane) -> None:
+    """Wait for it; an end of one of control's own tasks before is an error, and the process ends with it."""
+    told, watching = asyncio.create_task(running.stopping.wait()), asyncio.create_task(plane.watch())
+    try:
+        await asyncio.wait((told, watching), return_when=asyncio.FIRST_COMPLETED)
+        if watching.done():
+            watching.result()
+    finally:
+        told.cancel()
+        watching.cancel()
 
 
 def main() -> int:

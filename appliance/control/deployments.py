@@ -5,7 +5,6 @@ of them; its watch then says how each one is. While it is not reached, nothing c
 """
 
 import asyncio
-import contextlib
 import logging
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +21,8 @@ from engine.protos import engine_pb2, engine_pb2_grpc
 WAITING = "waiting for engine-host"
 _TELL_LIMIT_S = 5.0
 _PAUSE_S = 0.2
+LONGEST_PAUSE_S = 10.0
+"""Between two tries of what fails for a reason that control does not know."""
 _READY = engine_pb2.DEPLOYMENT_STATE_READY
 CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -106,14 +107,21 @@ class Deployments:
 
     async def run(self) -> None:
         """Keep in touch with engine-host until cancelled."""
+        pause = _PAUSE_S
         while True:
-            with contextlib.suppress(grpc.aio.AioRpcError):
+            try:
                 async with grpc.aio.insecure_channel(f"unix:{self._socket}", options=CHANNEL_OPTIONS) as channel:
                     await channel.channel_ready()
                     await self._follow(engine_pb2_grpc.HostServiceStub(channel))
-            log.warning("engine-host is gone")
-            self._host, self._running = None, {}
-            await asyncio.sleep(_PAUSE_S)
+            except grpc.aio.AioRpcError as error:
+                log.warning("engine-host is gone", extra={"status": error.code().name})
+                pause = _PAUSE_S
+            except Exception:  # whatever it was, deployments must not stay as they were heard last
+                log.exception("engine-host is not followed")
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            finally:
+                self._host, self._running = None, {}
+            await asyncio.sleep(pause)
 
     async def _follow(self, host: "engine_pb2_grpc.HostServiceAsyncStub") -> None:
         """Tell all, then listen until the stream breaks."""

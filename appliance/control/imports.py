@@ -15,7 +15,7 @@ import grpc
 
 from appliance import errors
 from appliance.control import records
-from appliance.control.deployments import CHANNEL_OPTIONS
+from appliance.control.deployments import CHANNEL_OPTIONS, LONGEST_PAUSE_S
 from appliance.control.journal import Journal
 from appliance.errors import CloisterError
 from bundles.protos import importer_pb2, importer_pb2_grpc
@@ -90,7 +90,7 @@ class Imports:
             if error.code() is grpc.StatusCode.NOT_FOUND:
                 raise CloisterError(
                     "VERSION_NOT_FOUND",
-                    "no such model version is in the store; `cloister model list` names those that are",
+                    "no such model version is in the store; `cloister bundle list` names those that are",
                     grpc.StatusCode.NOT_FOUND,
                     field="model_version",
                 ) from error
@@ -99,14 +99,19 @@ class Imports:
 
     async def run(self) -> None:
         """Copy the outbox into the audit log until cancelled."""
+        pause = _PAUSE_S
         while True:
             try:
                 await self._copy_outbox()
+                pause = _PAUSE_S
             except grpc.aio.AioRpcError as error:
                 log.info("the importer's outbox is not read", extra={"status": error.code().name})
             except CloisterError as error:
                 log.warning("the importer's outbox is not copied", extra={"code": error.code})
-            await asyncio.sleep(_PAUSE_S)
+            except Exception:  # whatever it was, a later import must not go unrecorded
+                log.exception("the importer's outbox is not copied")
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+            await asyncio.sleep(pause)
 
     async def _copy_outbox(self) -> None:
         outbox = self._importer.ReadOutbox(importer_pb2.ReadOutboxRequest(), wait_for_ready=True)
