@@ -9,6 +9,7 @@ from appliance.control.audit.errors import blocked
 from appliance.errors import CloisterError
 
 WAIT_S = 2.0
+_PAGE = 1000
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +57,16 @@ class Journal:
             CloisterError: AUDIT_BLOCKED.
         """
         return await self.durable(self.begin(record))
+
+    def recorded(self, record: Record, after: int) -> Receipt | None:
+        """Where a record of this kind, phase and request stands behind number `after`; it reads the disk."""
+        wanted = (record.kind, record.phase, record.request_id)
+        while page := self.log.read(after, _PAGE):
+            for stored in page:
+                if (stored.kind, stored.phase, stored.request_id) == wanted:
+                    return Receipt(stored.sequence, stored.leaf_hash)
+            after = page[-1].sequence
+        return None
 
     async def note(self, record: Record) -> None:
         """Commit a record of what changes nothing: a login, a look, a refusal.

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -12,16 +11,15 @@ from google.protobuf.descriptor import ServiceDescriptor
 from sqlalchemy.orm import Session
 
 from appliance import policy
-from appliance.control import records
+from appliance.control import records, recovery
 from appliance.control.admin.audit_service import AuditService
 from appliance.control.admin.gate import Gate
 from appliance.control.admin.models import ModelService
 from appliance.control.admin.system import SystemService
 from appliance.control.admin.tenants import TenantService
-from appliance.control.admission import reservations
 from appliance.control.admission.leases import LeaseBook
 from appliance.control.admission.service import ControlService
-from appliance.control.audit import AuditLog, StoredRecord
+from appliance.control.audit import AuditLog
 from appliance.control.db.database import Database
 from appliance.control.db.models import Meta
 from appliance.control.deployments import Deployments
@@ -36,7 +34,6 @@ from appliance.control.login import LoginBroker, Sessions
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc, control_pb2, control_pb2_grpc
 
-RESTARTED = "CONTROL_RESTARTED"
 STOPPED = "CONTROL_STOPPED"
 _DRAIN_S = 10.0
 _SWEEP_S = 1.0
@@ -83,22 +80,24 @@ class ControlPlane:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def recover(self) -> None:
-        """Close what the control before this one left open: reservations, then intents."""
-        reservations_left = await self.database.run(
-            lambda s: reservations.settle_left_open(s, RESTARTED, time.time_ns())
-        )
-        intents = await asyncio.to_thread(self.journal.log.open_intents)
-        for intent in intents:
-            ending = await self._ending_of(intent)
-            await self.journal.record(records.closing(intent, ending, RESTARTED))
-        facts: records.Facts = {"leases_settled": len(reservations_left), "intents_closed": len(intents)}
-        await self.journal.record(records.control_event("started", facts))
-        log.info("recovered", extra=dict(facts))
+        """Take over what the control before this one left open."""
+        await recovery.recover(self.database, self.journal, self.leases)
 
     def begin(self) -> None:
-        """Start to follow engine-host and importer, and to sweep."""
+        """Start to follow engine-host and importer, and to sweep; `watch` tells when one of that ends."""
         for work in (self.deployments.run(), self.imports.run(), self._sweep()):
             self._tasks.append(asyncio.create_task(work))
+
+    async def watch(self) -> None:
+        """Wait for what `begin` started, none of which ends by itself; for a process that must not outlive it.
+
+        Raises:
+            Exception: what ended it.
+        """
+        ended, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in ended:
+            task.result()
+        raise RuntimeError("a task of control ended that never should")
 
     def control_server(self) -> grpc.aio.Server:
         """The gateway's server, not yet listening.
@@ -154,12 +153,6 @@ class ControlPlane:
         await self.imports.close()
         self.database.close()
         await asyncio.to_thread(self.journal.log.close)
-
-    async def _ending_of(self, intent: StoredRecord) -> reservations.Ending | None:
-        lease = intent.facts.get("lease")
-        if intent.kind != records.REQUEST or not isinstance(lease, str):
-            return None
-        return await self.database.run(lambda s: reservations.ending_of(s, lease))
 
     async def _sweep(self) -> None:
         """Once a second: silent gateways, untold deployments. What fails is logged and tried again."""

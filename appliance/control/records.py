@@ -2,7 +2,7 @@
 
 kind                phases           request id      decision                facts
 appliance.genesis   event                            sealed                  site, profile, operator, fingerprints
-appliance.control   event                            started, stopped        leases settled at that moment
+appliance.control   event                            started, stopped        leases kept or left at that moment
 inference.request   intent, outcome  TENANT/UUID     allow; how it ended     key, model, sizes, parameters; usage
 inference.refused   event            TENANT/UUID, ""  deny                   method, reason, certificate
 operator.login      event                            allow, deny             uid, login uid, reason
@@ -11,13 +11,16 @@ operator.read       event                            allow                   met
 operator.change     intent, outcome  action          allow; done or failed   method, arguments; results, reason
 bundle.state        event            IMPORT/N        the import's state      outbox position, version, digest
 
+An outcome `abandoned` was not told by a gateway: control closed the lease. Its fact `charged` says that the tokens
+in it are those `reserved` (prompt and max_tokens; nobody knows how many were used) or that no token can have left
+(`nothing`).
 A prompt appears only as an HMAC of its digest under a key that stays on the box. API keys and sessions never do.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from appliance.control.admission.reservations import Ending, Reservation
+from appliance.control.admission.reservations import ABANDONED, NEVER_STARTED, Ending, Reservation
 from appliance.control.audit.record import Json, Record, StoredRecord
 from appliance.policy import POLICY_VERSION
 from bundles.protos import importer_pb2
@@ -152,10 +155,13 @@ def _request_id(tenant: str, request_id: str) -> str:
 
 
 def _usage(ending: Ending) -> dict[str, Json]:
-    return {
+    facts: dict[str, Json] = {
         "reason": ending.reason,
         "finish_reason": ending.finish_reason,
         "prompt_tokens": ending.prompt_tokens,
         "completion_tokens": ending.completion_tokens,
         "duration_ns": ending.duration_ns,
     }
+    if ending.outcome == ABANDONED:
+        facts["charged"] = "nothing" if ending.reason == NEVER_STARTED else "reserved"
+    return facts

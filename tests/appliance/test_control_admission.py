@@ -1,7 +1,6 @@
 """The way of a request through control: who gets in, what is reserved, and what is on record afterwards."""
 
 import asyncio
-import shutil
 import uuid
 from collections.abc import AsyncIterator
 
@@ -18,10 +17,8 @@ from tests.appliance.control_house import (
     GENERATE,
     PROMPT,
     House,
-    make_home,
     new_house,
     refusal,
-    running,
     until,
 )
 
@@ -35,11 +32,12 @@ async def house() -> AsyncIterator[House]:
 
 
 async def test_a_request_is_authorised_admitted_recorded_and_settled(house: House) -> None:
-    caller = await house.serving()
+    caller = await house.serving(max_concurrent=6)
     request_id = str(uuid.uuid4())
     where = await house.authorize(caller, request_id=request_id)
     assert (where.deployment, where.model_digest, where.max_context_tokens) == ("notes", DIGEST, CONTEXT)
     assert (where.text_socket, where.worker_socket) == ("/t.sock", "/w.sock")
+    assert (where.scope, where.max_concurrent) == (house.plane.keys.scope("ward"), 6)
     admitted = await house.control.Admit(
         control_pb2.AdmitRequest(ticket=where.ticket, prompt_tokens=10, max_tokens=20, prompt_sha256=PROMPT)
     )
@@ -263,6 +261,8 @@ async def test_a_ticket_admits_once_and_only_for_a_minute(house: House) -> None:
     request = control_pb2.AdmitRequest(ticket=ticket, prompt_tokens=1, max_tokens=1)
     await house.control.Admit(request)
     assert (await refusal(house.control.Admit(request))).code == "TICKET_INVALID"
+    (record,) = house.records("inference.refused")
+    assert (record.actor, record.decision, record.facts["reason"]) == ("unknown", "deny", "TICKET_INVALID")
     late = (await house.authorize(caller)).ticket
     now = house.plane.control._tickets._monotonic()
     house.plane.control._tickets._monotonic = lambda: now + LIFE_S + 1
@@ -281,7 +281,7 @@ async def test_a_lease_settled_again_gets_the_same_receipt_and_one_ledger_row(ho
     assert (await refusal(house.settle("unheard-of"))).code == "LEASE_UNKNOWN"
 
 
-async def test_the_leases_of_a_silent_gateway_are_settled_as_abandoned(house: House) -> None:
+async def test_the_leases_of_a_silent_gateway_are_settled_as_abandoned_at_what_was_reserved(house: House) -> None:
     lease = (await house.admit(await house.serving())).lease
     now = house.plane.leases._monotonic()
     house.plane.leases._monotonic = lambda: now + SILENCE_S - 1
@@ -290,9 +290,12 @@ async def test_the_leases_of_a_silent_gateway_are_settled_as_abandoned(house: Ho
     house.plane.leases._monotonic = lambda: now + SILENCE_S + 1
     await house.plane.leases.sweep()
     tenant = await house.tenant()
-    assert (house.plane.leases.open_leases, tenant.tokens_reserved, tenant.tokens_used) == (0, 0, 10)
+    assert (house.plane.leases.open_leases, tenant.tokens_reserved, tenant.tokens_used) == (0, 0, 30)
     outcome = house.records("inference.request")[-1]
     assert (outcome.decision, outcome.facts["reason"]) == ("abandoned", "GATEWAY_SILENT")
+    assert (outcome.facts["completion_tokens"], outcome.facts["charged"]) == (20, "reserved")
+    beat = control_pb2.HeartbeatRequest(gateway_id="gateway-1", address="127.0.0.1:1", leases=[lease])
+    assert (await house.control.Heartbeat(beat)).closed_leases == [lease]
     error = await refusal(house.settle(lease))
     assert (error.status, error.code) == (Code.ABORTED, "LEASE_ABANDONED")
 
@@ -308,27 +311,6 @@ async def test_a_gateway_that_takes_over_an_address_ends_the_leases_of_the_one_b
     assert house.plane.leases.open_leases == 0
     assert house.records("inference.request")[-1].facts["reason"] == "GATEWAY_REPLACED"
     assert house.plane.leases.gateway_address == "127.0.0.1:1"
-
-
-async def test_control_settles_what_the_control_before_it_left_open() -> None:
-    home = make_home()
-    try:
-        async with running(home) as before:
-            caller = await before.serving()
-            lease = (await before.admit(caller)).lease
-            await before.control.AwaitIntent(control_pb2.AwaitIntentRequest(lease=lease))
-        async with running(home) as after:
-            tenant = await after.tenant()
-            assert (tenant.tokens_reserved, tenant.tokens_used) == (0, 10)
-            outcome = after.records("inference.request")[-1]
-            assert (outcome.phase, outcome.decision) == ("outcome", "abandoned")
-            assert outcome.facts["closed_because"] == "CONTROL_RESTARTED"
-            assert after.plane.journal.log.open_intents() == []
-            assert (await refusal(after.settle(lease))).code == "LEASE_UNKNOWN"
-            await after.ready("notes")
-            await after.admit(caller)
-    finally:
-        shutil.rmtree(home.root.parent)
 
 
 async def test_a_draining_control_admits_nothing_and_waits_for_what_runs(house: House) -> None:
@@ -375,12 +357,12 @@ async def test_while_the_audit_log_takes_no_records_nobody_is_admitted(
 async def test_the_gateway_s_own_refusals_are_recorded_without_foreign_text(house: House) -> None:
     caller = await house.serving()
     refused = control_pb2.RecordRefusalRequest(
-        caller=caller, method=GENERATE, request_id="robert'); drop", reason="INVALID_REQUEST_ID"
+        caller=caller, method=GENERATE, request_id="robert'); drop", reason="INVALID_REQUEST_ID", count=7
     )
     await house.control.RecordRefusal(refused)
     (record,) = house.records("inference.refused")
     assert (record.tenant, record.actor, record.request_id) == ("ward", caller.identity, "")
-    assert record.facts["reason"] == "INVALID_REQUEST_ID"
+    assert (record.facts["reason"], record.facts["count"]) == ("INVALID_REQUEST_ID", 7)
     assert caller.api_key.encode() not in record.body
 
 

@@ -1,14 +1,16 @@
 """Open leases: each is settled exactly once, by the gateway that holds it or, when that is gone, by control.
 
-A gateway proves to be alive by its heartbeat. The leases of one that is silent for five seconds, or whose address
-a new gateway has taken over, are settled as abandoned: the prompt is charged, the record says why.
+A gateway proves to be alive by its heartbeat, which names the leases it walks. The leases of one that is silent
+for five seconds, or whose address a new gateway has taken over, are settled as abandoned: all that was reserved is
+charged, the record says why, and a gateway that names one of them later hears that it is closed. Leases that an
+earlier control opened are kept as long, for their gateway to claim them.
 """
 
 import asyncio
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -16,13 +18,14 @@ import grpc
 
 from appliance.control import records
 from appliance.control.admission import reservations
-from appliance.control.admission.reservations import ABANDONED, Ending, Reservation
+from appliance.control.admission.reservations import ABANDONED, NEVER_STARTED, Ending, Reservation
 from appliance.control.audit.record import Receipt
 from appliance.control.db.database import Database
 from appliance.control.journal import Journal
 from appliance.errors import CloisterError
 
 SILENCE_S = 5.0
+RESTARTED = "CONTROL_RESTARTED"
 _REMEMBERED = 8192
 
 log = logging.getLogger(__name__)
@@ -30,13 +33,22 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Lease:
-    """A reservation in force, and how far its records are."""
+    """A reservation in force, and how far its records are.
+
+    Attributes:
+        claimed: a gateway said in the life of this control that it holds it.
+        outcome: the outcome record on its way; no other is appended while this one may still become durable.
+        size_before: of the log, when that record was appended.
+    """
 
     reservation: Reservation
     identity: str
     gateway_id: str
     intent: "Future[Receipt]"
     opened: float
+    claimed: bool = True
+    outcome: "Future[Receipt] | None" = None
+    size_before: int = 0
     ending: Ending | None = None
     settlement: "asyncio.Task[Receipt] | None" = None
 
@@ -100,6 +112,14 @@ class LeaseBook:
         self.idle.clear()
         self._hear(gateway_id).leases.add(reservation.lease)
 
+    def keep(self, reservation: Reservation, identity: str, gateway_id: str, intent: Receipt) -> None:
+        """Hold a lease that the control before this one opened, until its gateway claims it or the time is up."""
+        durable: Future[Receipt] = Future()
+        durable.set_result(intent)
+        lease = Lease(reservation, identity, gateway_id, durable, self._monotonic(), claimed=False)
+        self._leases[reservation.lease] = lease
+        self.idle.clear()
+
     async def await_intent(self, name: str) -> Receipt:
         """The receipt of a lease's intent, once durable.
 
@@ -126,32 +146,41 @@ class LeaseBook:
             lease.settlement = asyncio.create_task(self._settle(lease, lease.ending))
         return await asyncio.shield(lease.settlement)
 
-    async def heartbeat(self, gateway_id: str, address: str) -> None:
-        """A gateway lives; one that had its address before does not."""
+    async def heartbeat(self, gateway_id: str, address: str, held: Sequence[str] = ()) -> list[str]:
+        """A gateway lives; one that had its address before does not. Which of the leases it holds are closed."""
         gone = [i for i, g in self._gateways.items() if g.address == address and i != gateway_id and address]
         self._hear(gateway_id).address = address
+        closed = [name for name in held if not self._claim(gateway_id, name)]
         for other in gone:
             await self._abandon(other, "GATEWAY_REPLACED")
+        return closed
 
     async def sweep(self) -> None:
-        """Abandon the leases of silent gateways, and try again what could not be recorded before."""
-        for gateway_id in [i for i, g in self._gateways.items() if self._is_silent(g)]:
-            await self._abandon(gateway_id, "GATEWAY_SILENT")
+        """Abandon what silent gateways hold and nobody claims, and try again what could not be recorded before."""
+        for gateway_id, gateway in list(self._gateways.items()):
+            if self._is_silent(gateway):
+                await self._abandon(gateway_id, "GATEWAY_SILENT")
+        late = self._monotonic() - SILENCE_S
+        unclaimed = [lease for lease in self._leases.values() if not lease.claimed and lease.opened < late]
+        await self._abandon_leases(unclaimed, RESTARTED)
         stuck = [lease for lease in self._leases.values() if lease.ending and not lease.settlement]
         await self._settle_all([(lease, lease.ending) for lease in stuck if lease.ending])
 
     async def abandon_all(self, reason: str) -> None:
         """Settle everything that is open, at the end of control's life."""
-        await self._settle_all(
-            [(lease, _abandoned(lease, reason)) for lease in self._leases.values() if not lease.ending]
-        )
+        await self._abandon_leases(list(self._leases.values()), reason)
 
     async def _abandon(self, gateway_id: str, reason: str) -> None:
-        gateway = self._gateways.pop(gateway_id)
-        leases = [self._leases[name] for name in sorted(gateway.leases) if name in self._leases]
-        if leases:
-            log.warning("leases abandoned", extra={"count": len(leases), "reason": reason})
-        await self._settle_all([(lease, _abandoned(lease, reason)) for lease in leases if not lease.ending])
+        gateway = self._gateways.pop(gateway_id, None)
+        if gateway is not None:  # a sweep and a heartbeat may find the same one gone
+            held = [self._leases[name] for name in sorted(gateway.leases) if name in self._leases]
+            await self._abandon_leases(held, reason)
+
+    async def _abandon_leases(self, leases: list[Lease], reason: str) -> None:
+        endings = [(lease, _abandoned(lease, reason)) for lease in leases if not lease.ending]
+        if endings:
+            log.warning("leases abandoned", extra={"count": len(endings), "reason": reason})
+        await self._settle_all(endings)
 
     async def _settle_all(self, endings: list[tuple[Lease, Ending]]) -> None:
         settled = (self.settle(lease.reservation.lease, ending) for lease, ending in endings)
@@ -164,13 +193,42 @@ class LeaseBook:
         name = lease.reservation.lease
         try:
             await self._database.run(lambda s: reservations.settle(s, name, ending, time.time_ns()))
-            actor = records.CONTROL if ending.outcome == ABANDONED else lease.identity
-            receipt = await self._journal.record(records.request_outcome(lease.reservation, actor, ending))
+            receipt = await self._record(lease, ending)
         except BaseException:
             lease.settlement = None
             raise
         self._forget(lease, ending, receipt)
         return receipt
+
+    async def _record(self, lease: Lease, ending: Ending) -> Receipt:
+        """The receipt of the outcome, appended once.
+
+        What takes too long is waited for again; what failed is looked for in the log before it is appended anew,
+        as a write that failed may have reached the disk.
+        """
+        actor = records.CONTROL if ending.outcome == ABANDONED else lease.identity
+        record = records.request_outcome(lease.reservation, actor, ending)
+        if lease.outcome is not None and _failed(lease.outcome):
+            self._journal.check()
+            found = await asyncio.to_thread(self._journal.recorded, record, lease.size_before)
+            if found is not None:
+                return found
+            lease.outcome = None
+        if lease.outcome is None:
+            lease.size_before = self._journal.log.size
+            lease.outcome = self._journal.begin(record)
+        return await self._journal.durable(lease.outcome)
+
+    def _claim(self, gateway_id: str, name: str) -> bool:
+        """Whether a gateway may go on with a lease that it says it holds; one kept for it becomes its own."""
+        if name in self._closed:  # settled by the gateway itself: its heartbeat and its Settle crossed
+            return self._closed[name][0].outcome != ABANDONED
+        lease = self._leases.get(name)
+        if lease is None or lease.gateway_id != gateway_id or (lease.ending and lease.ending.outcome == ABANDONED):
+            return False
+        lease.claimed = True
+        self._gateways[gateway_id].leases.add(name)
+        return True
 
     def _forget(self, lease: Lease, ending: Ending, receipt: Receipt) -> None:
         name = lease.reservation.lease
@@ -188,7 +246,7 @@ class LeaseBook:
         if lease is None:
             raise CloisterError(
                 "LEASE_UNKNOWN",
-                "no open lease has this name; it was settled, or control was started again since",
+                "no open lease has this name; it was settled, long ago or by a control before this one",
                 grpc.StatusCode.ABORTED,
             )
         return lease
@@ -203,8 +261,15 @@ class LeaseBook:
 
 
 def _abandoned(lease: Lease, reason: str) -> Ending:
-    """The prompt is charged: it was computed, as far as anybody knows."""
-    return Ending(ABANDONED, reason, lease.reservation.size.prompt_tokens)
+    """Charged is what was reserved, the most that can have been used; nothing where no token may have left."""
+    if _failed(lease.intent):
+        return Ending(ABANDONED, NEVER_STARTED)
+    size = lease.reservation.size
+    return Ending(ABANDONED, reason, size.prompt_tokens, size.max_tokens)
+
+
+def _failed(record: "Future[Receipt]") -> bool:
+    return record.done() and record.exception() is not None
 
 
 def _check_same(first: Ending, again: Ending) -> None:
@@ -212,6 +277,6 @@ def _check_same(first: Ending, again: Ending) -> None:
     if first.outcome == ABANDONED and again.outcome != ABANDONED:
         raise CloisterError(
             "LEASE_ABANDONED",
-            "the gateway was silent too long and the request was settled as abandoned",
+            "the gateway was not heard of for too long and the request was settled as abandoned",
             grpc.StatusCode.ABORTED,
         )

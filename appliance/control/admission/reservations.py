@@ -13,12 +13,15 @@ from sqlalchemy import Row, bindparam, exists, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from appliance.control.admission.tickets import Ticket
-from appliance.control.db.models import Base, Request, Usage
+from appliance.control.db.models import Base, Request, Tenant, Usage
 from appliance.errors import CloisterError
 
 OPEN = "open"
 SETTLED = "settled"
 ABANDONED = "abandoned"
+"""Settled by control, as no gateway did; charged is all that was reserved, the one bound that is known."""
+NEVER_STARTED = "NEVER_STARTED"
+"""Why an abandoned request is charged nothing: without its intent on record no token may leave."""
 _COPIED = ("tenant", "application", "key_id", "request_id", "model", "model_digest")
 """What the ledger takes over from the request."""
 
@@ -145,12 +148,10 @@ def settle(session: Session, lease: str, ending: Ending, now_ns: int) -> None:
     session.execute(_LEDGER, row)
 
 
-def settle_left_open(session: Session, reason: str, now_ns: int) -> list[str]:
-    """Settle every open request as abandoned, charging the prompt; their leases. For a control that starts."""
-    left = session.scalars(select(Request).where(Request.state == OPEN)).all()
-    for request in left:
-        settle(session, request.lease, Ending(ABANDONED, reason, request.prompt_tokens), now_ns)
-    return [request.lease for request in left]
+def left_open(session: Session) -> list[tuple[Reservation, str]]:
+    """Every reservation in force, and the gateway it was given to. For a control that starts."""
+    query = select(Request, Tenant.weight).join(Tenant, Tenant.name == Request.tenant).where(Request.state == OPEN)
+    return [(_reserved(request, weight), request.gateway_id) for request, weight in session.execute(query)]
 
 
 def ending_of(session: Session, lease: str) -> Ending | None:
@@ -191,6 +192,20 @@ def _check_standing(standing: "Row[*tuple[Any, ...]]") -> None:
             {"max_concurrent": str(standing.max_concurrent)},
             retry_after=timedelta(seconds=1),
         )
+
+
+def _reserved(request: Request, weight: int) -> Reservation:
+    return Reservation(
+        lease=request.lease,
+        tenant=request.tenant,
+        application=request.application,
+        key_id=request.key_id,
+        request_id=request.request_id,
+        model=request.model,
+        model_digest=request.model_digest,
+        weight=weight,
+        size=Size(request.prompt_tokens, request.max_tokens),
+    )
 
 
 def _reservation(lease: str, ticket: Ticket, weight: int, size: Size) -> Reservation:

@@ -89,11 +89,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         self, request: control_pb2.AdmitRequest, context: Context
     ) -> control_pb2.AdmitResponse:
         """One transaction reserves; the intent begins to commit."""
-        try:
-            self._check_open()
-            ticket = self._tickets.take(request.ticket)
-        except Exception as error:
-            await refuse(context, error)
+        ticket = await self._or_refuse(context, lambda: self._redeem(request.ticket), control_pb2.Caller(), "", "")
         principal = ticket.principal
         identity = self._callers.identity(principal)
         caller = control_pb2.Caller(identity=identity, certificate_sha256=principal.certificate_sha256)
@@ -140,9 +136,12 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def Heartbeat(  # noqa: N802  # gRPC's name
         self, request: control_pb2.HeartbeatRequest, context: Context
     ) -> control_pb2.HeartbeatResponse:
-        """The gateway lives."""
-        await self._leases.heartbeat(request.gateway_id, request.address)
-        return control_pb2.HeartbeatResponse()
+        """The gateway lives, and hears which of its requests must not go on."""
+        try:
+            closed = await self._leases.heartbeat(request.gateway_id, request.address, request.leases)
+        except Exception as error:
+            await refuse(context, error)
+        return control_pb2.HeartbeatResponse(closed_leases=closed)
 
     async def RecordRefusal(  # noqa: N802  # gRPC's name
         self, request: control_pb2.RecordRefusalRequest, context: Context
@@ -150,7 +149,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         """The gateway refused somebody by itself."""
         reason = request.reason if _REASON.fullmatch(request.reason) else "UNKNOWN"
         try:
-            await self._record_refusal(request.caller, request.method, request.request_id, reason)
+            await self._record_refusal(
+                request.caller, request.method, request.request_id, reason, max(1, request.count)
+            )
         except Exception as error:
             await refuse(context, error)
         return control_pb2.RecordRefusalResponse()
@@ -164,6 +165,11 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
                 retry_after=_SECOND,
             )
         self._journal.check()
+
+    async def _redeem(self, ticket: str) -> Ticket:
+        """Use a ticket up. Whose it was is not known when it is refused, so the record names nobody."""
+        self._check_open()
+        return self._tickets.take(ticket)
 
     def _ticket(
         self, request: control_pb2.AuthorizeRequest, request_id: str, principal: Principal, model: VisibleModel
@@ -188,6 +194,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             worker_socket=running.worker_socket,
             model_digest=running.model_digest,
             max_context_tokens=running.max_context_tokens,
+            scope=self._keys.scope(principal.tenant),
+            max_concurrent=principal.max_concurrent,
         )
 
     async def _admit(
@@ -246,7 +254,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         except Exception as error:
             await refuse(context, error)
 
-    async def _record_refusal(self, caller: control_pb2.Caller, method: str, request_id: str, reason: str) -> None:
+    async def _record_refusal(
+        self, caller: control_pb2.Caller, method: str, request_id: str, reason: str, count: int = 1
+    ) -> None:
         """Text that came from outside is recorded only where it has the form it should have."""
         tenant = claimed_tenant(caller.identity) or ""
         facts: records.Facts = {
@@ -254,6 +264,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             "reason": reason,
             "certificate": caller.certificate_sha256[:32].hex(),
             "policy": policy.POLICY_VERSION,
+            "count": count,
         }
         identity = caller.identity if tenant else ""
         known_id = request_id if _is_uuid(request_id) else ""

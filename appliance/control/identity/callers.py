@@ -26,7 +26,15 @@ _IDENTITY = re.compile(r"spiffe://[a-z0-9.-]{1,253}/tenant/([a-z0-9-]{1,63})/app
 # On the way of every request, so built once and without the ORM.
 _KEY, _TENANT = ApiKey.__table__.c, Tenant.__table__.c
 _BY_ID = (
-    select(_KEY.tenant, _KEY.application, _KEY.secret_hmac, _KEY.expires_ns, _KEY.revoked_ns, _TENANT.suspended)
+    select(
+        _KEY.tenant,
+        _KEY.application,
+        _KEY.secret_hmac,
+        _KEY.expires_ns,
+        _KEY.revoked_ns,
+        _TENANT.suspended,
+        _TENANT.max_concurrent,
+    )
     .join_from(ApiKey.__table__, Tenant.__table__, _TENANT.name == _KEY.tenant)
     .where(_KEY.key_id == bindparam("key_id"))
 )
@@ -39,12 +47,13 @@ _OWN_CERTIFICATE = select(_KEY.expires_ns, _KEY.revoked_ns).where(
 
 @dataclass(frozen=True)
 class Principal:
-    """A caller who is who they say."""
+    """A caller who is who they say, and how many requests their tenant may have at once."""
 
     tenant: str
     application: str
     key_id: str
     certificate_sha256: bytes
+    max_concurrent: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,9 @@ class CallerCheck:
         self._check_certificate(session, key, caller)
         if key.suspended:
             _forbid("TENANT_SUSPENDED", "the tenant is suspended; ask the operator of the appliance")
-        return Principal(key.tenant, key.application, presented.key_id, caller.certificate_sha256)
+        return Principal(
+            key.tenant, key.application, presented.key_id, caller.certificate_sha256, key.max_concurrent
+        )
 
     def _check_certificate(
         self, session: Session, key: "Row[*tuple[Any, ...]]", caller: control_pb2.Caller
