@@ -6,11 +6,13 @@ import time
 
 from appliance.control import records
 from appliance.control.admission import reservations
-from appliance.control.admission.leases import RESTARTED, LeaseBook
+from appliance.control.admission.leases import LeaseBook
 from appliance.control.admission.reservations import ABANDONED, NEVER_STARTED, Ending, Reservation
 from appliance.control.audit import Receipt, StoredRecord
 from appliance.control.db.database import Database
 from appliance.control.journal import Journal
+
+RESTARTED = "CONTROL_RESTARTED"
 
 log = logging.getLogger(__name__)
 

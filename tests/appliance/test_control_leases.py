@@ -157,3 +157,19 @@ async def test_a_gateway_heard_again_while_others_are_swept_keeps_its_leases(des
     assert await desk.book.heartbeat("gateway-2", "127.0.0.1:2", ["2"]) == []
     await sweeping
     assert desk.book.open_leases == 1
+
+
+async def test_a_lease_that_its_living_gateway_does_not_name_is_abandoned_and_one_that_it_names_is_not(
+    desk: Desk,
+) -> None:
+    await desk.lease("1")
+    await desk.lease("2")
+    start = desk.book._monotonic()
+    for seconds in range(int(SILENCE_S) + 2):
+        desk.book._monotonic = lambda now=start + seconds: now
+        assert await desk.book.heartbeat("gateway-1", "127.0.0.1:1", ["2"]) == []
+        await desk.book.sweep()
+    assert desk.book.open_leases == 1
+    outcome = desk.log.read(0, 1000)[-1]
+    assert (outcome.facts["lease"], outcome.facts["reason"]) == ("1", "UNCLAIMED")
+    assert await desk.book.heartbeat("gateway-1", "127.0.0.1:1", ["1", "2"]) == ["1"]

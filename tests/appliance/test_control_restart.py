@@ -98,7 +98,7 @@ async def test_what_nobody_claims_after_a_restart_is_abandoned_at_what_was_reser
         tenant = await after.tenant()
         assert (tenant.tokens_reserved, tenant.tokens_used) == (0, 30)
         outcome = after.records("inference.request")[-1]
-        assert (outcome.decision, outcome.facts["reason"]) == ("abandoned", "CONTROL_RESTARTED")
+        assert (outcome.decision, outcome.facts["reason"]) == ("abandoned", "UNCLAIMED")
         assert (outcome.facts["lease"], outcome.facts["charged"]) == (lease, "reserved")
         assert await beat(after, lease) == [lease]
         assert (await refusal(after.settle(lease))).code == "LEASE_ABANDONED"

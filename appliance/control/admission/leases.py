@@ -2,8 +2,8 @@
 
 A gateway proves to be alive by its heartbeat, which names the leases it walks. The leases of one that is silent
 for five seconds, or whose address a new gateway has taken over, are settled as abandoned: all that was reserved is
-charged, the record says why, and a gateway that names one of them later hears that it is closed. Leases that an
-earlier control opened are kept as long, for their gateway to claim them.
+charged, the record says why, and a gateway that names one of them later hears that it is closed. So is a lease
+that its gateway does not name for as long: the answer to Admit was lost, or an earlier control opened it.
 """
 
 import asyncio
@@ -25,7 +25,6 @@ from appliance.control.journal import Journal
 from appliance.errors import CloisterError
 
 SILENCE_S = 5.0
-RESTARTED = "CONTROL_RESTARTED"
 _REMEMBERED = 8192
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ class Lease:
     """A reservation in force, and how far its records are.
 
     Attributes:
-        claimed: a gateway said in the life of this control that it holds it.
+        seen: when it was opened, or when its gateway named it last, seconds.
         outcome: the outcome record on its way; no other is appended while this one may still become durable.
         size_before: of the log, when that record was appended.
     """
@@ -45,8 +44,7 @@ class Lease:
     identity: str
     gateway_id: str
     intent: "Future[Receipt]"
-    opened: float
-    claimed: bool = True
+    seen: float
     outcome: "Future[Receipt] | None" = None
     size_before: int = 0
     ending: Ending | None = None
@@ -116,7 +114,7 @@ class LeaseBook:
         """Hold a lease that the control before this one opened, until its gateway claims it or the time is up."""
         durable: Future[Receipt] = Future()
         durable.set_result(intent)
-        lease = Lease(reservation, identity, gateway_id, durable, self._monotonic(), claimed=False)
+        lease = Lease(reservation, identity, gateway_id, durable, self._monotonic())
         self._leases[reservation.lease] = lease
         self.idle.clear()
 
@@ -161,8 +159,7 @@ class LeaseBook:
             if self._is_silent(gateway):
                 await self._abandon(gateway_id, "GATEWAY_SILENT")
         late = self._monotonic() - SILENCE_S
-        unclaimed = [lease for lease in self._leases.values() if not lease.claimed and lease.opened < late]
-        await self._abandon_leases(unclaimed, RESTARTED)
+        await self._abandon_leases([lease for lease in self._leases.values() if lease.seen < late], "UNCLAIMED")
         stuck = [lease for lease in self._leases.values() if lease.ending and not lease.settlement]
         await self._settle_all([(lease, lease.ending) for lease in stuck if lease.ending])
 
@@ -226,7 +223,7 @@ class LeaseBook:
         lease = self._leases.get(name)
         if lease is None or lease.gateway_id != gateway_id or (lease.ending and lease.ending.outcome == ABANDONED):
             return False
-        lease.claimed = True
+        lease.seen = self._monotonic()
         self._gateways[gateway_id].leases.add(name)
         return True
 
