@@ -144,7 +144,7 @@ async def _read(context: _Context) -> Any:
     """The call's message; EOF when it has none, or is over."""
     try:
         return await context.read()
-    except (asyncio.InvalidStateError, grpc.aio.UsageError):
+    except (asyncio.InvalidStateError, grpc.aio.BaseError):
         return grpc.aio.EOF
 
 

@@ -108,6 +108,30 @@ async def test_no_prompt_answer_key_or_certificate_is_logged(house: House) -> No
         assert secret not in log
 
 
+async def test_a_request_whose_worker_is_killed_leaves_no_word_of_it_in_the_log(house: House) -> None:
+    async def script(submit: Any, send: Any) -> None:
+        send(CANARY, [1])
+        await asyncio.Event().wait()
+
+    house.worker.script = script
+    request_id = str(uuid.uuid4())
+    async with running(house) as (gateway, client):
+        stream = client.generate("notes", CANARY, stop=[CANARY, CANARY + "y"], request_id=request_id)
+        assert await anext(stream) == CANARY
+        await house.kill("worker-notes")
+        with pytest.raises(CloisterError, match="ENGINE_RESTARTED") as error:
+            await anext(stream)
+        gateway.terminate()
+        _, written = await gateway.communicate()
+    log = written.decode()
+    assert request_id in log
+    assert "session broke" in log
+    for secret in (CANARY, API_KEY, "lease-ticket"):
+        assert secret not in log + str(error.value)
+    recorded = [request for name, request in house.control.calls if name != "Authorize"]
+    assert not [request for request in recorded if CANARY.encode() in request.SerializeToString()]
+
+
 async def test_its_process_holds_no_forbidden_module() -> None:
     code = "import sys, appliance.gateway.__main__; print(*{m.partition('.')[0] for m in sys.modules})"
     done = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
