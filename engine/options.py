@@ -6,7 +6,16 @@ from engine.errors import EngineError
 
 BACKENDS = ("reference", "cpu")
 DTYPES = ("float32", "bfloat16")
+MIB = 2**20
 _FULL_CONTEXTS = 32
+_SHARE_OF_MEMORY = 2  # KV pages take a half unless the options say otherwise; activations need memory too
+_AT_MOST = {
+    "kv_blocks": 2**24,
+    "block_size": 1024,
+    "max_step_tokens": 2**16,
+    "max_running": 4096,
+    "threads": 1024,
+}
 _DEFAULT_RUNNING = 64
 
 
@@ -44,12 +53,14 @@ class EngineOptions:
         Args:
             model_context: the model's own limit, in tokens.
             block_bytes_per_token: KV bytes of one token over all layers.
-            memory_bytes: what the KV pages may take when `kv_blocks` is 0.
+            memory_bytes: what is left after the weights. When `kv_blocks` is 0 the pages hold 32 full contexts, or
+                as many as fit into half of this, but never less than one.
             cores: threads when `threads` is 0; at least one is taken.
 
         Raises:
-            EngineError: OPTIONS_INVALID names the option.
+            EngineError: OPTIONS_INVALID names the option; OUT_OF_MEMORY says how much the pages need.
         """
+        self._check_sizes()
         block_size = self.block_size or 16
         max_step_tokens = self.max_step_tokens or 512
         context = self.max_context_tokens or model_context
@@ -65,7 +76,23 @@ class EngineOptions:
             threads=self.threads or max(1, cores),
         )
         resolved._check(model_context)
+        resolved._check_memory(block_bytes_per_token, memory_bytes)
         return resolved
+
+    def _check_sizes(self) -> None:
+        for name, limit in _AT_MOST.items():
+            if not 0 <= getattr(self, name) <= limit:
+                raise EngineError("OPTIONS_INVALID", f"{name} must lie between 0 and {limit}")
+
+    def _check_memory(self, bytes_per_token: int, memory_bytes: int) -> None:
+        needed = self.kv_blocks * self.block_size * bytes_per_token
+        if needed > memory_bytes:
+            raise EngineError(
+                "OUT_OF_MEMORY",
+                f"{self.kv_blocks} KV pages of {self.block_size} tokens need {needed / MIB:,.0f} MiB, and "
+                f"{memory_bytes / MIB:,.0f} MiB of memory are left after the weights; lower max_context_tokens "
+                f"(now {self.max_context_tokens}) or kv_blocks, take bfloat16, or free memory",
+            )
 
     def _check(self, model_context: int) -> None:
         wrong = {
@@ -78,7 +105,7 @@ class EngineOptions:
             f"{self.block_size}: a prompt could wait for ever": (
                 self.max_step_tokens < self.max_running + self.block_size
             ),
-            "a negative size": min(self.block_size, self.kv_blocks, self.max_running, self.max_context_tokens) < 1,
+            "max_context_tokens is negative": self.max_context_tokens < 0,
         }
         for message, holds in wrong.items():
             if holds:
@@ -86,7 +113,7 @@ class EngineOptions:
 
 
 def _default_blocks(context: int, block_size: int, bytes_per_token: int, memory_bytes: int) -> int:
-    """Pages for 32 full contexts, within the memory there is, but at least for one."""
+    """Pages for 32 full contexts, or what fits into half of the memory, but at least for one."""
     one = -(-context // block_size)
-    affordable = memory_bytes // (bytes_per_token * block_size)
+    affordable = memory_bytes // _SHARE_OF_MEMORY // (bytes_per_token * block_size)
     return max(one, min(_FULL_CONTEXTS * one, affordable))

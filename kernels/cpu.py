@@ -76,6 +76,10 @@ class CpuBackend:
         """See `kernels.ops.Backend`."""
         return weight.to(self.dtype, copy=True)
 
+    def tied_head(self, table: Tensor) -> _Linear:
+        """See `kernels.ops.Backend`."""
+        return _Linear(table, None)
+
     def prepare_rope(self, inv_freq: Sequence[float], max_positions: int) -> Tensor:
         """Float32 [max_positions, 2, 1, head_dim]: cosines, and sines whose first half is negated."""
         angles = torch.outer(torch.arange(max_positions).float(), torch.tensor(inv_freq, dtype=torch.float32))
@@ -243,7 +247,8 @@ def _attend_in_tiles(q: Tensor, heads: Heads, context: Tensor, group: _Group) ->
     pick = torch.arange(tiles * per_tile).clamp_(max=count - 1)  # the last token fills the last tile
     queries = q.view(batch, count, heads.kv, fold, heads.dim).index_select(1, pick).float() * heads.dim**-0.5
     queries = queries.view(batch, tiles, per_tile, heads.kv, fold, heads.dim).permute(3, 0, 1, 2, 4, 5)
-    invalid = group.invalid.index_select(1, pick).view(batch, tiles, per_tile, 1, length)
+    real = min(count, per_tile)  # of a single tile only these rows are worth more than the products
+    invalid = group.invalid.index_select(1, pick).view(batch, tiles, per_tile, 1, length)[:, :, :real]
     at_once = max(1, _MAX_COPY // (heads.kv * batch * length * heads.dim))
     parts = []
     for first in range(0, tiles, at_once):
@@ -251,7 +256,7 @@ def _attend_in_tiles(q: Tensor, heads: Heads, context: Tensor, group: _Group) ->
         reach = min(length, -(-(group.start + some.stop * per_tile) // group.unit) * group.unit)
         seen = context[..., :reach, :].float()
         parts.append(_join_splits(queries[:, :, some], seen, invalid[:, some, ..., :reach], group.unit))
-    out = torch.cat(parts, dim=2).view(heads.kv, batch, tiles * per_tile, fold, heads.dim)[:, :, :count]
+    out = torch.cat(parts, dim=2).view(heads.kv, batch, tiles * real, fold, heads.dim)[:, :, :count]
     return out.permute(1, 2, 0, 3, 4).reshape(q.shape).to(q.dtype)
 
 
@@ -261,13 +266,13 @@ def _join_splits(queries: Tensor, context: Tensor, invalid: Tensor, split: int) 
     The maximum of all splits is exact in any order, and a split that is masked out adds exact zeros.
 
     Args:
-        queries: [KV heads, B, tiles, tokens, fold, dim], scaled.
+        queries: [KV heads, B, tiles, tokens, fold, dim], scaled; whole tiles.
         context: keys and values, [2, KV heads, B, length, dim].
-        invalid: [B, tiles, tokens, 1, length].
+        invalid: [B, tiles, real, 1, length]; the first `real` tokens of each tile are wanted.
         split: tokens of a split; divides length.
 
     Returns:
-        [KV heads, B, tiles, tokens, fold, dim].
+        [KV heads, B, tiles, real, fold, dim].
     """
     kv_heads, batch, tiles, tokens, fold, dim = queries.shape
     splits = context.shape[3] // split
@@ -276,13 +281,17 @@ def _join_splits(queries: Tensor, context: Tensor, invalid: Tensor, split: int) 
         for part in context
     )
     each = queries.reshape(-1, 1, tokens * fold, dim).expand(-1, splits, -1, -1).reshape(-1, tokens * fold, dim)
-    scores = torch.bmm(each, keys.transpose(1, 2)).view(kv_heads, batch, tiles, splits, tokens, fold, split)
-    hidden = invalid.reshape(batch, tiles, tokens, 1, splits, split).permute(0, 1, 4, 2, 3, 5)
+    real = invalid.shape[2]
+    products = torch.bmm(each, keys.transpose(1, 2))
+    scores = products.view(kv_heads, batch, tiles, splits, tokens, fold, split)[..., :real, :, :]
+    hidden = invalid.reshape(batch, tiles, real, 1, splits, split).permute(0, 1, 4, 2, 3, 5)
     scores.masked_fill_(hidden, float("-inf"))
     weights = torch.exp(scores - scores.amax((3, 6), keepdim=True))
     totals = weights.sum(-1, keepdim=True).unbind(3)
-    outs = torch.bmm(weights.view(-1, tokens * fold, split), values).view(*weights.shape[:-1], dim).unbind(3)
-    return _add_in_order(outs) / _add_in_order(totals)
+    padded = F.pad(weights.flatten(-3, -2), (0, 0, 0, (tokens - real) * fold))  # the product's shape stays fixed
+    outs = torch.bmm(padded.view(-1, tokens * fold, split), values)
+    outs = outs.view(kv_heads, batch, tiles, splits, tokens, fold, dim)[..., :real, :, :]
+    return _add_in_order(outs.unbind(3)) / _add_in_order(totals)
 
 
 def _add_in_order(parts: Sequence[Tensor]) -> Tensor:

@@ -102,6 +102,9 @@ class Backend(Protocol):
     def prepare_table(self, weight: Tensor) -> Table:
         """An embedding table [vocabulary, hidden]."""
 
+    def tied_head(self, table: Table) -> Linear:
+        """The table as the matrix that makes logits; one copy serves both."""
+
     def prepare_rope(self, inv_freq: Sequence[float], max_positions: int) -> Rope:
         """Rotary tables of positions 0 .. max_positions - 1 for frequencies [head_dim / 2], in radians a token.
 

@@ -54,6 +54,10 @@ class ReferenceBackend:
         """See `kernels.ops.Backend`."""
         return weight.to(self.dtype, copy=True)
 
+    def tied_head(self, table: Tensor) -> _Linear:
+        """See `kernels.ops.Backend`."""
+        return _Linear(table, None)
+
     def prepare_rope(self, inv_freq: Sequence[float], max_positions: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [max_positions, head_dim / 2] of float32 angles, computed in float64."""
         angles = torch.outer(

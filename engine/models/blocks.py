@@ -18,10 +18,10 @@ Shapes = Mapping[str, Shape]
 
 
 class Weights(Protocol):
-    """Tensors by name; each is there with the shape the model declared."""
+    """Tensors by name; each is there with the shape the model declared, and is handed over once."""
 
-    def __getitem__(self, name: str, /) -> Any:
-        """The tensor `name`."""
+    def pop(self, name: str, /) -> Any:
+        """The tensor `name`, which is not kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,34 +40,35 @@ def _layer_shapes(config: ModelConfig) -> Shapes:
 
 
 def build(config: ModelConfig, weights: Weights, ops: Backend, max_positions: int) -> Decoder:
-    """The model in the layouts of `ops`, for contexts of up to `max_positions` tokens."""
+    """The model in the layouts of `ops`, for contexts of up to `max_positions` tokens; `weights` is emptied."""
     heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
 
     def linear(prefix: str, *names: str, bias: bool) -> Linear:
-        biases = [weights[f"{prefix}.{name}.bias"] for name in names] if bias else []
-        return ops.prepare_linear([weights[f"{prefix}.{name}.weight"] for name in names], biases)
+        biases = [weights.pop(f"{prefix}.{name}.bias") for name in names] if bias else []
+        return ops.prepare_linear([weights.pop(f"{prefix}.{name}.weight") for name in names], biases)
 
     def layer(prefix: str) -> DecoderLayer:
         attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
         return DecoderLayer(
-            attention_norm=ops.prepare_vector(weights[f"{prefix}.input_layernorm.weight"]),
+            attention_norm=ops.prepare_vector(weights.pop(f"{prefix}.input_layernorm.weight")),
             attention=Attention(
                 qkv=linear(attention, "q_proj", "k_proj", "v_proj", bias=config.attention_bias),
                 out=linear(attention, "o_proj", bias=config.attention_bias),
                 heads=heads,
             ),
-            mlp_norm=ops.prepare_vector(weights[f"{prefix}.post_attention_layernorm.weight"]),
+            mlp_norm=ops.prepare_vector(weights.pop(f"{prefix}.post_attention_layernorm.weight")),
             mlp=GatedMlp(
                 gate_up=linear(mlp, "gate_proj", "up_proj", bias=config.mlp_bias),
                 down=linear(mlp, "down_proj", bias=config.mlp_bias),
             ),
         )
 
+    table = ops.prepare_table(weights.pop(_EMBEDDING))
     return Decoder(
-        table=ops.prepare_table(weights[_EMBEDDING]),
+        table=table,
         layers=tuple(layer(f"model.layers.{i}") for i in range(config.num_layers)),
-        final_norm=ops.prepare_vector(weights["model.norm.weight"]),
-        head=ops.prepare_linear([weights[_EMBEDDING if config.tie_word_embeddings else _HEAD]]),
+        final_norm=ops.prepare_vector(weights.pop("model.norm.weight")),
+        head=ops.tied_head(table) if config.tie_word_embeddings else ops.prepare_linear([weights.pop(_HEAD)]),
         rope=ops.prepare_rope(config.rope.inv_freq(config.head_dim), max_positions),
         eps=config.rms_norm_eps,
     )

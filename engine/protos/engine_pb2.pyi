@@ -246,7 +246,7 @@ class DeploymentOptions(_message.Message):
     deterministic: _builtins.bool
     """Same output bit for bit whatever shares the batch."""
     kv_blocks: _builtins.int
-    """KV pages; 0 takes a default that fits 32 full contexts, within the memory there is."""
+    """KV pages; 0 takes enough for 32 full contexts, or what half of the memory left after the weights holds."""
     block_size: _builtins.int
     """Tokens per KV page; 0 takes 16."""
     max_step_tokens: _builtins.int

@@ -9,17 +9,16 @@ Source: the safetensors format, huggingface/safetensors README ("Format").
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import EngineError
 from engine.strict_json import load_object
-from engine.weights.files import FileSet, OpenFile, read_verified
+from engine.weights.files import File, FileSet, OpenFile, verified
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX = "model.safetensors.index.json"
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _LENGTH_BYTES = 8
@@ -69,35 +68,41 @@ def read_header(content: bytes | bytearray | memoryview, file_size: int, path: s
 def load_weights(files: FileSet, open_file: OpenFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     """The tensors of `shapes` from the file set's safetensors files, every byte hashed before use.
 
-    Tensors are views of the buffers that were read and hashed: whoever keeps one must copy it.
+    Each tensor has a buffer of its own, which goes when the tensor goes: whoever prepares the model takes them out
+    one by one, so that the weights are not in memory twice.
 
     Raises:
         EngineError: WEIGHTS_DIGEST_MISMATCH, WEIGHTS_INVALID, or TENSORS_MISMATCH (a tensor missing, surplus or of
             another shape than the model's configuration implies; the message names it).
     """
     tensors: dict[str, Tensor] = {}
-    for name, tensor in _tensors(files, open_file):
-        if name in tensors or tuple(tensor.shape) != tuple(shapes.get(name, ())):
-            wanted = shapes.get(name)
-            raise EngineError("TENSORS_MISMATCH", f"tensor {name} is {tuple(tensor.shape)}, wanted {wanted}")
-        tensors[name] = tensor
+    for file in files.matching(".safetensors"):
+        for name, tensor in _tensors(file, open_file).items():
+            if name in tensors or tuple(tensor.shape) != tuple(shapes.get(name, ())):
+                wanted = shapes.get(name)
+                raise EngineError("TENSORS_MISMATCH", f"tensor {name} is {tuple(tensor.shape)}, wanted {wanted}")
+            tensors[name] = tensor
     missing = sorted(set(shapes) - set(tensors))
     if missing:
         raise EngineError("TENSORS_MISMATCH", f"{len(missing)} tensors are missing, {missing[0]} the first")
     return tensors
 
 
-def _tensors(files: FileSet, open_file: OpenFile) -> Iterator[tuple[str, Tensor]]:
+def _tensors(file: File, open_file: OpenFile) -> dict[str, Tensor]:
     import torch  # the header is read by engine-inspect too, which must not load torch
 
-    for file in files.matching(".safetensors"):
-        content = read_verified(file, open_file)
-        for name, entry in read_header(content, file.size, file.path).items():
-            dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
-            count = math.prod(entry.shape)
-            if not count:
+    tensors = {}
+    with verified(file, open_file) as reading:
+        head = reading.read(min(_LENGTH_BYTES, file.size))
+        rest = min(int.from_bytes(head, "little"), file.size - len(head), _MAX_HEADER_BYTES)
+        entries = read_header(head + reading.read(rest), file.size, file.path)
+        for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+            if entry.begin == entry.end:
                 raise _invalid(file.path, f"tensor {name} is empty")
-            yield name, torch.frombuffer(content, dtype=dtype, count=count, offset=entry.begin).view(entry.shape)
+            dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
+            content = reading.read(entry.end - entry.begin)
+            tensors[name] = torch.frombuffer(content, dtype=dtype).view(entry.shape)
+    return tensors
 
 
 def _entry(value: Mapping[str, Any], start: int) -> TensorEntry:

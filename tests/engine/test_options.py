@@ -31,8 +31,22 @@ def test_defaults_are_those_the_protocol_names() -> None:
 
 def test_pages_stay_within_memory_but_hold_one_context() -> None:
     options = EngineOptions()
-    assert options.resolve(1000, 1024, 100 * 16 * 1024, 1).kv_blocks == 100
-    assert options.resolve(1000, 1024, 0, 1).kv_blocks == 63
+    page = 16 * 1024
+    assert options.resolve(1000, 1024, 200 * page, 1).kv_blocks == 100
+    assert options.resolve(1000, 1024, 63 * page, 1).kv_blocks == 63
+
+
+@pytest.mark.parametrize("memory_bytes", [63 * 16 * 1024 - 1, 0, -GIB])
+def test_memory_for_less_than_one_context_is_refused_with_the_numbers(memory_bytes: int) -> None:
+    with pytest.raises(EngineError, match=r"63 KV pages of 16 tokens need 1 MiB.*left after the weights") as error:
+        EngineOptions().resolve(1000, 1024, memory_bytes, 1)
+    assert error.value.code == "OUT_OF_MEMORY"
+
+
+def test_more_pages_than_memory_holds_are_refused_before_any_is_made() -> None:
+    with pytest.raises(EngineError, match="2,000 MiB, and 1,024 MiB") as error:
+        resolve(kv_blocks=128_000)
+    assert error.value.code == "OUT_OF_MEMORY"
 
 
 def test_a_small_step_takes_fewer_requests() -> None:
@@ -47,7 +61,13 @@ def test_a_small_step_takes_fewer_requests() -> None:
         ({"max_context_tokens": 1001}, "max_context_tokens"),
         ({"max_step_tokens": 64, "max_running": 64}, "max_step_tokens"),
         ({"max_step_tokens": 16}, "max_step_tokens"),
-        ({"kv_blocks": -1}, "negative"),
+        ({"kv_blocks": -1}, "kv_blocks"),
+        ({"kv_blocks": 2**32 - 1}, "kv_blocks"),
+        ({"block_size": 2**20}, "block_size"),
+        ({"max_running": 2**31}, "max_running"),
+        ({"max_step_tokens": 2**31}, "max_step_tokens"),
+        ({"threads": 10**6}, "threads"),
+        ({"max_context_tokens": -1}, "negative"),
     ],
     ids=str,
 )

@@ -10,11 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.build import build_engine
+from engine.build import build_engine, read_config
 from engine.errors import EngineError
+from engine.models import llama
 from engine.options import EngineOptions
 from engine.weights.files import FileSet, read_verified
 from engine.weights.safetensors import load_weights, read_header
+from kernels.cpu import CpuBackend
+from kernels.reference import ReferenceBackend
 from tests.engine.tiny import engine, file_set, request, run, save_llama
 
 
@@ -109,6 +112,22 @@ def test_tensors_other_than_the_model_declares_are_refused_by_name(
     with pytest.raises(EngineError, match=f"(tensor {named} |{named} the first)") as error:
         load_weights(*file_set(tmp_path), shapes)
     assert error.value.code == "TENSORS_MISMATCH"
+
+
+def test_each_tensor_has_a_buffer_of_its_own_so_that_it_can_go_alone(folder: Path) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in shards(folder).items()}
+    for tensor in load_weights(*file_set(folder), shapes).values():
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def test_building_a_model_takes_every_tensor_and_ties_the_head_to_the_table(tmp_path: Path) -> None:
+    save_llama(tmp_path, tie_word_embeddings=True, attention_bias=True)
+    config = read_config(*file_set(tmp_path))
+    for ops in (CpuBackend(), ReferenceBackend()):
+        weights = load_weights(*file_set(tmp_path), llama.tensor_shapes(config))
+        model = llama.build(config, weights, ops, max_positions=8)
+        assert weights == {}
+        assert model.head.weight.data_ptr() == model.table.data_ptr()
 
 
 def container(header: object, data: int = 8) -> bytes:

@@ -1,0 +1,46 @@
+"""How much memory this process may still take: the one answer that sizes KV pages and that operators are shown.
+
+It is what the kernel calls available, or less where a control group allows less; file cache that can be dropped
+counts as free in both.
+
+Source: proc_meminfo(5), MemAvailable; cgroups(7), version 2: memory.max, memory.current, memory.stat.
+"""
+
+from pathlib import Path
+
+_PROC = Path("/proc")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+    """Bytes that can be taken without swapping and without breaking the limit of any control group above."""
+    available = _fields(proc / "meminfo")["MemAvailable"] * 1024
+    group = cgroup / _own_group(proc / "self" / "cgroup")
+    for place in (group, *group.parents):
+        if place == cgroup.parent:
+            break
+        available = min(available, _left_in(place, available))
+    return max(0, available)
+
+
+def _own_group(membership: Path) -> str:
+    """The path of this process's group below the root of version 2; the root where there is no version 2."""
+    lines = membership.read_text(encoding="utf-8").splitlines() if membership.exists() else []
+    return next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+
+
+def _left_in(group: Path, otherwise: int) -> int:
+    """What the group's limit leaves; `otherwise` where it has none."""
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+        current = int((group / "memory.current").read_text(encoding="ascii"))
+        cache = _fields(group / "memory.stat").get("inactive_file", 0)
+    except OSError:
+        return otherwise
+    return int(limit) - current + cache if limit.isdigit() else otherwise
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Lines of a name and a number, with or without a colon and a unit."""
+    lines = (line.replace(":", " ").split() for line in path.read_text(encoding="ascii").splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1}

@@ -1,0 +1,53 @@
+"""Available memory: the kernel's figure, or what the tightest control group above still allows."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.memory import available_bytes
+
+KIB, GIB = 2**10, 2**30
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 33554432 kB\nMemFree: 1 kB\nMemAvailable: 8388608 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text("3:cpuset:/\n0::/site.slice/worker\n")
+    return tmp_path / "proc"
+
+
+def limit(group: Path, allowed: str, current: int, cache: int = 0) -> None:
+    group.mkdir(parents=True, exist_ok=True)
+    (group / "memory.max").write_text(allowed + "\n")
+    (group / "memory.current").write_text(f"{current}\n")
+    (group / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+
+
+def test_without_control_groups_it_is_what_the_kernel_calls_available(proc: Path, tmp_path: Path) -> None:
+    assert available_bytes(proc, tmp_path / "none") == 8 * GIB
+    (proc / "self" / "cgroup").unlink()
+    assert available_bytes(proc, tmp_path / "none") == 8 * GIB
+
+
+@pytest.mark.parametrize("place", ["site.slice/worker", "site.slice", ""])
+def test_a_control_group_at_any_height_lowers_it(proc: Path, tmp_path: Path, place: str) -> None:
+    root = tmp_path / "cgroup"
+    limit(root / "site.slice" / "worker", "max", GIB)
+    limit(root / place, str(4 * GIB), 3 * GIB, cache=KIB)
+    assert available_bytes(proc, root) == GIB + KIB
+
+
+def test_a_group_without_a_limit_or_with_a_higher_one_changes_nothing(proc: Path, tmp_path: Path) -> None:
+    limit(tmp_path / "cgroup", "max", 3 * GIB)
+    limit(tmp_path / "cgroup" / "site.slice", str(100 * GIB), 3 * GIB)
+    assert available_bytes(proc, tmp_path / "cgroup") == 8 * GIB
+
+
+def test_a_group_over_its_limit_has_nothing_left(proc: Path, tmp_path: Path) -> None:
+    limit(tmp_path / "cgroup", str(GIB), 2 * GIB)
+    assert available_bytes(proc, tmp_path / "cgroup") == 0
+
+
+def test_this_machine_has_some() -> None:
+    assert 0 < available_bytes() < 2**50
