@@ -26,7 +26,8 @@ usage: ./install.sh --demo [--keep] [--seed N]
   --test   set up .venv with the test tools, then run all checks and all tests.
 
 Needs Python 3.11 or newer and either a package index or a folder wheels/ beside this file.
-Keeps to this checkout, but for temporary files in /tmp while it runs.
+Keeps to this checkout, but for temporary files in /tmp while it runs; what a failed test had
+there stays.
 PYTHON=/path/to/python3 chooses the interpreter.
 USAGE
 }
@@ -205,7 +206,7 @@ run_tests() {
   "$VENV/bin/python" .ci/gates.py
   local status=0
   "$VENV/bin/python" -m pytest "$@" || status=$?
-  rmdir "${TMPDIR:-/tmp}/pytest-of-$(id -un)" 2>/dev/null || true  # pytest leaves it empty
+  rmdir "${TMPDIR:-/tmp}/pytest-of-$(id -un)" 2>/dev/null || true  # left empty when all passed
   exit $status
 }
 
