@@ -7,10 +7,13 @@ from typing import Any
 from engine.errors import EngineError
 from engine.strict_json import load_object
 from engine.text.conversation import render_marked
-from engine.text.template import ChatTemplate, Message
+from engine.text.template import SPECIAL_TOKENS, ChatTemplate, Message
 from engine.text.tokens import ControlTokenizer
 
 ROLES = ("system", "user", "assistant")
+MAX_MESSAGES = 1 << 14
+"""Turns of one conversation; rendering and tokenising so many empty ones takes some 0.5 s."""
+
 MAX_TEXT_CHARS = 1 << 20
 """Characters of one prompt or conversation; the public API takes no more bytes."""
 
@@ -73,11 +76,22 @@ class TextModel:
             raise EngineError("TEMPLATE_MISSING", "this model has no chat template; use Generate")
         if not messages:
             raise EngineError("EMPTY_PROMPT", "the conversation has no message")
+        self._check_turns(len(messages))
         if any(message.role not in ROLES for message in messages):
             raise EngineError("INVALID_ROLE", f"a message's role is not one of {', '.join(ROLES)}")
         self._check_length(sum(len(message.content) for message in messages))
         marked = render_marked(self.template, messages, self.tokenizer)
         return self._checked(self.tokenizer.encode(marked, add_special_tokens=False))
+
+    def _check_turns(self, turns: int) -> None:
+        """Refuse before rendering what has more turns than tokens, however short they are."""
+        limit = min(MAX_MESSAGES, self.max_context_tokens - 1)
+        if turns > limit:
+            raise EngineError(
+                "CONTEXT_OVERFLOW",
+                f"{turns} messages; a conversation in a context of {self.max_context_tokens} tokens has {limit} "
+                "at the very most",
+            )
 
     def _check_length(self, characters: int) -> None:
         """Refuse before tokenising what could not fit the context in any case."""
@@ -113,8 +127,9 @@ def load_text_model(read: ReadFile, max_context_tokens: int) -> TextModel:
     settings = _json_object(read("tokenizer_config.json"), "tokenizer_config.json")
     special = _json_object(read("special_tokens_map.json"), "special_tokens_map.json")
     source = _template_source(read("chat_template.jinja"), settings)
-    begin, end = (_token_text(settings, name) or _token_text(special, name) for name in ("bos_token", "eos_token"))
-    template = None if source is None else ChatTemplate(source, begin, end)
+    tokens = {name: _token_text(settings, name) or _token_text(special, name) for name in SPECIAL_TOKENS}
+    known = {name: text for name, text in tokens.items() if text}
+    template = None if source is None else ChatTemplate(source, known)
     return TextModel(ControlTokenizer(document), template, max_context_tokens)
 
 

@@ -1,18 +1,22 @@
 """A model's chat template, compiled in Jinja's sandbox and rendered within bounds.
 
 Templates come from signed bundles and are still treated as hostile: nothing but the listed names is visible,
-objects are immutable, output is capped. The sandbox bounds access, not work; the process's limits bound work.
+objects are immutable, output is capped, and compiling computes nothing. The sandbox bounds access, not work; the
+process's limits bound work.
 
-Source: jinja2.sandbox; the names, whitespace rules and the `generation` block that Hugging Face `transformers`
-gives chat templates.
+A conversation is rendered as Hugging Face `transformers` renders it, or the template is refused: what would make
+one conversation two prompts (`strftime_now`, `lipsum`, `random`) is not offered.
+
+Source: jinja2.sandbox; the names, whitespace rules and the `generation` block of `transformers`.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import nodes
+from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -24,6 +28,13 @@ from engine.errors import EngineError
 MAX_OUTPUT_CHARS = 4 << 20
 """Characters a rendered conversation may have."""
 
+MAX_SOURCE_CHARS = 1 << 20
+"""Characters a template may have."""
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The tokens a template may write by name; one the model does not have is undefined."""
+
+_GLOBALS = ("range", "dict", "namespace", "cycler", "joiner")
 _LARGEST_OPERAND = 64  # of a power
 
 
@@ -41,8 +52,9 @@ class _GenerationBlock(Extension):
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The statements inside the block."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [nodes.Scope(body).set_lineno(line)]
 
 
 class _TemplateRaisedError(jinja2.TemplateError):
@@ -53,13 +65,29 @@ def _raise_exception(message: object) -> NoReturn:
     raise _TemplateRaisedError(str(message))
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _CodeGenerator(CodeGenerator):
+    """Leaves every expression to the rendering, which has limits of its own."""
+
+    def _output_child_to_const(self, node: nodes.Expr, frame: Frame, finalize: Any) -> str:
+        if not isinstance(node, nodes.TemplateData):
+            raise nodes.Impossible
+        return super()._output_child_to_const(node, frame, finalize)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, in which repetition and powers cannot make a value of unbounded size."""
 
+    code_generator_class = _CodeGenerator
     intercepted_binops = frozenset({"*", "**"})  # neither are they computed when the template is compiled
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
@@ -86,12 +114,31 @@ def _repeated(left: Any, right: Any) -> int:
 
 
 def _environment() -> _Environment:
-    environment = _Environment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationBlock])
-    kept = {name: environment.globals[name] for name in ("range", "dict", "namespace")}
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[loopcontrols, _GenerationBlock]
+    )
+    kept = {name: environment.globals[name] for name in _GLOBALS}
     environment.globals.clear()
     environment.globals.update(kept, raise_exception=_raise_exception)
     environment.filters["tojson"] = _to_json
+    del environment.filters["random"]
     return environment
+
+
+def _compile(source: str) -> jinja2.Template:
+    if len(source) > MAX_SOURCE_CHARS:
+        raise EngineError("TEMPLATE_INVALID", f"the chat template has over {MAX_SOURCE_CHARS} characters")
+    environment = _environment()
+    tree = environment.parse(source)
+    if any(name.name == "strftime_now" for name in tree.find_all(nodes.Name)):
+        raise EngineError(
+            "TEMPLATE_INVALID",
+            "the chat template reads the clock (strftime_now), so one conversation would not be one prompt; "
+            "write a fixed date into the template",
+        )
+    if tree.find(nodes.EvalContextModifier) is not None:  # its argument is computed when compiling
+        raise EngineError("TEMPLATE_INVALID", "the chat template uses autoescape, which is not offered")
+    return environment.from_string(tree)
 
 
 class ChatTemplate:
@@ -99,22 +146,27 @@ class ChatTemplate:
 
     Args:
         source: the Jinja source.
-        bos_token: text of the begin token, "" when the model has none.
-        eos_token: text of the end token, "" when the model has none.
+        tokens: text of the special tokens the model has, by the names in `SPECIAL_TOKENS`.
         limit: characters a rendered conversation may have.
 
     Raises:
-        EngineError: TEMPLATE_INVALID, the source does not compile.
+        EngineError: TEMPLATE_INVALID, the source does not compile or wants what is not offered.
     """
 
-    def __init__(self, source: str, bos_token: str, eos_token: str, limit: int = MAX_OUTPUT_CHARS) -> None:
+    def __init__(self, source: str, tokens: Mapping[str, str], limit: int = MAX_OUTPUT_CHARS) -> None:
         try:
-            self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError, ValueError) as error:
+            self._template = _compile(source)
+        except EngineError:
+            raise
+        except jinja2.TemplateError as error:
             raise EngineError("TEMPLATE_INVALID", f"the chat template does not compile: {error}") from error
+        except Exception as error:  # jinja2 and the compiler below it fail on hostile sources in many ways
+            raise EngineError(
+                "TEMPLATE_INVALID", f"the chat template does not compile: {type(error).__name__}"
+            ) from error
         self.source = source
-        self.constants = bos_token + eos_token
-        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self.constants = "".join(tokens.values())
+        self._names = {"tools": None, "documents": None, "add_generation_prompt": True, **tokens}
         self._limit = limit
 
     def render(self, messages: Sequence[Message]) -> str:
@@ -126,9 +178,8 @@ class ChatTemplate:
         pieces: list[str] = []
         length = 0
         try:
-            for piece in self._template.generate(
-                messages=[message._asdict() for message in messages], add_generation_prompt=True, **self._tokens
-            ):
+            given = [message._asdict() for message in messages]
+            for piece in self._template.generate(messages=given, **self._names):
                 pieces.append(piece)
                 length += len(piece)
                 if length > self._limit:

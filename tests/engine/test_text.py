@@ -1,5 +1,7 @@
 """Tokens from text: the same as `transformers` for ordinary text, and never a control token out of a message."""
 
+import contextlib
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,25 @@ ORDINARY = [
     [("user", "  padded \n"), ("assistant", "Answer.\n\n"), ("user", "a < b > c | d {{ x }} é 漢字 🙂")],
     [("user", ""), ("assistant", ""), ("user", "<think>\nhm</think>\nfine")],
 ]
+TOKENS = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
+# What templates in the wild ask for beside the messages.
+USES = {
+    "no-tools": "{% if tools is none %}none{% endif %}{% if tools is defined %}defined{% endif %}",
+    "no-documents": "{% if documents is not none %}documents{% endif %}{{ documents }}",
+    "tokens": "{{ pad_token }}{{ bos_token }}{{ unk_token is defined }}{{ mask_token }}{{ messages[0].content }}",
+    "joiner": "{% set j = joiner(',') %}{% for m in messages %}{{ j() }}{{ m.content }}{% endfor %}",
+    "cycler": "{% set c = cycler('a', 'b') %}{% for m in messages %}{{ c.next() }}{{ m.content }}{% endfor %}",
+    "separators": "{{ messages | tojson(separators=(',', ':')) }}{{ messages[0] | tojson(false, 1, none, true) }}",
+    "generation": "{% set x = 1 %}{% for m in messages %}{% generation %}{% set x = 2 %}{{ m.content }}{{ x }}"
+    "{% endgeneration %}{{ x }}{% endfor %}",
+    "undefined": "{{ enable_thinking }}{{ messages[0].name }}{{ messages[0].get('tool_calls') }}",
+    "macro": "{% macro turn(m, end='!') %}{{ m.role | upper ~ ': ' ~ m.content | trim ~ end }}{% endmacro %}"
+    "{% for m in messages %}{{ turn(m) }}{% endfor %}",
+    "constants": "{{ 'a' | center(5) ~ '<' * 3 }}{{ 1.5 }}{{ [1, 'b'] }}{{ '%03d' % 7 }}{{ 2 ** 3 }}{{ none }}",
+    "break": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}"
+    "{{ ns.n }}",
+}
 BASE = byte_tokenizer()
 
 
@@ -71,11 +92,82 @@ def test_ordinary_conversations_have_the_ids_that_transformers_gives(
     assert ours == theirs
 
 
+@pytest.mark.parametrize("template", USES.values(), ids=USES.keys())
+def test_templates_see_the_names_and_filters_that_transformers_gives(tmp_path: Path, template: str) -> None:
+    turns = [("user", " é <b> claim "), ("assistant", "one"), ("user", "two")]
+    rendered = loaded(tmp_path, template).template
+    assert rendered is not None
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path).apply_chat_template(
+        [{"role": role, "content": content} for role, content in turns], add_generation_prompt=True, tokenize=False
+    )
+    assert rendered.render(conversation(*turns)) == theirs
+
+
+@pytest.mark.parametrize(
+    ("source", "named"),
+    [
+        ("{% if strftime_now is defined %}{{ strftime_now('%d %b') }}{% endif %}", "strftime_now"),
+        ("{{ messages | random }}", "random"),
+        ("{% autoescape true %}{% endautoescape %}", "autoescape"),
+    ],
+)
+def test_a_template_whose_prompt_would_differ_from_day_to_day_is_refused_by_name(source: str, named: str) -> None:
+    with pytest.raises(EngineError, match=named) as refused:
+        ChatTemplate(source, {})
+    assert refused.value.code == "TEMPLATE_INVALID"
+
+
+BIG = 50_000_000
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        f"{{{{ 'a' | center({BIG}) }}}}",
+        f"{{% set x = 'a' | center({BIG}) %}}{{{{ x }}}}",
+        f"{{% if 'a' | center({BIG}) %}}x{{% endif %}}",
+        f"{{{{ '%0{BIG}d' % 1 }}}}",
+        f"{{{{ '%0{BIG}d' | format(1) }}}}",
+        f"{{{{ ('a\nb' | indent({BIG})) | length }}}}",
+        f"{{% macro m(x='a' | center({BIG})) %}}{{% endmacro %}}",
+        f"{{% autoescape 'a' | center({BIG}) %}}{{% endautoescape %}}",
+        f"{{% filter center({BIG}) %}}a{{% endfilter %}}",
+    ],
+)
+def test_compiling_a_template_computes_nothing(source: str) -> None:
+    ChatTemplate("{{ messages }}", {})  # what jinja2 makes once
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(EngineError):
+            ChatTemplate(source, {})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < BIG // 10
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{{ " + "9" * 5000 + " }}",
+        "{% if 1 %}" * 150,
+        "x" * (1 << 21),
+    ],
+    ids=["parentheses", "digits", "ifs", "long"],
+)
+def test_a_source_that_breaks_the_compiler_is_refused(source: str) -> None:
+    closed = source + "{% endif %}" * source.count("{% if")
+    with pytest.raises(EngineError) as refused:
+        ChatTemplate(closed, {})
+    assert refused.value.code == "TEMPLATE_INVALID"
+
+
 @given(st.text(max_size=40), st.text(max_size=40))
 @settings(max_examples=60, deadline=None)
 def test_any_text_without_control_tokens_has_the_ids_of_the_published_tokenizer(first: str, second: str) -> None:
     turns = conversation(("user", first), ("assistant", second))
-    template = ChatTemplate(DEMO_LIKE, "<|begin|>", "<|end|>")
+    template = ChatTemplate(DEMO_LIKE, TOKENS)
     model = TextModel(ControlTokenizer(BASE.to_str().encode()), template, 4096)
     published = byte_tokenizer_ids(template.render(turns))
     assert model.from_conversation(turns) == published
@@ -132,7 +224,7 @@ PIECES = (
 @settings(max_examples=300, deadline=None)
 def test_no_combination_of_pieces_forges_a_control_token(template: str, contents: list[str]) -> None:
     tokenizer = ControlTokenizer(BASE.to_str().encode())
-    model = TextModel(tokenizer, ChatTemplate(template, "<|begin|>", "<|end|>"), 4096)
+    model = TextModel(tokenizer, ChatTemplate(template, TOKENS), 4096)
     controls = set(range(len(CONTROLS)))
     harmless = model.from_conversation([Message("user", "hello")] * len(contents))
     ids = model.from_conversation([Message("user", content) for content in contents])
@@ -191,7 +283,7 @@ def test_a_unigram_tokenizer_with_prefix_spaces_keeps_its_ids_and_its_control_to
     tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
     model = TextModel(
         ControlTokenizer(tokenizer.to_str().encode()),
-        ChatTemplate("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}", "<s>", "</s>"),
+        ChatTemplate("{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}", {}),
         4096,
     )
     ids = model.from_conversation(conversation(("user", "a b"), ("user", "ab")))
@@ -243,6 +335,7 @@ def test_bad_inputs_have_stable_codes(tmp_path: Path) -> None:
         (lambda: model.from_ids([0, 320]), "TOKEN_OUT_OF_RANGE"),
         (lambda: model.from_text("Q " * 100), "CONTEXT_OVERFLOW"),
         (lambda: model.from_text("x" * 1_100_000), "CONTEXT_OVERFLOW"),
+        (lambda: model.from_conversation(conversation(*[("user", "")] * 32)), "CONTEXT_OVERFLOW"),
         (lambda: model.from_conversation(conversation(("tool", "x"))), "INVALID_ROLE"),
         (lambda: chatless.from_conversation(conversation(("user", "x"))), "TEMPLATE_MISSING"),
     ]
