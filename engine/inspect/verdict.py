@@ -4,12 +4,8 @@ The configuration, the tokenizer and the template are judged by the code that wi
 """
 
 import math
-import signal
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType
 
 from engine.errors import EngineError
 from engine.inspect.folder import Folder
@@ -17,6 +13,7 @@ from engine.models.config import ModelConfig, parse_config
 from engine.models.registry import architecture
 from engine.strict_json import load_object
 from engine.text.conversation import render_marked
+from engine.text.limits import LOAD_CPU_S, cpu_limit
 from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
 from engine.text.template import Message
 from engine.weights.safetensors import TensorEntry, read_header
@@ -61,7 +58,8 @@ def judge(folder: Folder) -> Verdict:
     config = _config(folder)
     entries = _tensors(folder)
     _compare(entries, config)
-    text = load_text_model(lambda path: folder.read(path, MAX_FILE_BYTES), config.max_context_tokens)
+    with cpu_limit(LOAD_CPU_S, "loading the tokenizer and the chat template", "TEXT_TOO_COSTLY"):
+        text = load_text_model(lambda path: folder.read(path, MAX_FILE_BYTES), config.max_context_tokens)
     if text.tokenizer.size > config.vocab_size:
         raise EngineError(
             "TOKENIZER_TOO_LARGE",
@@ -131,20 +129,6 @@ def _probe_template(text: TextModel) -> None:
     """Render ordinary conversations as requests will, within a time limit."""
     if text.template is None:
         return
-    with _time_limit(TEMPLATE_LIMIT_S):
+    with cpu_limit(TEMPLATE_LIMIT_S, "the chat template", "TEMPLATE_REFUSED"):
         for probe in _PROBES:
             text.tokenizer.encode(render_marked(text.template, probe, text.tokenizer), add_special_tokens=False)
-
-
-@contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    def expire(number: int, frame: FrameType | None) -> None:
-        raise EngineError("TEMPLATE_REFUSED", f"the chat template takes over {seconds:g} s of processor time")
-
-    previous = signal.signal(signal.SIGPROF, expire)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.signal(signal.SIGPROF, previous)

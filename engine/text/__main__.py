@@ -1,6 +1,5 @@
 """`python -m engine.text`: tokenizer and chat template of one deployment, without torch and without devices."""
 
-import resource
 import sys
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from engine.launch import Launch, exit_refused, read_launch
 from engine.models.config import parse_config
 from engine.process import Process, configure_logging, run
 from engine.protos import engine_pb2_grpc
+from engine.text.limits import LOAD_CPU_S, LOAD_MEMORY_BYTES, cpu_limit, memory_limit
 from engine.text.model import MAX_FILE_BYTES, ReadFile, TextModel, load_text_model
 from engine.text.service import TextService
 from engine.weights.files import read_verified
@@ -19,7 +19,7 @@ from engine.weights.files import read_verified
 NAME = "engine-text"
 FORBIDDEN = ("torch", "sqlalchemy", "sqlite3")
 _MAX_REQUEST_BYTES = 8 << 20
-_MEMORY_HEADROOM_BYTES = 1 << 30
+_REQUEST_MEMORY_BYTES = 1 << 30  # beyond what the loaded process has
 _DRAIN_S = 5.0
 
 
@@ -28,10 +28,21 @@ def main() -> int:
     configure_logging(NAME)
     try:
         launch = read_launch(NAME)
-        model = _load(launch)
+        model = _load_within_limits(launch)
     except EngineError as error:
         exit_refused(error)
     return run(NAME, partial(_serve, launch.socket, model), FORBIDDEN)
+
+
+def _load_within_limits(launch: Launch) -> TextModel:
+    memory_limit(LOAD_MEMORY_BYTES)
+    try:
+        with cpu_limit(LOAD_CPU_S, "loading the tokenizer and the chat template", "TEXT_TOO_COSTLY"):
+            return _load(launch)
+    except MemoryError:
+        raise EngineError(
+            "TEXT_TOO_COSTLY", f"loading the tokenizer and the chat template takes over {LOAD_MEMORY_BYTES} bytes"
+        ) from None
 
 
 def _load(launch: Launch) -> TextModel:
@@ -61,17 +72,10 @@ async def _serve(socket: Path, model: TextModel, process: Process) -> None:
     engine_pb2_grpc.add_TextServiceServicer_to_server(TextService(model), server)
     process.listen(server, socket)
     await server.start()
-    _limit_memory()
+    memory_limit(_REQUEST_MEMORY_BYTES)
     process.ready({"CAPABILITIES": ",".join(model.capabilities)})
     await process.stopping.wait()
     await server.stop(_DRAIN_S)
-
-
-def _limit_memory() -> None:
-    """No prompt and no template may take more than the headroom beyond what the process has now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    limit = pages * resource.getpagesize() + _MEMORY_HEADROOM_BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The text service of one deployment: one preparation at a time, killed with its process when it takes too long.
 
 A template or a regular expression that does not end may hold the interpreter's lock, so no thread of this
-process could end it. The kernel does: a real-time timer whose signal keeps its default effect. engine-host
-starts the process again.
+process could end it. The kernel does: timers whose signals keep their default effect. Processor time counts, so
+that a busy machine ends nobody; the clock counts too, far looser, for what waits. engine-host starts the process
+again.
 
 Source: setitimer(2).
 """
@@ -20,8 +21,11 @@ from engine.protos import engine_pb2, engine_pb2_grpc
 from engine.text.model import TextModel
 from engine.text.template import Message
 
-WALL_LIMIT_S = 2.0
-"""Seconds one preparation may take."""
+CPU_LIMIT_S = 2.0
+"""Seconds of processor time, of the whole process, one preparation may take."""
+
+WALL_LIMIT_S = 10.0
+"""Seconds by the clock one preparation may take."""
 
 _FAILED = "TEXT_FAILED"
 
@@ -33,12 +37,10 @@ class TextService(engine_pb2_grpc.TextServiceServicer):
 
     Args:
         model: whose tokens.
-        wall_limit_s: seconds one preparation may take before the kernel ends the process.
     """
 
-    def __init__(self, model: TextModel, wall_limit_s: float = WALL_LIMIT_S) -> None:
+    def __init__(self, model: TextModel) -> None:
         self._model = model
-        self._wall_limit_s = wall_limit_s
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prepare")
 
     async def Prepare(  # noqa: N802  # the method's name in the proto
@@ -55,7 +57,8 @@ class TextService(engine_pb2_grpc.TextServiceServicer):
         return engine_pb2.PrepareResponse(token_ids=ids)
 
     def _within_limit(self, request: engine_pb2.PrepareRequest) -> list[int]:
-        signal.setitimer(signal.ITIMER_REAL, self._wall_limit_s)
+        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)
+        signal.setitimer(signal.ITIMER_REAL, WALL_LIMIT_S)
         try:
             return _prepare(self._model, request)
         except MemoryError:
@@ -63,6 +66,7 @@ class TextService(engine_pb2_grpc.TextServiceServicer):
                 "TEXT_TOO_COSTLY", "preparing this input takes more memory than is allowed"
             ) from None
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 

@@ -178,6 +178,14 @@ def test_a_template_that_is_broken_escapes_or_does_not_end_is_refused(
     assert refusal(copied).code == code
 
 
+def test_loading_the_tokenizer_and_the_template_is_bounded_too(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.inspect.verdict.LOAD_CPU_S", 0.02)
+    (copied / "chat_template.jinja").write_text("{% if messages %}{{ messages }}{% endif %}" * 20_000)
+    assert refusal(copied).code == "TEXT_TOO_COSTLY"
+
+
 @pytest.mark.parametrize("name", ["modeling.py", "pytorch_model.bin", "optimizer.PT"])
 def test_a_file_that_may_hold_code_is_refused(copied: Path, name: str) -> None:
     (copied / name).write_bytes(b"x")

@@ -1,6 +1,7 @@
 """engine-text as a process: it answers with codes, dies of a wedged template, and never holds torch."""
 
 import json
+import signal
 from pathlib import Path
 
 import grpc
@@ -8,7 +9,7 @@ import pytest
 
 from engine.protos import engine_pb2, engine_pb2_grpc
 from tests.engine.processes import refusal, running
-from tests.engine.tiny_models import byte_tokenizer, into_store, write_tokenizer
+from tests.engine.tiny_models import TEMPLATE, byte_tokenizer, into_store, write_tokenizer
 
 CONFIG = """{
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 320, "hidden_size": 32,
@@ -22,11 +23,18 @@ WEDGED = """\
 HUNGRY = "{{ messages[0].content | center(2 ** 33) }}"
 
 
-def deployment(folder: Path, store: Path, template: str) -> bytes:
+def deployment(folder: Path, store: Path, template: str, context: int = 64) -> bytes:
     folder.mkdir()
     write_tokenizer(folder, byte_tokenizer(), template)
-    (folder / "config.json").write_text(CONFIG)
+    (folder / "config.json").write_text(
+        CONFIG.replace('"max_position_embeddings": 64', f'"max_position_embeddings": {context}')
+    )
     return engine_pb2.Deployment(name="notes", files=into_store(folder, store)).SerializeToString()
+
+
+def turns(count: int) -> engine_pb2.PrepareRequest:
+    messages = [engine_pb2.ChatMessage(role="user")] * count
+    return engine_pb2.PrepareRequest(conversation=engine_pb2.Conversation(messages=messages))
 
 
 def chat(content: str) -> engine_pb2.PrepareRequest:
@@ -69,7 +77,30 @@ async def test_a_wedged_template_ends_the_process_by_the_kernel(tmp_path: Path, 
         with pytest.raises(grpc.aio.AioRpcError) as died:
             await stub.Prepare(chat("wedge"))
         assert died.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert await text.process.wait() == -14  # SIGALRM
+        assert await text.process.wait() == -signal.SIGPROF  # processor time, not the clock
+
+
+@pytest.mark.parametrize("context", [64, 131072])
+async def test_a_conversation_of_empty_turns_is_refused_and_the_process_lives(
+    tmp_path: Path, socket_dir: Path, context: int
+) -> None:
+    stdin = deployment(tmp_path / "model", tmp_path / "store", TEMPLATE, context)
+    sock = socket_dir / "text.sock"
+    argv = ("engine.text", "--store", str(tmp_path / "store"), "--socket", str(sock))
+    async with running(socket_dir, argv, stdin) as text, grpc.aio.insecure_channel(f"unix:{sock}") as channel:
+        stub = engine_pb2_grpc.TextServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.Prepare(turns(130_000))
+        assert (refused.value.details() or "").startswith("CONTEXT_OVERFLOW: 130000 messages")
+        assert (await stub.Prepare(chat("fine"))).token_ids
+        assert text.process.returncode is None
+
+
+async def test_a_template_that_cannot_compile_is_refused_for_good(tmp_path: Path, socket_dir: Path) -> None:
+    stdin = deployment(tmp_path / "model", tmp_path / "store", "{{ " + "(" * 50_000)
+    argv = ("engine.text", "--store", str(tmp_path / "store"), "--socket", str(socket_dir / "text.sock"))
+    status, line = await refusal(socket_dir, argv, stdin)
+    assert (status, json.loads(line)["code"]) == (3, "TEMPLATE_INVALID")
 
 
 async def test_a_changed_tokenizer_is_refused_with_its_code(tmp_path: Path, socket_dir: Path) -> None:
