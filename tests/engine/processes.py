@@ -62,7 +62,7 @@ async def running(run: Path, argv: Sequence[str], stdin: bytes = b"") -> AsyncIt
 async def refusal(run: Path, argv: Sequence[str], stdin: bytes) -> tuple[int, str]:
     """Run a process to its end; its exit status and the last line it wrote."""
     process, notify = await spawn(run, argv, stdin)
-    notify.close()
     assert process.stdout is not None
-    output = await asyncio.wait_for(process.stdout.read(), READY_LIMIT_S)
+    with notify:  # a process whose parent no longer listens does not start
+        output = await asyncio.wait_for(process.stdout.read(), READY_LIMIT_S)
     return await process.wait(), output.decode().strip().rpartition("\n")[2]
