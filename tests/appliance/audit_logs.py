@@ -16,10 +16,15 @@ class ManualClock:
     def __init__(self) -> None:
         self.utc_ns = 1_800_000_000_000_000_000
         self.mono_ns = 1_000
+        self.boot = "boot-1"
 
     def read(self) -> Stamp:
         self.mono_ns += 1
-        return Stamp(self.utc_ns, self.mono_ns, "boot-1", "synchronised")
+        return Stamp(self.utc_ns, self.mono_ns, self.boot, "synchronised")
+
+    def wait(self, seconds: float) -> None:
+        self.utc_ns += int(seconds * 1e9)
+        self.mono_ns += int(seconds * 1e9)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,13 @@ class Home:
                 connection.execute(statement)
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.close()
+
+
+def cut(connection: sqlite3.Connection, size: int) -> None:
+    """Take a log back to an earlier size, leaving no trace of what followed."""
+    connection.execute("DELETE FROM rec WHERE seq>?", (size,))
+    connection.execute("DELETE FROM checkpoint WHERE size>?", (size,))
+    connection.execute("DELETE FROM node WHERE (idx+1)<<level>?", (size,))
 
 
 def numbered(number: int) -> Record:

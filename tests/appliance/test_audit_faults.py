@@ -16,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from appliance.control.audit import AuditLog, Record
+from appliance.control.audit.head import HeadFile
 from appliance.errors import CloisterError
-from tests.appliance.audit_logs import Home, numbered
+from tests.appliance.audit_logs import Home, ManualClock, fill, numbered
 
 
 class Disk:
@@ -118,8 +119,8 @@ def test_log_whose_tail_is_cut_while_it_is_blocked_does_not_resume(tmp_path: Pat
     with pytest.raises(CloisterError):
         log.append(numbered(4)).result()
     home.change("DELETE FROM rec WHERE seq=3")
-    disk.fail_before_commit = 0
     wait_until(lambda: log.blocked == "AUDIT_TAMPERED TRUNCATED")
+    disk.fail_before_commit = 0
     log.close()
 
 
@@ -203,6 +204,119 @@ def test_copy_on_a_read_only_medium_is_verified(tmp_path: Path) -> None:
     assert done.returncode == 0
 
 
+class PowerCuts:
+    """What would be on the disk had the power failed right after a commit, for every commit: the database as the
+    commit left it, and the head as it was last flushed, which is the worst a kernel may do.
+    """
+
+    def __init__(self, home: Home, places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.home, self.places = home, places
+        self.durable = b""
+        flush = os.fdatasync
+
+        def fdatasync(descriptor: int) -> None:
+            flush(descriptor)
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            if path.name.startswith(home.head.name):
+                self.durable = path.read_bytes()
+
+        monkeypatch.setattr("os.fdatasync", fdatasync)
+
+    def connection(self) -> type[sqlite3.Connection]:
+        cuts = self
+
+        class Copying(sqlite3.Connection):
+            def execute(self, sql: str, *arguments: object) -> sqlite3.Cursor:
+                cursor = super().execute(sql, *arguments)
+                if sql == "COMMIT":
+                    cuts.copy()
+                return cursor
+
+        return Copying
+
+    def copy(self) -> None:
+        place = self.places / str(len(list(self.places.iterdir())))
+        shutil.copytree(self.home.path, place)
+        (place / self.home.head.name).write_bytes(self.durable)
+
+
+def test_power_cut_after_any_commit_leaves_a_log_that_opens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = tmp_path / "cuts"
+    places.mkdir()
+    (tmp_path / "log").mkdir()
+    home, clock = Home(tmp_path / "log"), ManualClock()
+    cuts = PowerCuts(home, places, monkeypatch)
+    log = home.create(clock=clock, factory=cuts.connection())
+    for wait in (0, 0.3, 0.3, 0.3, 0.3, 50, 0.9, 0.2, 0.05, 0.9, 7000, 0, 0.999, 0.001, 0.001, 3):
+        clock.wait(wait)
+        fill(log, [1 if wait < 0.9 else 3])
+    log.close()
+    monkeypatch.undo()
+    behind = []
+    for place in places.iterdir():
+        left = Home(place)
+        verdict = left.verify()
+        assert verdict.intact, (place, verdict)
+        behind.append(verdict.size - int(left.head.read_text().split("\n")[1]))
+        left.open(clock=clock).close()
+        assert left.verify().intact
+    assert len(behind) == 16
+    assert max(behind) > 3  # more than one commit: there was something to accept
+
+
+def test_killed_process_whose_head_the_kernel_still_held_leaves_a_log_that_outlives_the_next_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = tmp_path / "cuts"
+    places.mkdir()
+    (tmp_path / "log").mkdir()
+    home, clock = Home(tmp_path / "log"), ManualClock()
+    cuts = PowerCuts(home, places, monkeypatch)
+    log = home.create(clock=clock, factory=cuts.connection())
+    for wait in (0, 2, 0.3, 0.3):
+        clock.wait(wait)
+        fill(log, [1])
+    killed = Home(tmp_path / "killed")
+    shutil.copytree(home.path, killed.path)
+    cuts.home = killed
+    again = killed.open(clock=clock, factory=cuts.connection())
+    clock.wait(60)
+    fill(again, [1])
+    again.close()
+    log.close()
+    monkeypatch.undo()
+    last = Home(places / "4")
+    assert last.verify().intact
+    assert last.verify().size == 5
+    last.open(clock=clock).close()
+
+
+def test_head_that_cannot_be_written_does_not_take_the_log_further_from_it_with_every_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = Home(tmp_path)
+    log = home.create()
+    log.append(numbered(1)).result()
+    tries = []
+
+    def fail(*arguments: object) -> None:
+        tries.append(arguments)
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HeadFile, "write", fail)
+        with pytest.raises(CloisterError, match="AUDIT_BLOCKED"):
+            log.append(numbered(2)).result()
+        wait_until(lambda: len(tries) > 3)
+        assert len(log.read(0, 10)) == 2
+    wait_until(lambda: not log.blocked)
+    assert [record.kind for record in log.read(2, 10)] == ["audit.resumed"]
+    log.close()
+    assert home.verify().intact
+
+
 _CALLER = """
 import sys, threading
 from pathlib import Path
@@ -251,7 +365,7 @@ def kill_rounds(home: Home, rounds: int) -> None:
 
 
 def test_killed_process_loses_no_acknowledged_record(tmp_path: Path) -> None:
-    kill_rounds(Home(tmp_path), 3)
+    kill_rounds(Home(tmp_path), 10)
 
 
 @pytest.mark.slow

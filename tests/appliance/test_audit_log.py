@@ -178,7 +178,7 @@ def test_head_that_somebody_took_away_is_written_again(home: Home, harm: Callabl
     for number in range(1, 12):
         log.append(numbered(number)).result()
     harm(home.head)
-    log._writer._ledger._head._sync_due = 0.0  # a second has passed
+    log._writer._ledger._head._synced_ns = 0  # a second has passed
     log.append(numbered(12)).result()
     log.append(numbered(13)).result()
     assert home.verify().intact

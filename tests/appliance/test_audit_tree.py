@@ -64,16 +64,17 @@ def test_edge_with_the_wrong_number_of_hashes_is_refused() -> None:
 
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))
 PUBLIC = KEY.public_key().public_bytes_raw()
-STATED = Checkpoint("cloister/test/audit", 7, bytes(range(32)))
+STATED = Checkpoint("cloister/test/audit", 7, bytes(range(32)), bytes(range(32, 64)))
 
 
 def test_note_is_laid_out_as_c2sp_says() -> None:
     lines = note.sign(STATED, KEY, head=False).split("\n")
-    text = "\n".join(lines[:3]) + "\n"
-    assert text == f"cloister/test/audit\n7\n{base64.b64encode(bytes(range(32))).decode()}\n"
-    assert lines[3] == ""
-    assert lines[5:] == [""]
-    dash, name, signature = lines[4].split(" ")
+    text = "\n".join(lines[:4]) + "\n"
+    root, previous = (base64.b64encode(value).decode() for value in (STATED.root, STATED.previous))
+    assert text == f"cloister/test/audit\n7\n{root}\n{previous}\n"
+    assert lines[4] == ""
+    assert lines[6:] == [""]
+    dash, name, signature = lines[5].split(" ")
     raw = base64.b64decode(signature)
     assert (dash, name) == ("\u2014", "cloister/test/audit")
     assert raw[:4] == hashlib.sha256(b"cloister/test/audit\n\x01" + PUBLIC).digest()[:4]
@@ -111,7 +112,14 @@ def test_signature_of_a_witness_beside_ours_is_left_alone() -> None:
     assert note.verify(witnessed, PUBLIC, head=False) == STATED
 
 
-@pytest.mark.parametrize("name", ["", "two words", "a+b", "x" * 151, "zeile\n"])
+def test_head_of_the_longest_name_and_size_fits_a_sector() -> None:
+    stated = Checkpoint("x" * 120, 2**63 - 1, bytes(32), bytes(32))
+    signed = note.sign(stated, KEY, head=True)
+    assert note.verify(signed, PUBLIC, head=True) == stated
+    assert len(signed.encode()) <= 512
+
+
+@pytest.mark.parametrize("name", ["", "two words", "a+b", "x" * 121, "zeile\n"])
 def test_name_that_a_note_cannot_carry_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="audit origin"):
         note.check_origin(name)

@@ -18,7 +18,7 @@ from appliance.control.audit import AuditTamperedError, make_key
 from appliance.control.audit.record import chain_hash, leaf_hash
 from appliance.control.audit.tree import Edge
 from appliance.control.audit.walk import NO_CHAIN
-from tests.appliance.audit_logs import ORIGIN, Home, fill
+from tests.appliance.audit_logs import ORIGIN, Home, ManualClock, cut, fill
 from tests.appliance.test_audit_tree import merkle_tree_hash
 
 SIZE = 12
@@ -139,11 +139,13 @@ def test_log_holds_by_the_documented_steps_alone(shared: Home) -> None:
         assert value == merkle_tree_hash(bodies[idx << level : (idx + 1) << level])
     assert len(nodes) == 2 * len(rows) - len(rows).bit_count()
     assert [size for size, _ in notes] == [3, 4, 9, 12]
+    before = bytes(32)
     for size, note in [*notes, (SIZE, shared.head.read_text())]:
         root = base64.b64encode(merkle_tree_hash(bodies[:size])).decode()
         head = "cloister-audit-head\n" if "cloister-audit-head" in note else ""
         text, _, signature = note.partition("\n\n")
-        assert f"{text}\n" == f"{ORIGIN}\n{size}\n{root}\n{head}"
+        assert f"{text}\n" == f"{ORIGIN}\n{size}\n{root}\n{base64.b64encode(before).decode()}\n{head}"
+        before = hashlib.sha256(note.encode()).digest()
         raw = base64.b64decode(signature.split()[2])
         Ed25519PublicKey.from_public_bytes(shared.public_key).verify(raw[4:], f"{text}\n".encode())
 
@@ -348,6 +350,119 @@ def test_old_checkpoint_does_not_serve_as_head_of_a_shortened_log(made: Made) ->
     home.change(shorten)
     assert home.verify().reason == "HEAD_INVALID"
     with pytest.raises(AuditTamperedError, match="HEAD_INVALID"):
+        home.open()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM checkpoint",
+        "DELETE FROM checkpoint WHERE size=12",
+        "DELETE FROM checkpoint WHERE size=8",
+        "DELETE FROM checkpoint WHERE size=3",
+        "DELETE FROM checkpoint WHERE size<12",
+        "UPDATE checkpoint SET note='x'",
+        "UPDATE checkpoint SET note='' WHERE size=12",
+        "UPDATE checkpoint SET note=note||char(10) WHERE size=8",
+        "UPDATE checkpoint SET note=CAST(x'ff00ff' AS TEXT) WHERE size=3",
+        "UPDATE checkpoint SET note=(SELECT note FROM checkpoint WHERE size=3) WHERE size=8",
+        "UPDATE checkpoint SET size=7 WHERE size=8",
+        "INSERT INTO checkpoint SELECT 5,note FROM checkpoint WHERE size=8",
+        "INSERT INTO checkpoint VALUES(13,'x')",
+        "INSERT INTO checkpoint SELECT 99999,note FROM checkpoint WHERE size=12",
+        "INSERT INTO checkpoint SELECT 0,note FROM checkpoint WHERE size=3",
+        "INSERT INTO checkpoint SELECT -9223372036854775808,note FROM checkpoint WHERE size=3",
+    ],
+)
+def test_checkpoints_that_are_not_as_written_are_found(made: Made, change: str) -> None:
+    home = made(GROUPED)
+    home.change(change)
+    assert found(home) == ("CHECKPOINT_CHANGED", 0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "DELETE FROM checkpoint",
+        "UPDATE checkpoint SET note=note||char(10) WHERE size=12",
+        "INSERT INTO checkpoint VALUES(13,'x')",
+    ],
+)
+def test_log_whose_last_checkpoint_was_changed_is_not_opened(made: Made, change: str) -> None:
+    home = made(GROUPED)
+    home.change(change)
+    with pytest.raises(AuditTamperedError, match="CHECKPOINT_CHANGED"):
+        home.open()
+
+
+def test_checkpoint_taken_out_beyond_the_head_is_found(made: Made) -> None:
+    home = made([])
+    old = home.head.read_text()
+    log = home.open()
+    fill(log, [3, 5, 4])
+    log.close()
+    home.head.write_text(old)
+    assert home.verify().intact
+    home.change("DELETE FROM checkpoint WHERE size=8")
+    assert found(home) == ("CHECKPOINT_CHANGED", 0)
+    with pytest.raises(AuditTamperedError, match="CHECKPOINT_CHANGED"):
+        home.open()
+
+
+@pytest.mark.parametrize("mark", ["application_id", "user_version"])
+def test_changed_mark_of_the_file_is_found_and_the_log_not_opened(made: Made, mark: str) -> None:
+    home = made(GROUPED)
+    home.change(f"PRAGMA {mark}=77")
+    assert found(home) == ("SCHEMA_CHANGED", 0)
+    assert mark in home.verify().message
+    with pytest.raises(AuditTamperedError, match=mark):
+        home.open()
+
+
+def aged(home: Home, first: str, then: str, steps: list[float]) -> ManualClock:
+    """A log of one record, whose head is put back after one more followed each of these waits."""
+    clock = ManualClock()
+    clock.boot = first
+    log = home.create(clock=clock)
+    fill(log, [1])
+    log.close()
+    old = home.head.read_text()
+    log = home.open(clock=clock)
+    for wait in steps:
+        clock.wait(wait)
+        fill(log, [1])
+        clock.boot = then
+    log.close()
+    home.head.write_text(old)
+    return clock
+
+
+# How long after the first record beyond the head each record was written: 0, 0.4, 0.8, 1.2, 1.6 seconds.
+@pytest.mark.parametrize("idle", [0, 10_000])
+@pytest.mark.parametrize(("left", "accepted"), [(2, True), (3, True), (4, True), (5, False), (6, False)])
+def test_old_head_serves_a_log_cut_back_for_less_than_a_second_of_records(
+    tmp_path: Path, idle: float, left: int, accepted: bool
+) -> None:
+    home = Home(tmp_path)
+    clock = aged(home, "boot-1", "boot-1", [idle, 0.4, 0.4, 0.4, 0.4])
+    home.change(lambda connection: cut(connection, left))
+    if accepted:
+        assert home.verify().intact
+        home.open(clock=clock).close()
+        assert home.verify().size == left + 1
+        return
+    assert found(home) == ("HEAD_STALE", 2)
+    with pytest.raises(AuditTamperedError, match="HEAD_STALE") as refused:
+        home.open()
+    assert refused.value.reason == "HEAD_STALE"
+
+
+def test_old_head_serves_no_log_that_went_on_in_another_boot(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    aged(home, "boot-1", "boot-2", [0.1, 0.1])
+    assert found(home) == ("HEAD_STALE", 2)
+    assert "more than one boot" in home.verify().message
+    with pytest.raises(AuditTamperedError, match="HEAD_STALE"):
         home.open()
 
 

@@ -18,7 +18,7 @@ class AuditTamperedError(CloisterError):
     def __init__(self, reason: str, message: str, sequence: int = 0) -> None:
         super().__init__(
             "AUDIT_TAMPERED",
-            f"{reason}: {message}; run `cloister audit verify` and restore audit.db from a backup",
+            f"{reason}: {message}; run `cloister audit verify`, restore audit.db and audit.head from one backup",
             grpc.StatusCode.DATA_LOSS,
             {"reason": reason, "sequence": str(sequence)},
         )

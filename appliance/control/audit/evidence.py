@@ -125,9 +125,9 @@ def _holds(connection: sqlite3.Connection, edge: Edge, head: Checkpoint, key: by
     return None if signed is None else signed.root == edge.root()
 
 
-def _verified(text: str | None, size: int, origin: str, key: bytes) -> Checkpoint | None:
+def _verified(text: bytes | None, size: int, origin: str, key: bytes) -> Checkpoint | None:
     try:
-        found = note.verify(text or "", key, head=False)
+        found = note.verify((text or b"").decode("utf-8", errors="replace"), key, head=False)
     except NoteError:
         return None
     return found if (found.origin, found.size) == (origin, size) else None

@@ -13,7 +13,8 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from appliance.control.audit import note
 from appliance.control.audit.note import Checkpoint, NoteError
 
-_SYNC_EVERY = 1.0  # seconds
+LAG_NS = 1_000_000_000
+"""The records that a crash may leave beyond the durable head span less than this, or are one commit."""
 _READS = 5
 _READ_AGAIN = 0.005  # seconds
 
@@ -30,9 +31,9 @@ class Signer:
         """The public half, 32 bytes."""
         return self.key.public_key().public_bytes_raw()
 
-    def sign(self, size: int, root: bytes, *, head: bool) -> str:
-        """A signed note over this state of the log."""
-        return note.sign(Checkpoint(self.origin, size, root), self.key, head=head)
+    def sign(self, size: int, root: bytes, previous: bytes, *, head: bool) -> str:
+        """A signed note over this state of the log, with the digest of the checkpoint before."""
+        return note.sign(Checkpoint(self.origin, size, root, previous), self.key, head=head)
 
 
 def load_signer(path: Path, origin: str) -> Signer:
@@ -112,7 +113,8 @@ class HeadFile:
 
     A head as long as the one before overwrites it in place: both lie in one sector, so a power cut leaves one or
     the other, and the commit path is spared a rename. A longer one, when the size gains a digit, replaces the
-    file. What a power cut takes back is at most the last second; the database proves the rest by its checkpoints.
+    file. Not every head is flushed; `settle` bounds what a power cut takes back, so that `verify` need accept no
+    more than that.
 
     Args:
         path: the head file.
@@ -122,10 +124,20 @@ class HeadFile:
         self._path = path
         self._descriptor = -1
         self._length = 0
-        self._sync_due = 0.0
+        self._unsynced = False
+        self._synced_ns = 0  # on the clock of the records
 
-    def write(self, signed: str) -> None:
-        """Make this the head.
+    def settle(self, mono_ns: int) -> None:
+        """Flush a head that is `LAG_NS` old; called before records stamped `mono_ns` are committed.
+
+        Raises:
+            OSError: the head could not be made durable.
+        """
+        if self._unsynced and self._is_due(mono_ns):
+            self.sync(mono_ns)
+
+    def write(self, signed: str, mono_ns: int) -> None:
+        """Make this the head; the last record it covers is stamped `mono_ns`.
 
         Raises:
             OSError: it could not be written; the old one may still stand.
@@ -133,24 +145,30 @@ class HeadFile:
         data = signed.encode()
         if self._descriptor < 0 or len(data) != self._length:
             self._replace(data)
-        elif os.pwrite(self._descriptor, data, 0) != len(data):
+            self._unsynced, self._synced_ns = False, mono_ns
+            return
+        self._unsynced = True
+        if os.pwrite(self._descriptor, data, 0) != len(data):
             raise _short(self._path)
-        if time.monotonic() >= self._sync_due:
-            self.sync()
+        if self._is_due(mono_ns):
+            self.sync(mono_ns)
 
-    def sync(self) -> None:
-        """Make the head durable; one that somebody moved or replaced is written anew next time."""
+    def sync(self, mono_ns: int) -> None:
+        """Make the head durable, at `mono_ns`; one that somebody moved or replaced is written anew next time."""
         if self._descriptor >= 0:
             os.fdatasync(self._descriptor)
             if self._is_elsewhere():
                 self.close()
-        self._sync_due = time.monotonic() + _SYNC_EVERY
+        self._unsynced, self._synced_ns = False, mono_ns
 
     def close(self) -> None:
         """Close the file; without `sync`, its last second is in the kernel's hands."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    def _is_due(self, mono_ns: int) -> bool:
+        return not 0 <= mono_ns - self._synced_ns < LAG_NS
 
     def _is_elsewhere(self) -> bool:
         try:
@@ -172,6 +190,16 @@ class HeadFile:
 
 def _short(path: Path) -> OSError:
     return OSError(errno.ENOSPC, "written in part only", str(path))
+
+
+def sync_file(path: Path) -> None:
+    """Make a file that another process wrote durable, and its name."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:

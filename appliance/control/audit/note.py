@@ -1,8 +1,11 @@
-"""Checkpoints of the log as C2SP signed notes: origin, size, root, Ed25519 signature.
+"""Checkpoints of the log as C2SP signed notes: origin, size, root, digest of the note before, Ed25519 signature.
 
 Two kinds are signed and neither passes for the other. A *checkpoint* goes into the database with the commit it
 describes, and from there to paper, media and clients. A *head* has one more line and lives outside the database:
 whoever truncates the log finds old checkpoints in it, but no old head to put in place of the present one.
+
+Each note holds the digest of the last checkpoint signed before it: the head so vouches for every checkpoint, at
+the price of a hash instead of a signature for each.
 
 Source: C2SP signed-note and tlog-checkpoint; RFC 8032 (Ed25519).
 """
@@ -18,7 +21,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 HEAD_LINE = "cloister-audit-head"
 _ED25519 = b"\x01"
-_NAME = re.compile(r"[!-*,-~]{1,150}")  # a head, which has it twice, fits a sector of 512 bytes
+FIRST = bytes(32)
+"""What stands for the digest of a note before the first."""
+_NAME = re.compile(r"[!-*,-~]{1,120}")  # a head, which has it twice, fits a sector of 512 bytes
 _SIZE = re.compile(r"0|[1-9][0-9]{0,18}")
 
 
@@ -29,21 +34,31 @@ class NoteError(ValueError):
 
 
 class Checkpoint(NamedTuple):
-    """What a note states: the log of this origin had this size and this RFC 9162 root."""
+    """What a note states: the log of this origin had this size and this RFC 9162 root, `previous` came before.
+
+    `previous` is the `digest` of the last checkpoint signed before this note: for a checkpoint that of the commit
+    before, for a head that of its own size; `FIRST` when there is none.
+    """
 
     origin: str
     size: int
     root: bytes
+    previous: bytes = FIRST
+
+
+def digest(note: bytes) -> bytes:
+    """SHA-256 over a whole note, signatures included."""
+    return hashlib.sha256(note).digest()
 
 
 def check_origin(origin: str) -> str:
     """`origin`, which is the name of the log and of its key.
 
     Raises:
-        ValueError: it is not 1 to 150 printable ASCII characters without blanks and plus signs.
+        ValueError: it is not 1 to 120 printable ASCII characters without blanks and plus signs.
     """
     if not _NAME.fullmatch(origin):
-        raise ValueError("an audit origin is 1 to 150 printable ASCII characters, no blank and no '+'")
+        raise ValueError("an audit origin is 1 to 120 printable ASCII characters, no blank and no '+'")
     return origin
 
 
@@ -100,25 +115,27 @@ def parse_verifier_key(text: str) -> bytes:
 
 
 def _text(checkpoint: Checkpoint, *, head: bool) -> str:
-    root = base64.b64encode(checkpoint.root).decode()
-    return f"{checkpoint.origin}\n{checkpoint.size}\n{root}\n" + (f"{HEAD_LINE}\n" if head else "")
+    root, previous = (base64.b64encode(value).decode() for value in (checkpoint.root, checkpoint.previous))
+    return f"{checkpoint.origin}\n{checkpoint.size}\n{root}\n{previous}\n" + (f"{HEAD_LINE}\n" if head else "")
 
 
 def _parse(text: str, *, head: bool) -> Checkpoint:
     lines = text.split("\n")
-    if len(lines) < 4 or not _NAME.fullmatch(lines[0]) or not _SIZE.fullmatch(lines[1]):
-        raise NoteError("not a checkpoint: origin, size and root are expected")
-    checkpoint = Checkpoint(lines[0], int(lines[1]), _decode(lines[2]))
-    if len(checkpoint.root) != 32 or text != _text(checkpoint, head=head):
+    if len(lines) < 5 or not _NAME.fullmatch(lines[0]) or not _SIZE.fullmatch(lines[1]):
+        raise NoteError("not a checkpoint: origin, size, root and digest are expected")
+    checkpoint = Checkpoint(lines[0], int(lines[1]), _decode(lines[2]), _decode(lines[3]))
+    if len(checkpoint.root) != 32 or len(checkpoint.previous) != 32 or text != _text(checkpoint, head=head):
         raise NoteError("not a head of the audit log" if head else "not a checkpoint of the audit log")
     return checkpoint
 
 
 def _decode(text: str) -> bytes:
+    """The bytes; none when the text is not exactly what they encode to, as unused bits may differ unseen."""
     try:
-        return base64.b64decode(text, validate=True)
+        raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         return b""
+    return raw if base64.b64encode(raw) == text.encode() else b""
 
 
 def _check_signature(public_key: bytes, signature: bytes, text: str) -> None:

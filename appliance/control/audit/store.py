@@ -27,7 +27,7 @@ TABLES = (
  actor TEXT NOT NULL, decision TEXT NOT NULL,
  body BLOB, leaf BLOB NOT NULL, chain BLOB NOT NULL) STRICT""",
     "CREATE TABLE node(level INT, idx INT, hash BLOB, PRIMARY KEY(level,idx)) STRICT, WITHOUT ROWID",
-    "CREATE TABLE checkpoint(size INTEGER PRIMARY KEY, note TEXT NOT NULL, anchored TEXT) STRICT",
+    "CREATE TABLE checkpoint(size INTEGER PRIMARY KEY, note TEXT NOT NULL) STRICT",
     "CREATE INDEX rec_tenant ON rec(tenant,seq)",
     "CREATE INDEX rec_actor ON rec(actor,seq)",
     "CREATE INDEX rec_request ON rec(req_id,phase)",
@@ -124,7 +124,7 @@ class Store:
         return last_sequence(self._connection)
 
     def schema_differences(self) -> list[str]:
-        """Names of tables and indexes that are not as this version makes them."""
+        """Names of tables, indexes and marks of the file that are not as this version makes them."""
         return schema_differences(self._connection)
 
     def edge(self, size: int) -> Edge | None:
@@ -146,9 +146,17 @@ class Store:
         """Rows after a sequence number up to another, in blocks."""
         return iterate(self._connection, after, until)
 
-    def note(self, size: int) -> str | None:
+    def note(self, size: int) -> bytes | None:
         """The checkpoint stored for this size."""
         return read_note(self._connection, size)
+
+    def stray_checkpoint(self) -> int | None:
+        """The size of a checkpoint that no log of this length can have."""
+        return stray_checkpoint(self._connection)
+
+    def notes(self, after: int, until: int) -> Iterator[tuple[int, bytes]]:
+        """The checkpoints after a size up to another."""
+        return iterate_notes(self._connection, after, until)
 
     def fold(self) -> None:
         """Copy the WAL into the database and empty it, so that no frame of a failed fsync stays in use.
@@ -212,12 +220,16 @@ def _reader(path: Path, mode: str) -> sqlite3.Connection:
 
 
 def schema_differences(connection: sqlite3.Connection) -> list[str]:
-    """Names of tables, indexes, views and triggers that are not as this version makes them."""
+    """Names of tables, indexes, views, triggers and marks of the file that are not as this version makes them."""
     found = dict(
         connection.execute("SELECT name,sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite~_%' ESCAPE '~'")
     )
     wanted = {statement.split()[2].partition("(")[0]: statement for statement in TABLES}
-    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    differences = [name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)]
+    for mark, value in (("application_id", APPLICATION_ID), ("user_version", SCHEMA_VERSION)):
+        if connection.execute(f"PRAGMA {mark}").fetchone()[0] != value:
+            differences.append(mark)
+    return sorted(differences)
 
 
 def last_sequence(connection: sqlite3.Connection) -> int:
@@ -233,6 +245,14 @@ def extent(connection: sqlite3.Connection) -> tuple[int, int, int]:
     return lowest, highest, nodes
 
 
+def stray_checkpoint(connection: sqlite3.Connection) -> int | None:
+    """The size of a checkpoint that no log of this length can have."""
+    highest = "(SELECT ifnull(max(seq),0) FROM rec)"
+    query = f"SELECT size FROM checkpoint WHERE size<1 OR size>{highest} LIMIT 1"  # noqa: S608  # constant
+    found = connection.execute(query).fetchone()
+    return None if found is None else found[0]
+
+
 def read_rows(connection: sqlite3.Connection, after: int, limit: int) -> list[Row]:
     """Up to `limit` rows after a sequence number, in order."""
     return connection.execute(
@@ -241,10 +261,21 @@ def read_rows(connection: sqlite3.Connection, after: int, limit: int) -> list[Ro
     ).fetchall()
 
 
-def read_note(connection: sqlite3.Connection, size: int) -> str | None:
+def read_note(connection: sqlite3.Connection, size: int) -> bytes | None:
     """The checkpoint stored for this size."""
-    found = connection.execute("SELECT note FROM checkpoint WHERE size=?", (size,)).fetchone()
+    found = connection.execute("SELECT CAST(note AS BLOB) FROM checkpoint WHERE size=?", (size,)).fetchone()
     return None if found is None else found[0]
+
+
+def iterate_notes(connection: sqlite3.Connection, after: int, until: int) -> Iterator[tuple[int, bytes]]:
+    """Checkpoints (size, note) after a size up to another, one short read transaction for a block of them."""
+    query = "SELECT size,CAST(note AS BLOB) FROM checkpoint WHERE size>? AND size<=? ORDER BY size LIMIT ?"
+    while after < until:
+        found = connection.execute(query, (after, until, BLOCK)).fetchall()
+        if not found:
+            return
+        yield from found
+        after = found[-1][0]
 
 
 def iterate(connection: sqlite3.Connection, after: int, until: int, block: int = BLOCK) -> Iterator[list[Row]]:

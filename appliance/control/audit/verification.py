@@ -13,10 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from appliance.control.audit import evidence, store
+from appliance.control.audit.continuity import BadCheckpoint, follow, refuse_stray, stale
 from appliance.control.audit.head import read_head
-from appliance.control.audit.note import Checkpoint, NoteError
+from appliance.control.audit.note import FIRST, Checkpoint, NoteError
 from appliance.control.audit.tree import EMPTY_ROOT, node_hash
 from appliance.control.audit.walk import BadRow, Walk
+
+_STALE_READS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,8 @@ class Verdict:
         root: RFC 9162 root over the records verified; empty when there are none to speak of.
         first_bad_sequence: the first record that is bad, missing or not the log's; 0 when intact or not known.
         reason: stable code, empty when intact: RECORD_CHANGED, RECORD_MISSING, RECORD_INSERTED, ORDER_CHANGED,
-            TRUNCATED, TREE_CHANGED, SCHEMA_CHANGED, HEAD_INVALID, HEAD_MISSING, UNREADABLE.
+            TRUNCATED, TREE_CHANGED, CHECKPOINT_CHANGED, SCHEMA_CHANGED, HEAD_STALE, HEAD_INVALID, HEAD_MISSING,
+            UNREADABLE.
         message: what was found.
         open_intents: intents without an outcome among the records verified.
     """
@@ -57,6 +61,15 @@ def verify(db: Path, head: Path, public_key: bytes) -> Verdict:
         head: the signed head.
         public_key: Ed25519, 32 bytes.
     """
+    for _ in range(_STALE_READS - 1):
+        verdict = _verify(db, head, public_key)
+        if verdict.reason != "HEAD_STALE":
+            return verdict
+    return _verify(db, head, public_key)
+
+
+def _verify(db: Path, head: Path, public_key: bytes) -> Verdict:
+    """Verify once. Between head and database a held-up process may see a running log write for seconds."""
     try:
         signed = read_head(head, public_key)  # before the database: the head is never ahead of it
     except FileNotFoundError:
@@ -109,6 +122,7 @@ class _Verification:
         self._check_signed()
         self._check_continuation()
         self._tree.check_count(nodes)
+        self._check_checkpoints()
 
     def _check_rows(self, until: int) -> None:
         """Walk up to a sequence number; what does not hold is located and raised."""
@@ -141,9 +155,25 @@ class _Verification:
         self._check_rows(self._size)
         self._tree.raise_mismatch()
         signed = evidence.checkpoint(self._connection, self._size, self._head.origin, self._key)
-        if signed != Checkpoint(self._head.origin, self._size, self._tree.root()):
+        if signed is None or signed.root != self._tree.root():
             message = f"{self._size} records, the head signs {self._head.size} and no checkpoint signs the rest"
             raise _Bad("RECORD_INSERTED", self._head.size + 1, message)
+        (first,), (last,) = (store.read_rows(self._connection, n, 1) for n in (self._head.size, self._size - 1))
+        too_far = stale(first, last)
+        if too_far:
+            raise _Bad("HEAD_STALE", first[0], too_far)
+
+    def _check_checkpoints(self) -> None:
+        """Every commit's checkpoint is as it was written, and there is no other."""
+        head, size = self._head, self._size
+        try:
+            refuse_stray(store.stray_checkpoint(self._connection))
+            until_head = store.iterate_notes(self._connection, 0, head.size)
+            if follow(until_head, 0, FIRST, head.size) != head.previous:
+                raise BadCheckpoint(f"checkpoint {head.size} is not the one the head signs")
+            follow(store.iterate_notes(self._connection, head.size, size), head.size, head.previous, size)
+        except BadCheckpoint as bad:
+            raise _Bad("CHECKPOINT_CHANGED", 0, str(bad)) from None
 
     def _raise_located(self, bad: BadRow | None) -> None:
         """Raise what the evidence says about a log that does not hold; return when it says nothing."""
