@@ -318,12 +318,18 @@ def test_head_that_cannot_be_written_does_not_take_the_log_further_from_it_with_
 
 
 _CALLER = """
-import sys, threading
+import os, sys, threading, traceback
 from pathlib import Path
 from tests.appliance.audit_logs import Home, numbered
 home = Home(Path(sys.argv[1]))
 log = home.open()
 def call():
+    try:
+        append()
+    except BaseException:  # a caller that died quietly would be waited for
+        traceback.print_exc()
+        os._exit(1)
+def append():
     number = 0
     while True:
         number += 1
