@@ -1,4 +1,4 @@
-"""How a process of one deployment starts: `--store DIR --socket PATH`, the Deployment on stdin, files by digest.
+"""How a process of one deployment starts: where things are in argv, the Deployment on stdin, files by digest.
 
 engine-host writes one serialised `cloister.engine.v1.Deployment` to the process's standard input and closes it. A
 deployment that cannot run as asked ends its process with status `REFUSED_STATUS` after one JSON object
@@ -62,7 +62,7 @@ class Launch:
 def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
     """The launch as the command line and standard input have it; standard input is let go.
 
-    From here on the process dies with its parent. A parent that died before hears no READY, which ends it too.
+    From here on the process dies with its parent; one whose parent died before ends here, ahead of its socket.
 
     Raises:
         EngineError: INVALID_DEPLOYMENT, standard input holds no complete Deployment.
@@ -72,8 +72,11 @@ def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
     )
     parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
     parser.add_argument("--socket", type=Path, required=True, help="Unix socket to listen on")
+    parser.add_argument("--parent", type=int, help="process id of engine-host; nothing runs without it")
     chosen = parser.parse_args(argv)
     die_with_parent()
+    if chosen.parent is not None and os.getppid() != chosen.parent:
+        sys.exit(f"{program}: process {chosen.parent}, which started this one, is gone")
     raw = sys.stdin.buffer.read()
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)

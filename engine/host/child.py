@@ -8,6 +8,7 @@ between fork and exec here, where gRPC has threads.
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import socket
 import struct
@@ -55,7 +56,7 @@ class ChildSpec:
     @property
     def argv(self) -> tuple[str, ...]:
         """Its command line, with this interpreter; nothing of the current directory is imported."""
-        places = ("--store", str(self.store), "--socket", str(self.socket))
+        places = ("--store", str(self.store), "--socket", str(self.socket), "--parent", str(os.getpid()))
         return (sys.executable, "-P", "-m", f"engine.{self.role}", *places)
 
 

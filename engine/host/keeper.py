@@ -20,12 +20,14 @@ class RestartPolicy:
         longest_delay_s: at most.
         forgiven_after_s: of service, after which the delay is the first one again.
         drain_grace_s: between SIGTERM and SIGKILL.
+        load_limit_s: from start to READY; a process that takes longer is ended for good.
     """
 
     first_delay_s: float = 0.2
     longest_delay_s: float = 10.0
     forgiven_after_s: float = 30.0
     drain_grace_s: float = 12.0
+    load_limit_s: float = 1800.0
 
     def delay_after(self, previous_s: float | None, served_s: float) -> float:
         """Seconds to wait before the next start, after a life that served `served_s` seconds."""
@@ -97,17 +99,24 @@ class Keeper:
         loop = asyncio.get_running_loop()
         stopping, ready = asyncio.create_task(stop.wait()), asyncio.create_task(child.ready.wait())
         try:
-            await asyncio.wait((stopping, ready, child.ended), return_when=asyncio.FIRST_COMPLETED)
+            events = (stopping, ready, child.ended)
+            done, _ = await asyncio.wait(
+                events, timeout=self._policy.load_limit_s, return_when=asyncio.FIRST_COMPLETED
+            )
             since = loop.time()
             if child.ready.is_set() and not child.ended.done():
                 self._on_ready(child)
                 await asyncio.wait((stopping, child.ended), return_when=asyncio.FIRST_COMPLETED)
             if not child.ended.done():
                 await child.drain(self._policy.drain_grace_s)
-            return loop.time() - since, child.ended.result()
+            return loop.time() - since, child.ended.result() if done else self._too_late()
         finally:
             stopping.cancel()
             ready.cancel()
+
+    def _too_late(self) -> Ending:
+        limit = f"{self._policy.load_limit_s:g} s"
+        return Ending("LOAD_TIMEOUT", f"engine-{self._spec.role} was not ready after {limit}", refused=True)
 
     def _on_ready(self, child: Child) -> None:
         self.facts, self.ending = child.facts, None

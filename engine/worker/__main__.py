@@ -10,6 +10,7 @@ import grpc
 from engine.errors import EngineError
 from engine.launch import Launch, exit_refused, read_launch
 from engine.loop import EngineLoop
+from engine.memory import available_bytes
 from engine.process import Process, configure_logging, run
 from engine.protos import engine_pb2_grpc
 from engine.worker.engine_thread import EngineThread
@@ -68,7 +69,12 @@ def _build(launch: Launch) -> EngineLoop:
     """
     from engine.build import build_engine
 
-    engine = build_engine(launch.files, launch.open_file, to_options(launch.deployment.options))
+    try:
+        engine = build_engine(launch.files, launch.open_file, to_options(launch.deployment.options))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise _too_large(launch) from error
     tokens = engine.options.kv_blocks * engine.options.block_size
     if tokens < engine.max_context_tokens:
         raise EngineError(
@@ -77,6 +83,25 @@ def _build(launch: Launch) -> EngineLoop:
             f"{engine.max_context_tokens}; raise kv_blocks or lower max_context_tokens",
         )
     return engine
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has an exception of its own for devices, and for the CPU only words (c10/core/impl/alloc_cpu.cpp)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _too_large(launch: Launch) -> EngineError:
+    weights = sum(file.size for file in launch.files.matching(".safetensors"))
+    pages = launch.deployment.options.kv_blocks or "as many as fit"
+    return EngineError(
+        "OUT_OF_MEMORY",
+        f"memory ran out while loading: {weights} bytes of weights, KV pages: {pages}; {available_bytes()} bytes are "
+        "available now; stop another deployment, or lower kv_blocks or max_context_tokens",
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +11,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from engine.host.child import ChildSpec
 from engine.host.inventory import devices
-from engine.host.keeper import RestartPolicy
+from engine.host.keeper import Keeper, RestartPolicy
 from engine.protos import engine_pb2, engine_pb2_grpc
 from tests.engine.processes import Running, running
 from tests.engine.test_worker import OPTIONS, Session, flip_bit, submit
@@ -211,6 +213,19 @@ def test_the_inventory_reads_the_kernels_files_and_honours_the_memory_limit(tmp_
     for allowed, memory in (("4096\n", 4096), ("max\n", 2048 * 1024)):
         (tmp_path / "memory.max").write_text(allowed)
         assert devices(tmp_path, tmp_path)[0].memory_bytes == memory
+
+
+async def test_a_process_that_is_never_ready_is_ended_for_good(
+    socket_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = ChildSpec("worker", "notes", socket_dir, socket_dir, b"")
+    endless = (sys.executable, "-c", "import time; time.sleep(600)")
+    monkeypatch.setattr(ChildSpec, "argv", property(lambda _: endless))
+    keeper = Keeper(spec, lambda: None, RestartPolicy(load_limit_s=0.1))
+    await asyncio.wait_for(keeper.run(asyncio.Event()), LIMIT_S)
+    assert keeper.ending is not None
+    assert (keeper.ending.code, keeper.ending.refused, keeper.restarts) == ("LOAD_TIMEOUT", True, 0)
+    assert keeper.pid == 0
 
 
 def test_restarts_back_off_and_are_forgiven_after_good_service() -> None:

@@ -2,16 +2,21 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterable
+import os
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import pytest
+import torch
 
 from engine.build import build_engine
+from engine.errors import EngineError
 from engine.launch import Launch
 from engine.protos import engine_pb2, engine_pb2_grpc
+from engine.worker import __main__ as worker_main
 from engine.worker.engine_thread import EngineThread
 from engine.worker.outbox import Outbox
 from engine.worker.service import WorkerService
@@ -222,6 +227,50 @@ async def test_a_deployment_that_cannot_run_says_why_and_exits_with_status_3(
     argv = ("engine.worker", "--store", str(store), "--socket", str(socket_dir / "worker.sock"))
     status, line = await refusal(socket_dir, argv, stdin)
     assert (status, json.loads(line)["code"]) == (3, code)
+
+
+def beyond_torch(*_: object) -> NoReturn:
+    torch.empty(1 << 60, dtype=torch.uint8)
+    raise AssertionError("there is so much memory")
+
+
+def beyond_python(*_: object) -> NoReturn:
+    bytearray(1 << 62)
+    raise AssertionError("there is so much memory")
+
+
+@pytest.mark.parametrize("build", [beyond_torch, beyond_python])
+def test_memory_that_runs_out_while_loading_is_a_refusal_with_sizes(
+    build: Callable[..., NoReturn], tiny_store: tuple[Path, engine_pb2.FileSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, files = tiny_store
+    weights = next(file for file in files.files if file.path == "model.safetensors")
+    monkeypatch.setattr("engine.build.build_engine", build)
+    launch = Launch(engine_pb2.Deployment(name="tiny", files=files, options=OPTIONS), store, Path("unused"))
+    with pytest.raises(EngineError, match=f"{weights.size} bytes of weights, KV pages: 128") as refused:
+        worker_main._build(launch)
+    assert refused.value.code == "OUT_OF_MEMORY"
+
+
+def test_another_error_while_loading_stays_what_it_is(
+    tiny_store: tuple[Path, engine_pb2.FileSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def defect(*_: object) -> NoReturn:
+        raise RuntimeError("shapes differ")
+
+    store, files = tiny_store
+    monkeypatch.setattr("engine.build.build_engine", defect)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        worker_main._build(Launch(engine_pb2.Deployment(name="tiny", files=files), store, Path("unused")))
+
+
+async def test_a_process_whose_host_is_gone_ends_before_it_reads_or_listens(socket_dir: Path) -> None:
+    sock = socket_dir / "worker.sock"
+    sock.touch()  # the successor's
+    argv = ("engine.worker", "--store", str(socket_dir), "--socket", str(sock), "--parent", str(os.getpid() + 1))
+    status, line = await refusal(socket_dir, argv, b"")
+    assert (status, line) == (1, "")
+    assert sock.exists()
 
 
 async def test_stdin_without_a_deployment_is_refused(socket_dir: Path) -> None:
