@@ -99,8 +99,8 @@ def _too_large(launch: Launch) -> EngineError:
     pages = launch.deployment.options.kv_blocks or "as many as fit"
     return EngineError(
         "OUT_OF_MEMORY",
-        f"memory ran out while loading: {weights} bytes of weights, KV pages: {pages}; {available_bytes()} bytes are "
-        "available now; stop another deployment, or lower kv_blocks or max_context_tokens",
+        f"memory ran out while loading: {weights} bytes of weights, KV pages: {pages}; {available_bytes()} "
+        "bytes are available now; stop another deployment, or lower kv_blocks or max_context_tokens",
     )
 
 
