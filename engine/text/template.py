@@ -4,8 +4,9 @@ Templates come from signed bundles and are still treated as hostile: nothing but
 objects are immutable, output is capped, and compiling computes nothing. The sandbox bounds access, not work; the
 process's limits bound work.
 
-A conversation is rendered as Hugging Face `transformers` renders it, or the template is refused: what would make
-one conversation two prompts (`strftime_now`, `lipsum`, `random`) is not offered.
+A conversation is rendered as Hugging Face `transformers` renders it, with one difference: what would make one
+conversation two prompts (`strftime_now`, `lipsum`, `random`) is not defined here. A template that asks whether
+it is, as stock Llama 3.2 does, takes its fixed date; one that does not ask is refused.
 
 Source: jinja2.sandbox; the names, whitespace rules and the `generation` block of `transformers`.
 """
@@ -130,12 +131,6 @@ def _compile(source: str) -> jinja2.Template:
         raise EngineError("TEMPLATE_INVALID", f"the chat template has over {MAX_SOURCE_CHARS} characters")
     environment = _environment()
     tree = environment.parse(source)
-    if any(name.name == "strftime_now" for name in tree.find_all(nodes.Name)):
-        raise EngineError(
-            "TEMPLATE_INVALID",
-            "the chat template reads the clock (strftime_now), so one conversation would not be one prompt; "
-            "write a fixed date into the template",
-        )
     if tree.find(nodes.EvalContextModifier) is not None:  # its argument is computed when compiling
         raise EngineError("TEMPLATE_INVALID", "the chat template uses autoescape, which is not offered")
     return environment.from_string(tree)

@@ -106,15 +106,22 @@ def test_templates_see_the_names_and_filters_that_transformers_gives(tmp_path: P
 @pytest.mark.parametrize(
     ("source", "named"),
     [
-        ("{% if strftime_now is defined %}{{ strftime_now('%d %b') }}{% endif %}", "strftime_now"),
         ("{{ messages | random }}", "random"),
         ("{% autoescape true %}{% endautoescape %}", "autoescape"),
     ],
 )
-def test_a_template_whose_prompt_would_differ_from_day_to_day_is_refused_by_name(source: str, named: str) -> None:
+def test_a_template_that_draws_or_computes_while_compiling_is_refused_by_name(source: str, named: str) -> None:
     with pytest.raises(EngineError, match=named) as refused:
         ChatTemplate(source, {})
     assert refused.value.code == "TEMPLATE_INVALID"
+
+
+def test_a_template_gets_no_clock_and_takes_its_fixed_date_when_it_asks() -> None:
+    asking = "{% if strftime_now is defined %}{{ strftime_now('%d %b') }}{% else %}26 Jul 2024{% endif %}"
+    assert ChatTemplate(asking, {}).render(conversation(("user", "x"))) == "26 Jul 2024"
+    with pytest.raises(EngineError, match="UndefinedError") as refused:
+        ChatTemplate("{{ strftime_now('%d %b') }}", {}).render(conversation(("user", "x")))
+    assert refused.value.code == "TEMPLATE_REFUSED"
 
 
 BIG = 50_000_000
