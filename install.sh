@@ -45,10 +45,11 @@ fail() {
 can_make_venv() { "$1" -c 'import sys, venv, ensurepip; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; }
 is_new_enough() { "$1" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# Prints the interpreter to use: $PYTHON, or the first that is new enough and can make a virtual environment.
+# Prints the interpreter to use: $PYTHON, or else the first that is new enough and can make a virtual environment.
 find_python() {
-  local candidate without_venv=""
-  for candidate in ${PYTHON:+"$PYTHON"} "${PYTHONS[@]}"; do
+  local candidate without_venv="" candidates=("${PYTHONS[@]}")
+  if [[ -n ${PYTHON-} ]]; then candidates=("$PYTHON"); fi
+  for candidate in "${candidates[@]}"; do
     command -v "$candidate" >/dev/null || continue
     if can_make_venv "$candidate"; then
       command -v "$candidate"
@@ -61,7 +62,7 @@ find_python() {
       "Debian, Ubuntu: apt install python3-venv; Fedora, RHEL: dnf install python3-pip" \
       "or name another interpreter: PYTHON=/path/to/python3 ./install.sh ..."
   fi
-  fail "no Python 3.11 or newer found (looked for: ${PYTHON:+$PYTHON }${PYTHONS[*]})" \
+  fail "no Python 3.11 or newer found (looked for: ${candidates[*]})" \
     "install one from your distribution, then run this again" \
     "or name one that is elsewhere: PYTHON=/path/to/python3 ./install.sh ..."
 }
@@ -141,8 +142,8 @@ announce_torch() {
     check_space 8000
     ;;
   cpu)
-    say "  torch comes as the CPU build: about 2 GB on disk in all"
-    check_space 2000
+    say "  torch comes as the CPU build: about 2.2 GB on disk in all, 3 GB while it is set up"
+    check_space 3000
     ;;
   installed) check_space 500 ;;
   esac

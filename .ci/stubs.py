@@ -18,7 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("appliance", "engine", "bundles")
-_IMPORT = re.compile(r"\bcloister\.(\w+)\.v1\b")
 _FROM = re.compile(r"^from cloister\.(\w+)\.v1 import (\w+) as (\w+)$", re.M)
 
 

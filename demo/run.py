@@ -180,11 +180,13 @@ def try_next(demo: Demo) -> None:
     demo.page.line("The appliance is up. Try:", indent="")
     demo.page.line()
     home, credentials = demo.machine.shown(demo.machine.home), demo.path("credentials")
+    (note,) = draw(demo.seed + 1, 1, "unseen_values")
+    (demo.machine.folder / "note.txt").write_text(note.prompt)
     for command in (
         f"export CLOISTER_HOME={home} PATH=.venv/bin:$PATH",
         "cloister status",
         "cloister doctor",
-        f'cloister chat {ALIAS} --credentials {credentials} --stats "your own note"',
+        f"cloister chat {ALIAS} --credentials {credentials} --stats --temperature 0 - < {demo.path('note.txt')}",
         f".venv/bin/python {credentials}/example.py",
         "cloister tenant list",
         "cloister audit tail -n 5",

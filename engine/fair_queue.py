@@ -2,7 +2,8 @@
 
 Each scope has a counter of the tokens computed for it, divided by its requests' weight; the scope that is behind
 comes next, and within it the oldest request. A scope that comes back from idleness starts where those that waited
-meanwhile have got to, so that it is neither owed for the time it asked for nothing nor forgiven what it took.
+meanwhile, or else the one admitted last, have got to by then: it is neither owed for the time it asked for nothing
+nor forgiven what it took.
 
 Source: Goyal, Vin and Cheng, "Start-time Fair Queuing", SIGCOMM 1996; Sheng et al., "Fairness in Serving Large
 Language Models", OSDI 2024 (counters of tokens, lifted on return).
@@ -22,7 +23,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._waiting: dict[str, deque[Request]] = {}
         self._served: dict[str, float] = {}  # tokens / weight, per scope
-        self._reached = 0.0  # the counter of the scope that was admitted last, at that moment
+        self._admitted_last: str | None = None  # its counter grows on while its requests run
 
     def __len__(self) -> int:
         return sum(len(requests) for requests in self._waiting.values())
@@ -32,7 +33,8 @@ class FairQueue:
         scope = request.scope
         if scope not in self._waiting:
             others = [self._served[waiting] for waiting in self._waiting]
-            self._served[scope] = max(self._served.get(scope, 0.0), min(others, default=self._reached))
+            reached = 0.0 if self._admitted_last is None else self._served[self._admitted_last]
+            self._served[scope] = max(self._served.get(scope, 0.0), min(others, default=reached))
             self._waiting[scope] = deque()
         self._waiting[scope].append(request)
 
@@ -47,7 +49,7 @@ class FairQueue:
     def pop(self) -> Request:
         """Take the request that `peek` shows; its prompt is charged to its scope."""
         request = self.peek()
-        self._reached = self._served[request.scope]
+        self._admitted_last = request.scope
         self.charge(request, len(request.prompt))
         self.remove(request)
         return request

@@ -34,10 +34,11 @@ def _left_in(group: Path, otherwise: int) -> int:
     try:
         limit = (group / "memory.max").read_text(encoding="ascii").strip()
         current = int((group / "memory.current").read_text(encoding="ascii"))
-        cache = _fields(group / "memory.stat").get("inactive_file", 0)
+        fields = _fields(group / "memory.stat")
     except OSError:
         return otherwise
-    return int(limit) - current + cache if limit.isdigit() else otherwise
+    droppable = sum(fields.get(name, 0) for name in ("active_file", "inactive_file", "slab_reclaimable"))
+    return int(limit) - current + droppable if limit.isdigit() else otherwise
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -51,9 +51,9 @@ def deployments_table(deployments: Iterable[admin_pb2.Deployment]) -> str:
     found = list(deployments)
     if not found:
         return "no deployments; `cloister model load` makes one"
-    rows = [(d.name, d.model_version, d.state, d.options.backend, d.max_context_tokens, d.restarts) for d in found]
+    rows = [(d.name, d.model_version, d.state, d.runs_as, d.max_context_tokens, d.restarts) for d in found]
     reasons = [f"{d.name}: {d.reason}: {d.message}" for d in found if d.reason]
-    return "\n".join([table(("deployment", "model", "state", "backend", "context", "restarts"), rows), *reasons])
+    return "\n".join([table(("deployment", "model", "state", "runs as", "context", "restarts"), rows), *reasons])
 
 
 def _list(args: argparse.Namespace) -> int:

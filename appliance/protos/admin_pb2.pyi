@@ -150,6 +150,7 @@ class Deployment(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     WORKER_PID_FIELD_NUMBER: _builtins.int
+    RUNS_AS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     model_version: _builtins.str
@@ -168,6 +169,8 @@ class Deployment(_message.Message):
     """Prompt and answer together."""
     worker_pid: _builtins.int
     """Process id of the worker, 0 when there is none."""
+    runs_as: _builtins.str
+    """Backend, dtype and mode in use, such as "cpu float32 deterministic"; empty while there is no worker."""
     @_builtins.property
     def options(self) -> Global___DeploymentOptions:
         """How it was asked to run."""
@@ -185,10 +188,11 @@ class Deployment(_message.Message):
         options: Global___DeploymentOptions | None = ...,
         max_context_tokens: _builtins.int = ...,
         worker_pid: _builtins.int = ...,
+        runs_as: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "message", b"message", "model_digest", b"model_digest", "model_version", b"model_version", "name", b"name", "options", b"options", "reason", b"reason", "restarts", b"restarts", "state", b"state", "worker_pid", b"worker_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "message", b"message", "model_digest", b"model_digest", "model_version", b"model_version", "name", b"name", "options", b"options", "reason", b"reason", "restarts", b"restarts", "runs_as", b"runs_as", "state", b"state", "worker_pid", b"worker_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

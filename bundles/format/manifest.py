@@ -6,14 +6,13 @@ reader may skip. Sizes are bytes, digests are SHA-256 in lower-case hex, times a
 
 import json
 import re
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from bundles.format import strict_json
-from bundles.format.chunks import CHUNK_SIZE, EMPTY_SHA256, MIN_CHUNK_SIZE, extents
+from bundles.format.chunks import CHUNK_SIZE, EMPTY_SHA256, MIN_CHUNK_SIZE
 from bundles.format.errors import BundleError
 from bundles.format.paths import check_paths
 
@@ -189,12 +188,6 @@ class Manifest(_Strict):
     def documents(self) -> tuple[Document, ...]:
         """Attestations, then licences: their order in the container."""
         return (*self.attestations, *self.licences)
-
-    def chunk_members(self) -> Iterator[tuple[File, int, int, str]]:
-        """Every chunk in container order: its file, offset in it, length, and digest."""
-        for file in self.files:
-            for extent, digest in zip(extents(file.size, self.chunk_size), file.chunks, strict=True):
-                yield file, extent.offset, extent.length, digest
 
     def encode(self) -> bytes:
         """The bytes to sign."""

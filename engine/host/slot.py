@@ -84,6 +84,7 @@ class DeploymentSlot:
             restarts=self._worker.restarts + self._text.restarts,
             model_digest=self._current.files.model_digest,
             worker_pid=self._worker.pid,
+            runs_as=self._worker.facts.get("RUNS_AS", ""),
         )
 
     def _state(self) -> "tuple[engine_pb2.DeploymentState.ValueType, str, str]":

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63loister/engine/v1/engine.proto\x12\x12\x63loister.engine.v1\"\x15\n\x13GetInventoryRequest\"C\n\x14GetInventoryResponse\x12+\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1a.cloister.engine.v1.Device\"U\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x63ores\x18\x05 \x01(\r\"2\n\x04\x46ile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"H\n\x07\x46ileSet\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\'\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x18.cloister.engine.v1.File\"\xcc\x01\n\x11\x44\x65ploymentOptions\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x15\n\rdeterministic\x18\x03 \x01(\x08\x12\x11\n\tkv_blocks\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x0f\n\x07threads\x18\t \x01(\r\"~\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05\x66iles\x18\x02 \x01(\x0b\x32\x1b.cloister.engine.v1.FileSet\x12\x36\n\x07options\x18\x03 \x01(\x0b\x32%.cloister.engine.v1.DeploymentOptions\"G\n\x10ReconcileRequest\x12\x33\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x1e.cloister.engine.v1.Deployment\"\x13\n\x11ReconcileResponse\"\x19\n\x17WatchDeploymentsRequest\"\x8f\x02\n\x10\x44\x65ploymentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.cloister.engine.v1.DeploymentState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rworker_socket\x18\x05 \x01(\t\x12\x13\n\x0btext_socket\x18\x06 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x08 \x03(\t\x12\x10\n\x08restarts\x18\t \x01(\r\x12\x14\n\x0cmodel_digest\x18\n \x01(\t\x12\x12\n\nworker_pid\x18\x0b \x01(\r\"U\n\x18WatchDeploymentsResponse\x12\x39\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32$.cloister.engine.v1.DeploymentStatus\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"A\n\x0c\x43onversation\x12\x31\n\x08messages\x18\x01 \x03(\x0b\x32\x1f.cloister.engine.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x96\x01\n\x0ePrepareRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x31\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1c.cloister.engine.v1.TokenIdsH\x00\x12\x38\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32 .cloister.engine.v1.ConversationH\x00\x42\x07\n\x05input\"$\n\x0fPrepareResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xfd\x01\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0c\n\x04salt\x18\x03 \x01(\x0c\x12\x0e\n\x06weight\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x13\n\x0btemperature\x18\x06 \x01(\x02\x12\r\n\x05top_p\x18\x07 \x01(\x02\x12\r\n\x05top_k\x18\x08 \x01(\r\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x14\n\x0cinclude_stop\x18\r \x01(\x08\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"u\n\x0eSessionRequest\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.cloister.engine.v1.SubmitH\x00\x12*\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x19.cloister.engine.v1.AbortH\x00\x42\t\n\x07\x63ommand\"\x8f\x02\n\x03\x45nd\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.cloister.engine.v1.EndReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0c\x65rror_reason\x18\x04 \x01(\t\x12\x15\n\rerror_message\x18\x05 \x01(\t\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12\x10\n\x08queue_ns\x18\x08 \x01(\x04\x12\x12\n\nprefill_ns\x18\t \x01(\x04\x12\x11\n\tdecode_ns\x18\n \x01(\x04\x42\x10\n\x0e_stop_token_id\"\\\n\x03Row\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12$\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x17.cloister.engine.v1.End\"F\n\x0fSessionResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12%\n\x04rows\x18\x02 \x03(\x0b\x32\x17.cloister.engine.v1.Row\"\x12\n\x10GetStatusRequest\"\xb4\x01\n\x11GetStatusResponse\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x18\n\x10tokens_generated\x18\x06 \x01(\x04\x12\x18\n\x10tokens_prefilled\x18\x07 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t*\xca\x01\n\x0f\x44\x65ploymentState\x12 \n\x1c\x44\x45PLOYMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_LOADING\x10\x01\x12\x1a\n\x16\x44\x45PLOYMENT_STATE_READY\x10\x02\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DRAINING\x10\x03\x12\x1b\n\x17\x44\x45PLOYMENT_STATE_FAILED\x10\x04\x12\x1f\n\x1b\x44\x45PLOYMENT_STATE_RESTARTING\x10\x05*\x81\x01\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_STOP\x10\x01\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x02\x12\x16\n\x12\x45ND_REASON_ABORTED\x10\x03\x12\x14\n\x10\x45ND_REASON_ERROR\x10\x04\x32\xbb\x02\n\x0bHostService\x12\x61\n\x0cGetInventory\x12\'.cloister.engine.v1.GetInventoryRequest\x1a(.cloister.engine.v1.GetInventoryResponse\x12X\n\tReconcile\x12$.cloister.engine.v1.ReconcileRequest\x1a%.cloister.engine.v1.ReconcileResponse\x12o\n\x10WatchDeployments\x12+.cloister.engine.v1.WatchDeploymentsRequest\x1a,.cloister.engine.v1.WatchDeploymentsResponse0\x01\x32\x61\n\x0bTextService\x12R\n\x07Prepare\x12\".cloister.engine.v1.PrepareRequest\x1a#.cloister.engine.v1.PrepareResponse2\xc1\x01\n\rWorkerService\x12V\n\x07Session\x12\".cloister.engine.v1.SessionRequest\x1a#.cloister.engine.v1.SessionResponse(\x01\x30\x01\x12X\n\tGetStatus\x12$.cloister.engine.v1.GetStatusRequest\x1a%.cloister.engine.v1.GetStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1f\x63loister/engine/v1/engine.proto\x12\x12\x63loister.engine.v1\"\x15\n\x13GetInventoryRequest\"C\n\x14GetInventoryResponse\x12+\n\x07\x64\x65vices\x18\x01 \x03(\x0b\x32\x1a.cloister.engine.v1.Device\"U\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12\r\n\x05\x63ores\x18\x05 \x01(\r\"2\n\x04\x46ile\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"H\n\x07\x46ileSet\x12\x14\n\x0cmodel_digest\x18\x01 \x01(\t\x12\'\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x18.cloister.engine.v1.File\"\xcc\x01\n\x11\x44\x65ploymentOptions\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\x15\n\rdeterministic\x18\x03 \x01(\x08\x12\x11\n\tkv_blocks\x18\x04 \x01(\r\x12\x12\n\nblock_size\x18\x05 \x01(\r\x12\x17\n\x0fmax_step_tokens\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x1a\n\x12max_context_tokens\x18\x08 \x01(\r\x12\x0f\n\x07threads\x18\t \x01(\r\"~\n\nDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12*\n\x05\x66iles\x18\x02 \x01(\x0b\x32\x1b.cloister.engine.v1.FileSet\x12\x36\n\x07options\x18\x03 \x01(\x0b\x32%.cloister.engine.v1.DeploymentOptions\"G\n\x10ReconcileRequest\x12\x33\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x1e.cloister.engine.v1.Deployment\"\x13\n\x11ReconcileResponse\"\x19\n\x17WatchDeploymentsRequest\"\xa0\x02\n\x10\x44\x65ploymentStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x32\n\x05state\x18\x02 \x01(\x0e\x32#.cloister.engine.v1.DeploymentState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\x15\n\rworker_socket\x18\x05 \x01(\t\x12\x13\n\x0btext_socket\x18\x06 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x08 \x03(\t\x12\x10\n\x08restarts\x18\t \x01(\r\x12\x14\n\x0cmodel_digest\x18\n \x01(\t\x12\x12\n\nworker_pid\x18\x0b \x01(\r\x12\x0f\n\x07runs_as\x18\x0c \x01(\t\"U\n\x18WatchDeploymentsResponse\x12\x39\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32$.cloister.engine.v1.DeploymentStatus\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"A\n\x0c\x43onversation\x12\x31\n\x08messages\x18\x01 \x03(\x0b\x32\x1f.cloister.engine.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\x96\x01\n\x0ePrepareRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x31\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1c.cloister.engine.v1.TokenIdsH\x00\x12\x38\n\x0c\x63onversation\x18\x03 \x01(\x0b\x32 .cloister.engine.v1.ConversationH\x00\x42\x07\n\x05input\"$\n\x0fPrepareResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"\xfd\x01\n\x06Submit\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0c\n\x04salt\x18\x03 \x01(\x0c\x12\x0e\n\x06weight\x18\x04 \x01(\r\x12\x11\n\ttoken_ids\x18\x05 \x03(\r\x12\x13\n\x0btemperature\x18\x06 \x01(\x02\x12\r\n\x05top_p\x18\x07 \x01(\x02\x12\r\n\x05top_k\x18\x08 \x01(\r\x12\x0c\n\x04seed\x18\t \x01(\x04\x12\x12\n\nmax_tokens\x18\n \x01(\r\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x16\n\x0estop_token_ids\x18\x0c \x03(\r\x12\x14\n\x0cinclude_stop\x18\r \x01(\x08\x12\x12\n\nignore_eos\x18\x0e \x01(\x08\"\x17\n\x05\x41\x62ort\x12\x0e\n\x06handle\x18\x01 \x01(\x04\"u\n\x0eSessionRequest\x12,\n\x06submit\x18\x01 \x01(\x0b\x32\x1a.cloister.engine.v1.SubmitH\x00\x12*\n\x05\x61\x62ort\x18\x02 \x01(\x0b\x32\x19.cloister.engine.v1.AbortH\x00\x42\t\n\x07\x63ommand\"\x8f\x02\n\x03\x45nd\x12-\n\x06reason\x18\x01 \x01(\x0e\x32\x1d.cloister.engine.v1.EndReason\x12\x13\n\x0bstop_string\x18\x02 \x01(\t\x12\x1a\n\rstop_token_id\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x0c\x65rror_reason\x18\x04 \x01(\t\x12\x15\n\rerror_message\x18\x05 \x01(\t\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x07 \x01(\r\x12\x10\n\x08queue_ns\x18\x08 \x01(\x04\x12\x12\n\nprefill_ns\x18\t \x01(\x04\x12\x11\n\tdecode_ns\x18\n \x01(\x04\x42\x10\n\x0e_stop_token_id\"\\\n\x03Row\x12\x0e\n\x06handle\x18\x01 \x01(\x04\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12$\n\x03\x65nd\x18\x04 \x01(\x0b\x32\x17.cloister.engine.v1.End\"F\n\x0fSessionResponse\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12%\n\x04rows\x18\x02 \x03(\x0b\x32\x17.cloister.engine.v1.Row\"\x12\n\x10GetStatusRequest\"\xb4\x01\n\x11GetStatusResponse\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x0f\n\x07running\x18\x02 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x03 \x01(\r\x12\x13\n\x0b\x62locks_free\x18\x04 \x01(\r\x12\r\n\x05steps\x18\x05 \x01(\x04\x12\x18\n\x10tokens_generated\x18\x06 \x01(\x04\x12\x18\n\x10tokens_prefilled\x18\x07 \x01(\x04\x12\x0f\n\x07\x62\x61\x63kend\x18\x08 \x01(\t*\xca\x01\n\x0f\x44\x65ploymentState\x12 \n\x1c\x44\x45PLOYMENT_STATE_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x44\x45PLOYMENT_STATE_LOADING\x10\x01\x12\x1a\n\x16\x44\x45PLOYMENT_STATE_READY\x10\x02\x12\x1d\n\x19\x44\x45PLOYMENT_STATE_DRAINING\x10\x03\x12\x1b\n\x17\x44\x45PLOYMENT_STATE_FAILED\x10\x04\x12\x1f\n\x1b\x44\x45PLOYMENT_STATE_RESTARTING\x10\x05*\x81\x01\n\tEndReason\x12\x1a\n\x16\x45ND_REASON_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x45ND_REASON_STOP\x10\x01\x12\x15\n\x11\x45ND_REASON_LENGTH\x10\x02\x12\x16\n\x12\x45ND_REASON_ABORTED\x10\x03\x12\x14\n\x10\x45ND_REASON_ERROR\x10\x04\x32\xbb\x02\n\x0bHostService\x12\x61\n\x0cGetInventory\x12\'.cloister.engine.v1.GetInventoryRequest\x1a(.cloister.engine.v1.GetInventoryResponse\x12X\n\tReconcile\x12$.cloister.engine.v1.ReconcileRequest\x1a%.cloister.engine.v1.ReconcileResponse\x12o\n\x10WatchDeployments\x12+.cloister.engine.v1.WatchDeploymentsRequest\x1a,.cloister.engine.v1.WatchDeploymentsResponse0\x01\x32\x61\n\x0bTextService\x12R\n\x07Prepare\x12\".cloister.engine.v1.PrepareRequest\x1a#.cloister.engine.v1.PrepareResponse2\xc1\x01\n\rWorkerService\x12V\n\x07Session\x12\".cloister.engine.v1.SessionRequest\x1a#.cloister.engine.v1.SessionResponse(\x01\x30\x01\x12X\n\tGetStatus\x12$.cloister.engine.v1.GetStatusRequest\x1a%.cloister.engine.v1.GetStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'cloister.engine.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEPLOYMENTSTATE']._serialized_start=2550
-  _globals['_DEPLOYMENTSTATE']._serialized_end=2752
-  _globals['_ENDREASON']._serialized_start=2755
-  _globals['_ENDREASON']._serialized_end=2884
+  _globals['_DEPLOYMENTSTATE']._serialized_start=2567
+  _globals['_DEPLOYMENTSTATE']._serialized_end=2769
+  _globals['_ENDREASON']._serialized_start=2772
+  _globals['_ENDREASON']._serialized_end=2901
   _globals['_GETINVENTORYREQUEST']._serialized_start=55
   _globals['_GETINVENTORYREQUEST']._serialized_end=76
   _globals['_GETINVENTORYRESPONSE']._serialized_start=78
@@ -56,39 +56,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=789
   _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=814
   _globals['_DEPLOYMENTSTATUS']._serialized_start=817
-  _globals['_DEPLOYMENTSTATUS']._serialized_end=1088
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=1090
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=1175
-  _globals['_CHATMESSAGE']._serialized_start=1177
-  _globals['_CHATMESSAGE']._serialized_end=1221
-  _globals['_CONVERSATION']._serialized_start=1223
-  _globals['_CONVERSATION']._serialized_end=1288
-  _globals['_TOKENIDS']._serialized_start=1290
-  _globals['_TOKENIDS']._serialized_end=1313
-  _globals['_PREPAREREQUEST']._serialized_start=1316
-  _globals['_PREPAREREQUEST']._serialized_end=1466
-  _globals['_PREPARERESPONSE']._serialized_start=1468
-  _globals['_PREPARERESPONSE']._serialized_end=1504
-  _globals['_SUBMIT']._serialized_start=1507
-  _globals['_SUBMIT']._serialized_end=1760
-  _globals['_ABORT']._serialized_start=1762
-  _globals['_ABORT']._serialized_end=1785
-  _globals['_SESSIONREQUEST']._serialized_start=1787
-  _globals['_SESSIONREQUEST']._serialized_end=1904
-  _globals['_END']._serialized_start=1907
-  _globals['_END']._serialized_end=2178
-  _globals['_ROW']._serialized_start=2180
-  _globals['_ROW']._serialized_end=2272
-  _globals['_SESSIONRESPONSE']._serialized_start=2274
-  _globals['_SESSIONRESPONSE']._serialized_end=2344
-  _globals['_GETSTATUSREQUEST']._serialized_start=2346
-  _globals['_GETSTATUSREQUEST']._serialized_end=2364
-  _globals['_GETSTATUSRESPONSE']._serialized_start=2367
-  _globals['_GETSTATUSRESPONSE']._serialized_end=2547
-  _globals['_HOSTSERVICE']._serialized_start=2887
-  _globals['_HOSTSERVICE']._serialized_end=3202
-  _globals['_TEXTSERVICE']._serialized_start=3204
-  _globals['_TEXTSERVICE']._serialized_end=3301
-  _globals['_WORKERSERVICE']._serialized_start=3304
-  _globals['_WORKERSERVICE']._serialized_end=3497
+  _globals['_DEPLOYMENTSTATUS']._serialized_end=1105
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=1107
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=1192
+  _globals['_CHATMESSAGE']._serialized_start=1194
+  _globals['_CHATMESSAGE']._serialized_end=1238
+  _globals['_CONVERSATION']._serialized_start=1240
+  _globals['_CONVERSATION']._serialized_end=1305
+  _globals['_TOKENIDS']._serialized_start=1307
+  _globals['_TOKENIDS']._serialized_end=1330
+  _globals['_PREPAREREQUEST']._serialized_start=1333
+  _globals['_PREPAREREQUEST']._serialized_end=1483
+  _globals['_PREPARERESPONSE']._serialized_start=1485
+  _globals['_PREPARERESPONSE']._serialized_end=1521
+  _globals['_SUBMIT']._serialized_start=1524
+  _globals['_SUBMIT']._serialized_end=1777
+  _globals['_ABORT']._serialized_start=1779
+  _globals['_ABORT']._serialized_end=1802
+  _globals['_SESSIONREQUEST']._serialized_start=1804
+  _globals['_SESSIONREQUEST']._serialized_end=1921
+  _globals['_END']._serialized_start=1924
+  _globals['_END']._serialized_end=2195
+  _globals['_ROW']._serialized_start=2197
+  _globals['_ROW']._serialized_end=2289
+  _globals['_SESSIONRESPONSE']._serialized_start=2291
+  _globals['_SESSIONRESPONSE']._serialized_end=2361
+  _globals['_GETSTATUSREQUEST']._serialized_start=2363
+  _globals['_GETSTATUSREQUEST']._serialized_end=2381
+  _globals['_GETSTATUSRESPONSE']._serialized_start=2384
+  _globals['_GETSTATUSRESPONSE']._serialized_end=2564
+  _globals['_HOSTSERVICE']._serialized_start=2904
+  _globals['_HOSTSERVICE']._serialized_end=3219
+  _globals['_TEXTSERVICE']._serialized_start=3221
+  _globals['_TEXTSERVICE']._serialized_end=3318
+  _globals['_WORKERSERVICE']._serialized_start=3321
+  _globals['_WORKERSERVICE']._serialized_end=3514
 # @@protoc_insertion_point(module_scope)

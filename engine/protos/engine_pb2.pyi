@@ -387,6 +387,7 @@ class DeploymentStatus(_message.Message):
     RESTARTS_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     WORKER_PID_FIELD_NUMBER: _builtins.int
+    RUNS_AS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: Global___DeploymentState.ValueType
@@ -407,6 +408,8 @@ class DeploymentStatus(_message.Message):
     """SHA-256 of the signed manifest, hex."""
     worker_pid: _builtins.int
     """Process id of the worker, 0 when there is none."""
+    runs_as: _builtins.str
+    """Backend, dtype and mode in use, such as "cpu float32 deterministic"; empty while there is no worker."""
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """generate, chat."""
@@ -425,10 +428,11 @@ class DeploymentStatus(_message.Message):
         restarts: _builtins.int = ...,
         model_digest: _builtins.str = ...,
         worker_pid: _builtins.int = ...,
+        runs_as: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "max_context_tokens", b"max_context_tokens", "message", b"message", "model_digest", b"model_digest", "name", b"name", "reason", b"reason", "restarts", b"restarts", "state", b"state", "text_socket", b"text_socket", "worker_pid", b"worker_pid", "worker_socket", b"worker_socket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "max_context_tokens", b"max_context_tokens", "message", b"message", "model_digest", b"model_digest", "name", b"name", "reason", b"reason", "restarts", b"restarts", "runs_as", b"runs_as", "state", b"state", "text_socket", b"text_socket", "worker_pid", b"worker_pid", "worker_socket", b"worker_socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -55,7 +55,14 @@ async def _serve(socket: Path, thread: EngineThread, engine: EngineLoop, process
     engine_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
     process.listen(server, socket)
     await server.start()
-    process.ready({"MAX_CONTEXT_TOKENS": str(engine.max_context_tokens)})
+    options = engine.options
+    mode = " deterministic" if options.deterministic else ""
+    process.ready(
+        {
+            "MAX_CONTEXT_TOKENS": str(engine.max_context_tokens),
+            "RUNS_AS": f"{options.backend} {options.dtype}{mode}",
+        }
+    )
     await process.stopping.wait()
     await service.drain(_DRAIN_S)
     await server.stop(_STREAMS_GRACE_S)

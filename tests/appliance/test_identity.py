@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import re
+import shutil
 import stat
 import subprocess
 import zlib
@@ -107,6 +108,7 @@ def test_a_request_that_proves_nothing_is_refused(authority: Authority, request_
         authority.issue_client(request_pem, IDENTITY, WEEK)
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="NOT RUN: no openssl command here")
 def test_openssl_verifies_a_client_for_clients_only(authority: Authority, tmp_path: Path) -> None:
     (tmp_path / "c.pem").write_bytes(
         authority.issue_client(csr(), IDENTITY, WEEK).public_bytes(serialization.Encoding.PEM)

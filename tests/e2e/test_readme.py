@@ -36,5 +36,6 @@ def test_the_commands_under_by_hand_work_as_they_stand() -> None:
         said = (Path(folder) / "serve.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + said
     assert "verdict       intact" in done.stdout
+    assert '"patient":"Julia Nguyen"' in done.stdout
     assert "ready on 127.0.0.1:" in said
     assert said.splitlines()[-1].startswith("control      stopped")

@@ -10,8 +10,6 @@ import pytest
 from appliance.client import Client, CloisterError
 from tests.e2e.appliance import ALIAS, Appliance, cloister
 
-QUESTION = [{"role": "user", "content": "hello"}]
-
 
 def refused(client: Client, model: str = ALIAS, **arguments: object) -> CloisterError:
     """The error that one request is refused with."""

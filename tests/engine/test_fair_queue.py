@@ -105,6 +105,16 @@ def test_who_was_idle_has_saved_nothing_up() -> None:
     assert tokens["burst"] == pytest.approx(tokens["busy"], rel=0.15)
 
 
+def test_a_newcomer_is_not_owed_what_a_lone_scope_generated_while_nothing_waited() -> None:
+    house = House()
+    house.queue("alone", 4, answer=150)
+    house.steps(140)
+    house.queue("newcomer", 300)
+    house.queue("alone", 300)
+    tokens = house.steps(200)
+    assert tokens["newcomer"] == pytest.approx(tokens["alone"], rel=0.15)
+
+
 def test_who_came_back_has_not_shed_what_it_took() -> None:
     queue = pushed([waiting(0, "a", tokens=100), *(waiting(i, "b", tokens=10) for i in (1, 2, 3))])
     assert queue.pop().handle == 0

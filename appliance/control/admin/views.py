@@ -62,6 +62,7 @@ def deployment_view(row: Deployment, deployments: Deployments) -> admin_pb2.Depl
         options=_admin_options(row.options),
         max_context_tokens=status.max_context_tokens,
         worker_pid=status.worker_pid,
+        runs_as=status.runs_as,
     )
 
 

@@ -38,7 +38,7 @@ def first_bad(connection: sqlite3.Connection, until: int, head: Checkpoint, key:
         key: Ed25519 public key of the log.
     """
     good, edge, bad = _gallop(connection, until, head, key)
-    return _step(connection, _Range(good, bad or until, bad is not None), edge, head, key)
+    return _step(connection, _Range(good, bad or until), edge, head, key)
 
 
 def classify(connection: sqlite3.Connection, sequence: int, head: Checkpoint) -> str:
@@ -68,7 +68,6 @@ def classify(connection: sqlite3.Connection, sequence: int, head: Checkpoint) ->
 class _Range(NamedTuple):
     good: int  # rows up to here are proven
     end: int  # look no further
-    refuted: bool  # a signed checkpoint at `end` contradicts the rows
 
 
 def _gallop(
