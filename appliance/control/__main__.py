@@ -33,6 +33,7 @@ async def serve(running: process.Process, home: Home, isolation: str) -> None:
         await _told_to_stop(running, plane)
         await plane.drain()
         login.close()
+        home.login_socket.unlink(missing_ok=True)  # asyncio leaves it
         await admin.stop(_GRACE_S)
         await control.stop(_GRACE_S)
     finally:
