@@ -8,6 +8,7 @@ Source: TUF specification 1.0.34, sections 4.3 and 5.3.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -24,6 +25,7 @@ MAX_ROOT = 1024 * 1024
 MAX_ROOTS = 16
 MAX_KEYS = 64
 _SIGNED_FIELDS = {"_type", "spec_version", "version", "expires", "consistent_snapshot", "keys", "roles"}
+_HEX = re.compile(r"(?:[0-9a-f]{2})+", re.A)  # one way to write a signature, as for everything signed
 
 
 @dataclass(frozen=True)
@@ -233,11 +235,8 @@ def _check_signed(raw: bytes, by: Root, whose: str) -> None:
 
 def _signature(entry: object) -> tuple[str, bytes]:
     match entry:
-        case {"keyid": str(keyid), "sig": str(sig), **rest} if not rest:
-            try:
-                return keyid, bytes.fromhex(sig)
-            except ValueError:
-                pass
+        case {"keyid": str(keyid), "sig": str(sig), **rest} if not rest and _HEX.fullmatch(sig):
+            return keyid, bytes.fromhex(sig)
     raise BundleError("ROOT_SCHEMA", "a signature of the trust root has an unknown form")
 
 

@@ -41,6 +41,14 @@ def test_canonical_json_is_sorted_bare_and_escapes_two_characters_only() -> None
         canonical_json(1.5)
 
 
+def test_a_signature_has_one_way_to_be_written(trust: Trust) -> None:
+    def shout(document: dict[str, Any]) -> None:
+        document["signatures"][0]["sig"] = document["signatures"][0]["sig"].upper()
+
+    with pytest.raises(BundleError, match="ROOT_SCHEMA"):
+        roots.parse(_changed(trust.root.raw, shout))
+
+
 def _lie_about_a_key(document: dict[str, Any]) -> None:
     listed = document["signed"]["keys"]
     keyid = next(iter(listed))

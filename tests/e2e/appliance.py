@@ -9,7 +9,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,14 @@ def running_appliance(*load_options: str) -> Iterator[Appliance]:
             yield appliance
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def eventually(condition: Callable[[], bool], what: str, limit_s: float = 45) -> None:
+    """Wait until `condition` holds; `what` names it when it does not."""
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"never happened: {what}"
+        time.sleep(0.1)
 
 
 def issue_key(appliance: Appliance, tenant: str, out: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.e2e.appliance import CLOISTER, Appliance
+from tests.e2e.appliance import CLOISTER, Appliance, eventually
 
 
 def test_the_doctor_names_the_processes_that_stand_still(appliance: Appliance) -> None:
@@ -19,6 +19,7 @@ def test_the_doctor_names_the_processes_that_stand_still(appliance: Appliance) -
         == "answered: importer, engine-host, control, gateway heard by control, deployment notes ready"
     )
     with _standing_still(appliance, "appliance.gateway", "engine.host"):
+        eventually(lambda: not appliance.status()["gateway_address"], "control misses the gateway")
         ill = _processes(appliance)
     assert ill["level"] == "FAIL"
     assert "engine-host: does not answer within 3 s" in ill["found"]

@@ -3,15 +3,14 @@
 import json
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
 from appliance.client import CloisterError, Stream
-from tests.e2e.appliance import ALIAS, Appliance, build_bundle, running_appliance
+from tests.e2e.appliance import ALIAS, Appliance, build_bundle, eventually, running_appliance
 
 CANARY = "zebra-canary-4711"
 LONG = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 900}
@@ -22,14 +21,6 @@ def victim() -> Iterator[Appliance]:
     """An appliance that these tests may hurt."""
     with running_appliance() as running:
         yield running
-
-
-def eventually(condition: Callable[[], bool], what: str, limit_s: float = 45) -> None:
-    """Wait until `condition` holds; `what` names it when it does not."""
-    end = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end, f"never happened: {what}"
-        time.sleep(0.1)
 
 
 def end_of(stream: Stream) -> grpc.StatusCode | None:

@@ -121,7 +121,11 @@ async def worker(tiny_store: tuple[Path, engine_pb2.FileSet], socket_dir: Path) 
         running(socket_dir, argv, stdin) as process,
         grpc.aio.insecure_channel(f"unix:{sock}") as channel,
     ):
-        assert process.said == ["READY=1", f"X_MAX_CONTEXT_TOKENS={CONTEXT}"]
+        assert process.said == [
+            "READY=1",
+            f"X_MAX_CONTEXT_TOKENS={CONTEXT}",
+            "X_RUNS_AS=cpu float32 deterministic",
+        ]
         yield Worker(process, channel)
 
 
