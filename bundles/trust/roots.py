@@ -58,10 +58,6 @@ class Root:
         """The keys of a role, in the root's order."""
         return tuple(self.keys[keyid] for keyid in self.roles[role].keyids)
 
-    def roles_of(self, keyid: str) -> tuple[str, ...]:
-        """Roles that a key has."""
-        return tuple(name for name, role in self.roles.items() if keyid in role.keyids)
-
     def check_fresh(self, now: datetime) -> None:
         """Refuse a root that is past its date.
 

@@ -31,7 +31,7 @@ def _changed(raw: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
 def test_a_root_survives_being_written_and_read(trust: Trust) -> None:
     root = roots.parse(trust.root.raw)
     assert root.version == 1
-    assert root.roles_of(Key.of(trust.release_key.public_key()).keyid) == ("release",)
+    assert root.roles["release"].keyids == (Key.of(trust.release_key.public_key()).keyid,)
     assert [key.scheme for key in root.role_keys("publisher")] == ["ecdsa-sha2-nistp384"]
 
 
