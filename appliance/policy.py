@@ -92,6 +92,8 @@ TABLE: Mapping[str, Rule] = {
         "cloister.inference.v1.InferenceService",
         Generate=_TENANT_REQUEST,
         Chat=_TENANT_REQUEST,
+        Tokenize=_TENANT_READ,
+        Detokenize=_TENANT_READ,
         ListModels=_TENANT_READ,
     ),
     **_rows(
@@ -104,10 +106,14 @@ TABLE: Mapping[str, Rule] = {
         Heartbeat=_GATEWAY,
         RecordRefusal=_GATEWAY,
     ),
-    **_rows("cloister.engine.v1.TextService", Prepare=_GATEWAY),
+    **_rows("cloister.engine.v1.TextService", Prepare=_GATEWAY, Tokenize=_GATEWAY, Detokenize=_GATEWAY),
     **_rows("cloister.engine.v1.WorkerService", Session=_GATEWAY, GetStatus=_CONTROL),
     **_rows(
-        "cloister.engine.v1.HostService", GetInventory=_CONTROL, Reconcile=_CONTROL, WatchDeployments=_CONTROL
+        "cloister.engine.v1.HostService",
+        GetInventory=_CONTROL,
+        PlanDeployment=_CONTROL,
+        Reconcile=_CONTROL,
+        WatchDeployments=_CONTROL,
     ),
     **_rows(
         "cloister.importer.v1.ImporterService",
@@ -139,7 +145,10 @@ TABLE: Mapping[str, Rule] = {
         ListKeys=_SEE,
         RevokeKey=_RUN_TENANTS,
     ),
-    **_rows("cloister.admin.v1.AuditService", TailAudit=_READ_AUDIT, VerifyAudit=_READ_AUDIT),
+    **_rows("cloister.admin.v1.DeviceService", ListDevices=_SEE, PlanModel=_SEE),
+    **_rows(
+        "cloister.admin.v1.AuditService", TailAudit=_READ_AUDIT, QueryAudit=_READ_AUDIT, VerifyAudit=_READ_AUDIT
+    ),
 }
 
 

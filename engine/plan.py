@@ -35,6 +35,8 @@ class PlanRow(NamedTuple):
         adapter_slot: which adapter, None for the base model.
         sampling_slot: where its sampling state lies; None when the step does not reach the last token, so that
             nothing is sampled.
+        prompt_logprobs: how many likeliest tokens to report for each prompt token after a scheduled position; None
+            reports nothing.
     """
 
     handle: int
@@ -45,6 +47,7 @@ class PlanRow(NamedTuple):
     block_tables: tuple[BlockTable, ...]
     adapter_slot: int | None
     sampling_slot: int | None
+    prompt_logprobs: int | None = None
 
     @property
     def end(self) -> int:
@@ -53,10 +56,26 @@ class PlanRow(NamedTuple):
 
 
 class SamplerSetup(NamedTuple):
-    """New parameters for one sampling slot, valid from this step on."""
+    """A new owner of one sampling slot, valid from this step on.
+
+    Attributes:
+        slot: which.
+        params: how its tokens are drawn.
+        prompt_length: positions before this one hold its prompt.
+        logprobs: how many likeliest tokens to report; None reports nothing.
+        banned: tokens not drawn before position `banned_until`.
+        banned_until: a position.
+        history: tokens before the first that its plan rows bring, where `params.uses_history`; the rest the runner
+            sees go by.
+    """
 
     slot: int
     params: SamplingParams
+    prompt_length: int
+    logprobs: int | None = None
+    banned: tuple[int, ...] = ()
+    banned_until: int = 0
+    history: tuple[int, ...] = ()
 
 
 class StepPlan(NamedTuple):
@@ -75,6 +94,22 @@ class StepPlan(NamedTuple):
     scrub: tuple[int, ...] = ()
 
 
+class TokenLogprob(NamedTuple):
+    """What the model thought of one token: natural logarithms of its own distribution, before any change to it.
+
+    Attributes:
+        token_id: the token that stands there.
+        logprob: its log probability.
+        rank: 1 for the likeliest token.
+        top: the likeliest tokens with their log probabilities, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
 class ResultRow(NamedTuple):
     """What one step brought one request.
 
@@ -82,11 +117,15 @@ class ResultRow(NamedTuple):
         handle: the request.
         token_ids: none while its prompt is unfinished, else one, plus one per accepted draft.
         fault: stable code when its numbers were unusable, else empty.
+        logprobs: one for each of `token_ids`, where asked for.
+        prompt_logprobs: of the prompt tokens that follow the scheduled positions, where asked for.
     """
 
     handle: int
     token_ids: tuple[int, ...]
     fault: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class StepResult(NamedTuple):

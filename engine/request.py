@@ -16,13 +16,20 @@ MAX_SEED = 2**64 - 1
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn from the logits, in this order: temperature, top-k, top-p.
+    """How the next token is drawn from logits, in this order: bias, penalties, temperature, min-p, top-k, top-p.
 
     Attributes:
         temperature: 0 takes the likeliest token; otherwise logits are divided by it.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches this; in (0, 1].
         seed: unsigned 64 bit; with the token's position it determines every draw.
+        min_p: drop tokens less likely than this share of the likeliest; in [0, 1], 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or answer; 1: off.
+        presence_penalty: taken off the logit of every token in the answer.
+        frequency_penalty: taken off a token's logit for each time it is in the answer.
+        logit_bias: pairs of token and number added to its logit; each token once.
+
+    Source: Keskar et al., "CTRL", 2019 (repetition penalty); Nguyen et al., "Turning Up the Heat", 2024 (min-p).
 
     Raises:
         EngineError: INVALID_SAMPLING.
@@ -32,12 +39,27 @@ class SamplingParams:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         _require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature must be finite and >= 0")
         _require(self.top_k >= 0, "top_k must be >= 0")
         _require(0 < self.top_p <= 1, "top_p must lie in (0, 1]")
         _require(0 <= self.seed <= MAX_SEED, "seed must be an unsigned 64-bit number")
+        _require(0 <= self.min_p <= 1, "min_p must lie in [0, 1]")
+        _require(0 < self.repetition_penalty < math.inf, "repetition_penalty must be finite and > 0")
+        numbers = (self.presence_penalty, self.frequency_penalty, *(bias for _, bias in self.logit_bias))
+        _require(all(map(math.isfinite, numbers)), "penalties and biases must be finite")
+        _require(len(dict(self.logit_bias)) == len(self.logit_bias), "logit_bias names a token twice")
+
+    @property
+    def uses_history(self) -> bool:
+        """Whether a draw depends on which tokens prompt and answer hold."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +72,7 @@ class StopCriteria:
         token_ids: tokens that end the answer, besides the model's own end tokens.
         include_stop: keep the matched stop string (or stop token's text) in the answer.
         ignore_eos: the model's own end tokens do not end the answer.
+        min_tokens: end and stop tokens are not drawn, and stop strings not looked for, before this many tokens.
 
     Raises:
         EngineError: INVALID_STOP.
@@ -60,10 +83,13 @@ class StopCriteria:
     token_ids: frozenset[int] = frozenset()
     include_stop: bool = False
     ignore_eos: bool = False
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1 or not all(self.strings):
             raise EngineError("INVALID_STOP", "max_tokens must be at least 1 and no stop string may be empty")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise EngineError("INVALID_STOP", "min_tokens must lie between 0 and max_tokens")
 
 
 class EndReason(enum.Enum):
@@ -90,6 +116,9 @@ class End:
         queue_ns: from submission to first scheduled.
         prefill_ns: from first scheduled to first token.
         decode_ns: from first to last token.
+        cached_prompt_tokens: prompt tokens taken from the prefix cache when the request was first admitted.
+        recomputed_tokens: tokens computed again after the request had given up its pages.
+        preemptions: times it gave up its pages.
     """
 
     reason: EndReason
@@ -102,6 +131,9 @@ class End:
     queue_ns: int = 0
     prefill_ns: int = 0
     decode_ns: int = 0
+    cached_prompt_tokens: int = 0
+    recomputed_tokens: int = 0
+    preemptions: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -114,13 +146,18 @@ class Request:
         sampling: how tokens are drawn.
         stop: when it ends.
         scope: the engine's opaque name of the owner; pages are scrubbed when they change scope.
-        salt: roots the owner's prefix cache when there is one; carried, not read yet.
+        salt: roots the owner's prefix cache; empty shares nothing with any other request.
         weight: the scope's share of the tokens, beside those of the other scopes that wait.
+        logprobs: how many likeliest tokens to report beside each generated one; None reports nothing.
+        prompt_logprobs: the same for each prompt token but the first.
+        follows: handle of a request with the same prompt, whose pages this one shares: it is not admitted before
+            that one's prompt is computed, or that one is gone.
         tokens: prompt and generated tokens.
         limit: most tokens to generate; the scheduler lowers it to what the context allows.
         num_computed: tokens whose keys and values are in the KV pages.
         blocks: KV pages of the full-attention group, in token order.
         slot: index into per-request device state, -1 while waiting.
+        cached_prompt_tokens, recomputed_tokens, preemptions: as in `End`.
 
     Raises:
         EngineError: EMPTY_PROMPT, INVALID_SAMPLING (weight).
@@ -133,11 +170,17 @@ class Request:
     scope: str = ""
     salt: bytes = b""
     weight: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    follows: int | None = None
     tokens: list[int] = field(init=False)
     limit: int = field(init=False)
     num_computed: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
     slot: int = field(init=False, default=-1)
+    cached_prompt_tokens: int = field(init=False, default=0)
+    recomputed_tokens: int = field(init=False, default=0)
+    preemptions: int = field(init=False, default=0)
     submitted_ns: int = field(init=False, default=0)
     scheduled_ns: int = field(init=False, default=0)
     first_token_ns: int = field(init=False, default=0)

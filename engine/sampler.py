@@ -49,7 +49,7 @@ class SamplerState:
 
     def set_up(self, setups: Sequence[SamplerSetup]) -> None:
         """Give slots new owners."""
-        for slot, params in setups:
+        for slot, params, *_ in setups:
             self._temperature[slot] = params.temperature
             self._top_k[slot] = params.top_k
             self._top_p[slot] = params.top_p

@@ -159,7 +159,7 @@ class Scheduler:
             self._reserved += self._worst_case(request)
             request.slot = self._slots.pop()
             self._running[request.handle] = request
-            self._new_samplers.append(SamplerSetup(request.slot, request.sampling))
+            self._new_samplers.append(SamplerSetup(request.slot, request.sampling, len(request.prompt)))
 
     def _worst_case(self, request: Request) -> int:
         """Pages for the prompt and the longest answer; the last token's keys and values are never needed."""

@@ -151,6 +151,7 @@ class Deployment(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     WORKER_PID_FIELD_NUMBER: _builtins.int
     RUNS_AS_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     model_version: _builtins.str
@@ -175,6 +176,10 @@ class Deployment(_message.Message):
     def options(self) -> Global___DeploymentOptions:
         """How it was asked to run."""
 
+    @_builtins.property
+    def engine(self) -> Global___EngineCounters:
+        """Counters of its engine; absent while there is no worker."""
+
     def __init__(
         self,
         *,
@@ -189,14 +194,77 @@ class Deployment(_message.Message):
         max_context_tokens: _builtins.int = ...,
         worker_pid: _builtins.int = ...,
         runs_as: _builtins.str = ...,
+        engine: Global___EngineCounters | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_context_tokens", b"max_context_tokens", "message", b"message", "model_digest", b"model_digest", "model_version", b"model_version", "name", b"name", "options", b"options", "reason", b"reason", "restarts", b"restarts", "runs_as", b"runs_as", "state", b"state", "worker_pid", b"worker_pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "max_context_tokens", b"max_context_tokens", "message", b"message", "model_digest", b"model_digest", "model_version", b"model_version", "name", b"name", "options", b"options", "reason", b"reason", "restarts", b"restarts", "runs_as", b"runs_as", "state", b"state", "worker_pid", b"worker_pid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Deployment: _TypeAlias = Deployment  # noqa: Y015
+
+@_typing.final
+class EngineCounters(_message.Message):
+    """Counters of one engine, as of its last step; the later ones count since its start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WAITING_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    BLOCKS_TOTAL_FIELD_NUMBER: _builtins.int
+    BLOCKS_FREE_FIELD_NUMBER: _builtins.int
+    BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    TOKENS_GENERATED_FIELD_NUMBER: _builtins.int
+    TOKENS_PREFILLED_FIELD_NUMBER: _builtins.int
+    TOKENS_CACHED_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
+    waiting: _builtins.int
+    """Requests waiting."""
+    running: _builtins.int
+    """Requests running."""
+    blocks_total: _builtins.int
+    """KV pages in all."""
+    blocks_free: _builtins.int
+    """KV pages that hold nothing."""
+    blocks_cached: _builtins.int
+    """KV pages that nobody owns and that hold a prefix which may be asked for again."""
+    steps: _builtins.int
+    """Engine steps."""
+    tokens_generated: _builtins.int
+    """Tokens generated."""
+    tokens_prefilled: _builtins.int
+    """Prompt tokens computed."""
+    tokens_cached: _builtins.int
+    """Prompt tokens taken from the prefix cache."""
+    preemptions: _builtins.int
+    """Requests that had to give up their pages."""
+    tokens_recomputed: _builtins.int
+    """Tokens computed again."""
+    def __init__(
+        self,
+        *,
+        waiting: _builtins.int = ...,
+        running: _builtins.int = ...,
+        blocks_total: _builtins.int = ...,
+        blocks_free: _builtins.int = ...,
+        blocks_cached: _builtins.int = ...,
+        steps: _builtins.int = ...,
+        tokens_generated: _builtins.int = ...,
+        tokens_prefilled: _builtins.int = ...,
+        tokens_cached: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        tokens_recomputed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "preemptions", b"preemptions", "running", b"running", "steps", b"steps", "tokens_cached", b"tokens_cached", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "tokens_recomputed", b"tokens_recomputed", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EngineCounters: _TypeAlias = EngineCounters  # noqa: Y015
 
 @_typing.final
 class DeploymentOptions(_message.Message):
@@ -1188,6 +1256,352 @@ class RevokeKeyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RevokeKeyResponse: _TypeAlias = RevokeKeyResponse  # noqa: Y015
+
+@_typing.final
+class ListDevicesRequest(_message.Message):
+    """Asks for the devices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDevicesRequest: _TypeAlias = ListDevicesRequest  # noqa: Y015
+
+@_typing.final
+class ListDevicesResponse(_message.Message):
+    """The devices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICES_FIELD_NUMBER: _builtins.int
+    RECORDED_FROM_FIELD_NUMBER: _builtins.int
+    NVML_FIELD_NUMBER: _builtins.int
+    recorded_from: _builtins.str
+    """Path of the recorded inventory these come from; empty when they were measured on this machine now."""
+    nvml: _builtins.str
+    """Why NVIDIA's library told nothing; empty when it did."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
+        """The CPU is one, and comes first."""
+
+    def __init__(
+        self,
+        *,
+        devices: _abc.Iterable[Global___Device] | None = ...,
+        recorded_from: _builtins.str = ...,
+        nvml: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "nvml", b"nvml", "recorded_from", b"recorded_from"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListDevicesResponse: _TypeAlias = ListDevicesResponse  # noqa: Y015
+
+@_typing.final
+class Device(_message.Message):
+    """Something a model can run on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    CORES_FIELD_NUMBER: _builtins.int
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _builtins.int
+    DRIVER_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    UTILISATION_PERCENT_FIELD_NUMBER: _builtins.int
+    SLICE_OF_FIELD_NUMBER: _builtins.int
+    DEPLOYMENTS_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    """cpu, or the device's UUID."""
+    kind: _builtins.str
+    """cpu or cuda."""
+    name: _builtins.str
+    """As the vendor calls it."""
+    memory_bytes: _builtins.int
+    """Bytes in all."""
+    memory_available_bytes: _builtins.int
+    """Bytes that a new deployment could take now."""
+    cores: _builtins.int
+    """Cores usable by a worker, for the CPU."""
+    compute_capability: _builtins.str
+    """Compute capability, such as 9.0; empty for the CPU."""
+    driver: _builtins.str
+    """Version of the driver; empty for the CPU."""
+    temperature_c: _builtins.int
+    """Degrees Celsius, where the device tells."""
+    utilisation_percent: _builtins.int
+    """Percent of the last second in which the device computed, where it tells."""
+    slice_of: _builtins.str
+    """UUID of the device that this one is a slice of; empty otherwise."""
+    @_builtins.property
+    def deployments(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names of the deployments on it."""
+
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        name: _builtins.str = ...,
+        memory_bytes: _builtins.int = ...,
+        memory_available_bytes: _builtins.int = ...,
+        cores: _builtins.int = ...,
+        compute_capability: _builtins.str = ...,
+        driver: _builtins.str = ...,
+        temperature_c: _builtins.int | None = ...,
+        utilisation_percent: _builtins.int | None = ...,
+        slice_of: _builtins.str = ...,
+        deployments: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c", "_utilisation_percent", b"_utilisation_percent", "temperature_c", b"temperature_c", "utilisation_percent", b"utilisation_percent"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c", "_utilisation_percent", b"_utilisation_percent", "compute_capability", b"compute_capability", "cores", b"cores", "deployments", b"deployments", "driver", b"driver", "id", b"id", "kind", b"kind", "memory_available_bytes", b"memory_available_bytes", "memory_bytes", b"memory_bytes", "name", b"name", "slice_of", b"slice_of", "temperature_c", b"temperature_c", "utilisation_percent", b"utilisation_percent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__temperature_c: _TypeAlias = _typing.Literal["temperature_c"]  # noqa: Y015
+    _WhichOneofArgType__temperature_c: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c"]  # noqa: Y015
+    _WhichOneofReturnType__utilisation_percent: _TypeAlias = _typing.Literal["utilisation_percent"]  # noqa: Y015
+    _WhichOneofArgType__utilisation_percent: _TypeAlias = _typing.Literal["_utilisation_percent", b"_utilisation_percent"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_c) -> _WhichOneofReturnType__temperature_c | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__utilisation_percent) -> _WhichOneofReturnType__utilisation_percent | None: ...
+
+Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class PlanModelRequest(_message.Message):
+    """Plan what, how."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """name@version, a name for its newest, or a digest."""
+    @_builtins.property
+    def options(self) -> Global___DeploymentOptions:
+        """How it should run."""
+
+    def __init__(
+        self,
+        *,
+        model_version: _builtins.str = ...,
+        options: Global___DeploymentOptions | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanModelRequest: _TypeAlias = PlanModelRequest  # noqa: Y015
+
+@_typing.final
+class PlanModelResponse(_message.Message):
+    """The plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """name@version."""
+    model_digest: _builtins.str
+    """SHA-256 of the signed manifest, hex."""
+    @_builtins.property
+    def plan(self) -> Global___MemoryPlan:
+        """In numbers."""
+
+    def __init__(
+        self,
+        *,
+        model_version: _builtins.str = ...,
+        model_digest: _builtins.str = ...,
+        plan: Global___MemoryPlan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_digest", b"model_digest", "model_version", b"model_version", "plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanModelResponse: _TypeAlias = PlanModelResponse  # noqa: Y015
+
+@_typing.final
+class MemoryPlan(_message.Message):
+    """Exact bytes of each part, and whether they fit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    LOADING_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    KV_BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    FULL_CONTEXTS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Where it would run."""
+    weights_bytes: _builtins.int
+    """Weights in the layout of the backend."""
+    kv_bytes: _builtins.int
+    """KV pages."""
+    activation_bytes: _builtins.int
+    """Most that one step's activations, logits included, take at once."""
+    loading_bytes: _builtins.int
+    """Most that loading takes beside these."""
+    total_bytes: _builtins.int
+    """What the deployment needs at its highest point."""
+    available_bytes: _builtins.int
+    """What the device has for it now."""
+    fits: _builtins.bool
+    """It fits."""
+    kv_block_bytes: _builtins.int
+    """Bytes of one KV page over all layers."""
+    full_contexts: _builtins.int
+    """Most full contexts that the KV pages hold at once."""
+    advice: _builtins.str
+    """What to change, when it does not fit."""
+    parameters: _builtins.int
+    """Numbers of the model's weights."""
+    @_builtins.property
+    def options(self) -> Global___DeploymentOptions:
+        """Options with every default filled in."""
+
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        weights_bytes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        activation_bytes: _builtins.int = ...,
+        loading_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int = ...,
+        fits: _builtins.bool = ...,
+        kv_block_bytes: _builtins.int = ...,
+        full_contexts: _builtins.int = ...,
+        options: Global___DeploymentOptions | None = ...,
+        advice: _builtins.str = ...,
+        parameters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryPlan: _TypeAlias = MemoryPlan  # noqa: Y015
+
+@_typing.final
+class QueryAuditRequest(_message.Message):
+    """Which records."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BEFORE_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LIMIT_FIELD_NUMBER: _builtins.int
+    KIND_PREFIX_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    ACTOR_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    SINCE_FIELD_NUMBER: _builtins.int
+    UNTIL_FIELD_NUMBER: _builtins.int
+    before_sequence: _builtins.int
+    """Records before this sequence number; 0 begins with the newest."""
+    limit: _builtins.int
+    """At most this many; 0 takes 100, and no more than 200 come."""
+    kind_prefix: _builtins.str
+    """Only kinds that begin with this, such as "tenant." or "inference.chat"."""
+    tenant: _builtins.str
+    """Only of this tenant."""
+    actor: _builtins.str
+    """Only of actors whose name holds this, whatever the case."""
+    decision: _builtins.str
+    """Only with this decision."""
+    request_id: _builtins.str
+    """Only of this request or action."""
+    @_builtins.property
+    def since(self) -> _timestamp_pb2.Timestamp:
+        """Not before this time."""
+
+    @_builtins.property
+    def until(self) -> _timestamp_pb2.Timestamp:
+        """Before this time."""
+
+    def __init__(
+        self,
+        *,
+        before_sequence: _builtins.int = ...,
+        limit: _builtins.int = ...,
+        kind_prefix: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        actor: _builtins.str = ...,
+        decision: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        since: _timestamp_pb2.Timestamp | None = ...,
+        until: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["since", b"since", "until", b"until"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "before_sequence", b"before_sequence", "decision", b"decision", "kind_prefix", b"kind_prefix", "limit", b"limit", "request_id", b"request_id", "since", b"since", "tenant", b"tenant", "until", b"until"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryAuditRequest: _TypeAlias = QueryAuditRequest  # noqa: Y015
+
+@_typing.final
+class QueryAuditResponse(_message.Message):
+    """A page."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORDS_FIELD_NUMBER: _builtins.int
+    NEXT_BEFORE_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LOG_SIZE_FIELD_NUMBER: _builtins.int
+    next_before_sequence: _builtins.int
+    """before_sequence of the next page; 0 when there is none."""
+    log_size: _builtins.int
+    """Records in the whole log."""
+    @_builtins.property
+    def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___TailAuditResponse]:
+        """Newest first."""
+
+    def __init__(
+        self,
+        *,
+        records: _abc.Iterable[Global___TailAuditResponse] | None = ...,
+        next_before_sequence: _builtins.int = ...,
+        log_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_size", b"log_size", "next_before_sequence", b"next_before_sequence", "records", b"records"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueryAuditResponse: _TypeAlias = QueryAuditResponse  # noqa: Y015
 
 @_typing.final
 class TailAuditRequest(_message.Message):

@@ -825,6 +825,126 @@ class TenantService(object):
             _registered_method=True)
 
 
+class DeviceServiceStub(object):
+    """Devices: what there is, and what a model would take of it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.ListDevices = channel.unary_unary(
+                '/cloister.admin.v1.DeviceService/ListDevices',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListDevicesRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListDevicesResponse.FromString,
+                _registered_method=True)
+        self.PlanModel = channel.unary_unary(
+                '/cloister.admin.v1.DeviceService/PlanModel',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.PlanModelRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.PlanModelResponse.FromString,
+                _registered_method=True)
+
+
+class DeviceServiceServicer(object):
+    """Devices: what there is, and what a model would take of it.
+    """
+
+    def ListDevices(self, request, context):
+        """The devices of this machine, and what runs on them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanModel(self, request, context):
+        """Exact memory of a model version before it is loaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_DeviceServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'ListDevices': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListDevices,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListDevicesRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListDevicesResponse.SerializeToString,
+            ),
+            'PlanModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanModel,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.PlanModelRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.PlanModelResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'cloister.admin.v1.DeviceService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('cloister.admin.v1.DeviceService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class DeviceService(object):
+    """Devices: what there is, and what a model would take of it.
+    """
+
+    @staticmethod
+    def ListDevices(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.DeviceService/ListDevices',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ListDevicesRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ListDevicesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.DeviceService/PlanModel',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.PlanModelRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.PlanModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class AuditServiceStub(object):
     """The audit log.
     """
@@ -839,6 +959,11 @@ class AuditServiceStub(object):
                 '/cloister.admin.v1.AuditService/TailAudit',
                 request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.TailAuditRequest.SerializeToString,
                 response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.TailAuditResponse.FromString,
+                _registered_method=True)
+        self.QueryAudit = channel.unary_unary(
+                '/cloister.admin.v1.AuditService/QueryAudit',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.QueryAuditRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.QueryAuditResponse.FromString,
                 _registered_method=True)
         self.VerifyAudit = channel.unary_unary(
                 '/cloister.admin.v1.AuditService/VerifyAudit',
@@ -858,6 +983,13 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def QueryAudit(self, request, context):
+        """Records that match a filter, newest first, page by page.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def VerifyAudit(self, request, context):
         """Verifies the whole log against its signed head.
         """
@@ -872,6 +1004,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.TailAudit,
                     request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.TailAuditRequest.FromString,
                     response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.TailAuditResponse.SerializeToString,
+            ),
+            'QueryAudit': grpc.unary_unary_rpc_method_handler(
+                    servicer.QueryAudit,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.QueryAuditRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.QueryAuditResponse.SerializeToString,
             ),
             'VerifyAudit': grpc.unary_unary_rpc_method_handler(
                     servicer.VerifyAudit,
@@ -907,6 +1044,33 @@ class AuditService(object):
             '/cloister.admin.v1.AuditService/TailAudit',
             cloister_dot_admin_dot_v1_dot_admin__pb2.TailAuditRequest.SerializeToString,
             cloister_dot_admin_dot_v1_dot_admin__pb2.TailAuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def QueryAudit(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.AuditService/QueryAudit',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.QueryAuditRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.QueryAuditResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -277,6 +277,49 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
+class DeviceServiceStub:
+    """Devices: what there is, and what a model would take of it."""
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> DeviceServiceAsyncStub: ...
+    ListDevices: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListDevicesRequest, _admin_pb2.ListDevicesResponse]
+    """The devices of this machine, and what runs on them."""
+    PlanModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.PlanModelRequest, _admin_pb2.PlanModelResponse]
+    """Exact memory of a model version before it is loaded."""
+
+@_typing.type_check_only
+class DeviceServiceAsyncStub(DeviceServiceStub):
+    """Devices: what there is, and what a model would take of it."""
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    ListDevices: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListDevicesRequest, _admin_pb2.ListDevicesResponse]  # type: ignore[assignment]
+    """The devices of this machine, and what runs on them."""
+    PlanModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.PlanModelRequest, _admin_pb2.PlanModelResponse]  # type: ignore[assignment]
+    """Exact memory of a model version before it is loaded."""
+
+class DeviceServiceServicer(metaclass=_abc_1.ABCMeta):
+    """Devices: what there is, and what a model would take of it."""
+
+    @_abc_1.abstractmethod
+    def ListDevices(
+        self,
+        request: _admin_pb2.ListDevicesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListDevicesResponse, _abc.Awaitable[_admin_pb2.ListDevicesResponse]]:
+        """The devices of this machine, and what runs on them."""
+
+    @_abc_1.abstractmethod
+    def PlanModel(
+        self,
+        request: _admin_pb2.PlanModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.PlanModelResponse, _abc.Awaitable[_admin_pb2.PlanModelResponse]]:
+        """Exact memory of a model version before it is loaded."""
+
+def add_DeviceServiceServicer_to_server(servicer: DeviceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
 class AuditServiceStub:
     """The audit log."""
 
@@ -286,6 +329,8 @@ class AuditServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
     TailAudit: _grpc.UnaryStreamMultiCallable[_admin_pb2.TailAuditRequest, _admin_pb2.TailAuditResponse]
     """Records after a sequence number, oldest first; follows the log when asked to."""
+    QueryAudit: _grpc.UnaryUnaryMultiCallable[_admin_pb2.QueryAuditRequest, _admin_pb2.QueryAuditResponse]
+    """Records that match a filter, newest first, page by page."""
     VerifyAudit: _grpc.UnaryUnaryMultiCallable[_admin_pb2.VerifyAuditRequest, _admin_pb2.VerifyAuditResponse]
     """Verifies the whole log against its signed head."""
 
@@ -296,6 +341,8 @@ class AuditServiceAsyncStub(AuditServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     TailAudit: _aio.UnaryStreamMultiCallable[_admin_pb2.TailAuditRequest, _admin_pb2.TailAuditResponse]  # type: ignore[assignment]
     """Records after a sequence number, oldest first; follows the log when asked to."""
+    QueryAudit: _aio.UnaryUnaryMultiCallable[_admin_pb2.QueryAuditRequest, _admin_pb2.QueryAuditResponse]  # type: ignore[assignment]
+    """Records that match a filter, newest first, page by page."""
     VerifyAudit: _aio.UnaryUnaryMultiCallable[_admin_pb2.VerifyAuditRequest, _admin_pb2.VerifyAuditResponse]  # type: ignore[assignment]
     """Verifies the whole log against its signed head."""
 
@@ -309,6 +356,14 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_admin_pb2.TailAuditResponse], _abc.AsyncIterator[_admin_pb2.TailAuditResponse]]:
         """Records after a sequence number, oldest first; follows the log when asked to."""
+
+    @_abc_1.abstractmethod
+    def QueryAudit(
+        self,
+        request: _admin_pb2.QueryAuditRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.QueryAuditResponse, _abc.Awaitable[_admin_pb2.QueryAuditResponse]]:
+        """Records that match a filter, newest first, page by page."""
 
     @_abc_1.abstractmethod
     def VerifyAudit(

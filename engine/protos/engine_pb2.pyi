@@ -111,6 +111,12 @@ class GetInventoryResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DEVICES_FIELD_NUMBER: _builtins.int
+    RECORDED_FROM_FIELD_NUMBER: _builtins.int
+    NVML_FIELD_NUMBER: _builtins.int
+    recorded_from: _builtins.str
+    """Path of the recorded inventory these come from; empty when they were measured on this machine now."""
+    nvml: _builtins.str
+    """Why the vendor's library told nothing, such as "libnvidia-ml.so.1 is not installed"; empty when it did."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Device]:
         """The CPU is one."""
@@ -119,10 +125,12 @@ class GetInventoryResponse(_message.Message):
         self,
         *,
         devices: _abc.Iterable[Global___Device] | None = ...,
+        recorded_from: _builtins.str = ...,
+        nvml: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "nvml", b"nvml", "recorded_from", b"recorded_from"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -139,6 +147,12 @@ class Device(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     CORES_FIELD_NUMBER: _builtins.int
+    MEMORY_AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    COMPUTE_CAPABILITY_FIELD_NUMBER: _builtins.int
+    DRIVER_FIELD_NUMBER: _builtins.int
+    TEMPERATURE_C_FIELD_NUMBER: _builtins.int
+    UTILISATION_PERCENT_FIELD_NUMBER: _builtins.int
+    SLICE_OF_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     """cpu, or the device's UUID."""
     kind: _builtins.str
@@ -149,6 +163,18 @@ class Device(_message.Message):
     """Bytes in all."""
     cores: _builtins.int
     """Cores usable by a worker, for the CPU."""
+    memory_available_bytes: _builtins.int
+    """Bytes that a new deployment could take now."""
+    compute_capability: _builtins.str
+    """Compute capability, such as 9.0; empty for the CPU."""
+    driver: _builtins.str
+    """Version of the driver; empty for the CPU."""
+    temperature_c: _builtins.int
+    """Degrees Celsius, where the device tells."""
+    utilisation_percent: _builtins.int
+    """Percent of the last second in which the device computed, where it tells."""
+    slice_of: _builtins.str
+    """UUID of the device that this one is a slice (MIG instance) of; empty otherwise."""
     def __init__(
         self,
         *,
@@ -157,14 +183,147 @@ class Device(_message.Message):
         name: _builtins.str = ...,
         memory_bytes: _builtins.int = ...,
         cores: _builtins.int = ...,
+        memory_available_bytes: _builtins.int = ...,
+        compute_capability: _builtins.str = ...,
+        driver: _builtins.str = ...,
+        temperature_c: _builtins.int | None = ...,
+        utilisation_percent: _builtins.int | None = ...,
+        slice_of: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c", "_utilisation_percent", b"_utilisation_percent", "temperature_c", b"temperature_c", "utilisation_percent", b"utilisation_percent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cores", b"cores", "id", b"id", "kind", b"kind", "memory_bytes", b"memory_bytes", "name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c", "_utilisation_percent", b"_utilisation_percent", "compute_capability", b"compute_capability", "cores", b"cores", "driver", b"driver", "id", b"id", "kind", b"kind", "memory_available_bytes", b"memory_available_bytes", "memory_bytes", b"memory_bytes", "name", b"name", "slice_of", b"slice_of", "temperature_c", b"temperature_c", "utilisation_percent", b"utilisation_percent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__temperature_c: _TypeAlias = _typing.Literal["temperature_c"]  # noqa: Y015
+    _WhichOneofArgType__temperature_c: _TypeAlias = _typing.Literal["_temperature_c", b"_temperature_c"]  # noqa: Y015
+    _WhichOneofReturnType__utilisation_percent: _TypeAlias = _typing.Literal["utilisation_percent"]  # noqa: Y015
+    _WhichOneofArgType__utilisation_percent: _TypeAlias = _typing.Literal["_utilisation_percent", b"_utilisation_percent"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__temperature_c) -> _WhichOneofReturnType__temperature_c | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__utilisation_percent) -> _WhichOneofReturnType__utilisation_percent | None: ...
+
+Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class PlanDeploymentRequest(_message.Message):
+    """Plan which."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deployment(self) -> Global___Deployment:
+        """As Reconcile would be given it."""
+
+    def __init__(
+        self,
+        *,
+        deployment: Global___Deployment | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Device: _TypeAlias = Device  # noqa: Y015
+Global___PlanDeploymentRequest: _TypeAlias = PlanDeploymentRequest  # noqa: Y015
+
+@_typing.final
+class MemoryPlan(_message.Message):
+    """Exact bytes of each part, and whether they fit; a deployment that is refused is explained with the same numbers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_FIELD_NUMBER: _builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    LOADING_BYTES_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    FITS_FIELD_NUMBER: _builtins.int
+    KV_BLOCK_BYTES_FIELD_NUMBER: _builtins.int
+    FULL_CONTEXTS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Where it would run."""
+    weights_bytes: _builtins.int
+    """Weights in the layout of the backend."""
+    kv_bytes: _builtins.int
+    """KV pages."""
+    activation_bytes: _builtins.int
+    """Most that one step's activations, logits included, take at once."""
+    loading_bytes: _builtins.int
+    """Most that loading takes beside these: files mapped while tensors are prepared."""
+    total_bytes: _builtins.int
+    """What the deployment needs at its highest point."""
+    available_bytes: _builtins.int
+    """What the device has for it now."""
+    fits: _builtins.bool
+    """It fits."""
+    kv_block_bytes: _builtins.int
+    """Bytes of one KV page over all layers."""
+    full_contexts: _builtins.int
+    """Most full contexts that the KV pages hold at once."""
+    advice: _builtins.str
+    """What to change, when it does not fit."""
+    parameters: _builtins.int
+    """Numbers of the model's weights."""
+    @_builtins.property
+    def options(self) -> Global___DeploymentOptions:
+        """Options with every default filled in."""
+
+    def __init__(
+        self,
+        *,
+        device: _builtins.str = ...,
+        weights_bytes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        activation_bytes: _builtins.int = ...,
+        loading_bytes: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int = ...,
+        fits: _builtins.bool = ...,
+        kv_block_bytes: _builtins.int = ...,
+        full_contexts: _builtins.int = ...,
+        options: Global___DeploymentOptions | None = ...,
+        advice: _builtins.str = ...,
+        parameters: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryPlan: _TypeAlias = MemoryPlan  # noqa: Y015
+
+@_typing.final
+class PlanDeploymentResponse(_message.Message):
+    """The plan."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def plan(self) -> Global___MemoryPlan:
+        """In numbers."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___MemoryPlan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanDeploymentResponse: _TypeAlias = PlanDeploymentResponse  # noqa: Y015
 
 @_typing.final
 class File(_message.Message):
@@ -597,6 +756,128 @@ class PrepareResponse(_message.Message):
 Global___PrepareResponse: _TypeAlias = PrepareResponse  # noqa: Y015
 
 @_typing.final
+class TokenizeRequest(_message.Message):
+    """Text to tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Control tokens in it are ordinary text."""
+    add_special_tokens: _builtins.bool
+    """Add the model's usual special tokens."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+        add_special_tokens: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["add_special_tokens", b"add_special_tokens", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeRequest: _TypeAlias = TokenizeRequest  # noqa: Y015
+
+@_typing.final
+class TokenizeResponse(_message.Message):
+    """The tokens; none for an empty text without special tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """In order."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenizeResponse: _TypeAlias = TokenizeResponse  # noqa: Y015
+
+@_typing.final
+class DetokenizeRequest(_message.Message):
+    """Tokens to text."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Checked against the vocabulary."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeRequest: _TypeAlias = DetokenizeRequest  # noqa: Y015
+
+@_typing.final
+class DetokenizeResponse(_message.Message):
+    """The text; control tokens are left out, broken UTF-8 is replaced by U+FFFD."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    """Whole."""
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DetokenizeResponse: _TypeAlias = DetokenizeResponse  # noqa: Y015
+
+@_typing.final
+class LogitBias(_message.Message):
+    """A number added to one token's logit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    bias: _builtins.float
+    """From -100 to 100."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        bias: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogitBias: _TypeAlias = LogitBias  # noqa: Y015
+
+@_typing.final
 class Submit(_message.Message):
     """One request for the worker."""
 
@@ -616,12 +897,21 @@ class Submit(_message.Message):
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     INCLUDE_STOP_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    N_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Unique in this session."""
     scope: _builtins.str
     """Opaque name of the owner."""
     salt: _builtins.bytes
-    """Roots the owner's prefix cache when there is one; carried, not read yet."""
+    """Roots the owner's prefix cache; empty shares nothing with any other request."""
     weight: _builtins.int
     """The scope's share of the tokens, beside those of the other scopes that wait."""
     temperature: _builtins.float
@@ -638,6 +928,22 @@ class Submit(_message.Message):
     """Keep the matched stop string."""
     ignore_eos: _builtins.bool
     """Ignore the model's end tokens."""
+    min_p: _builtins.float
+    """Drop tokens less likely than this share of the likeliest; in [0, 1], 0 keeps all."""
+    repetition_penalty: _builtins.float
+    """Divides positive and multiplies negative logits of tokens in prompt or answer; > 0; 0 is read as 1, off."""
+    presence_penalty: _builtins.float
+    """Taken off the logit of every token in the answer; -2 to 2."""
+    frequency_penalty: _builtins.float
+    """Taken off a token's logit for each time it is in the answer; -2 to 2."""
+    min_tokens: _builtins.int
+    """Neither end tokens, stop tokens nor stop strings end the answer before this many tokens."""
+    logprobs: _builtins.int
+    """Log probabilities of each generated token and this many likeliest ones; absent gives none."""
+    prompt_logprobs: _builtins.int
+    """The same for every prompt token but the first."""
+    n: _builtins.int
+    """Answers to the same prompt, which they share the pages of; 0 is read as 1."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
@@ -649,6 +955,10 @@ class Submit(_message.Message):
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Stop tokens besides the model's own."""
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogitBias]:
+        """At most 1024, each token once."""
 
     def __init__(
         self,
@@ -667,12 +977,28 @@ class Submit(_message.Message):
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         include_stop: _builtins.bool = ...,
         ignore_eos: _builtins.bool = ...,
+        min_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        logit_bias: _abc.Iterable[Global___LogitBias] | None = ...,
+        min_tokens: _builtins.int = ...,
+        logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
+        n: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handle", b"handle", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "max_tokens", b"max_tokens", "salt", b"salt", "scope", b"scope", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "frequency_penalty", b"frequency_penalty", "handle", b"handle", "ignore_eos", b"ignore_eos", "include_stop", b"include_stop", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "n", b"n", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "repetition_penalty", b"repetition_penalty", "salt", b"salt", "scope", b"scope", "seed", b"seed", "stop", b"stop", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "token_ids", b"token_ids", "top_k", b"top_k", "top_p", b"top_p", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
 
 Global___Submit: _TypeAlias = Submit  # noqa: Y015
 
@@ -746,6 +1072,9 @@ class End(_message.Message):
     QUEUE_NS_FIELD_NUMBER: _builtins.int
     PREFILL_NS_FIELD_NUMBER: _builtins.int
     DECODE_NS_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
     reason: Global___EndReason.ValueType
     """Why."""
     stop_string: _builtins.str
@@ -766,6 +1095,12 @@ class End(_message.Message):
     """Nanoseconds from first scheduled to first token."""
     decode_ns: _builtins.int
     """Nanoseconds from first to last token."""
+    cached_prompt_tokens: _builtins.int
+    """Prompt tokens taken from the prefix cache."""
+    recomputed_tokens: _builtins.int
+    """Tokens computed again because their pages had been given up."""
+    preemptions: _builtins.int
+    """Times the request had to give up its pages."""
     def __init__(
         self,
         *,
@@ -779,16 +1114,81 @@ class End(_message.Message):
         queue_ns: _builtins.int = ...,
         prefill_ns: _builtins.int = ...,
         decode_ns: _builtins.int = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        recomputed_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "completion_tokens", b"completion_tokens", "decode_ns", b"decode_ns", "error_message", b"error_message", "error_reason", b"error_reason", "prefill_ns", b"prefill_ns", "prompt_tokens", b"prompt_tokens", "queue_ns", b"queue_ns", "reason", b"reason", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id", "cached_prompt_tokens", b"cached_prompt_tokens", "completion_tokens", b"completion_tokens", "decode_ns", b"decode_ns", "error_message", b"error_message", "error_reason", b"error_reason", "preemptions", b"preemptions", "prefill_ns", b"prefill_ns", "prompt_tokens", b"prompt_tokens", "queue_ns", b"queue_ns", "reason", b"reason", "recomputed_tokens", b"recomputed_tokens", "stop_string", b"stop_string", "stop_token_id", b"stop_token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__stop_token_id: _TypeAlias = _typing.Literal["stop_token_id"]  # noqa: Y015
     _WhichOneofArgType__stop_token_id: _TypeAlias = _typing.Literal["_stop_token_id", b"_stop_token_id"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__stop_token_id) -> _WhichOneofReturnType__stop_token_id | None: ...
 
 Global___End: _TypeAlias = End  # noqa: Y015
+
+@_typing.final
+class TopLogprob(_message.Message):
+    """A token and the natural logarithm of its probability."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """Of softmax over the model's own logits: before bias, penalties and temperature."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TopLogprob: _TypeAlias = TopLogprob  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """What the model thought of one token that stands there."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    logprob: _builtins.float
+    """As in TopLogprob."""
+    rank: _builtins.int
+    """1 for the likeliest token."""
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TopLogprob]:
+        """As many as were asked for, likeliest first."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        rank: _builtins.int = ...,
+        top: _abc.Iterable[Global___TopLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "rank", b"rank", "token_id", b"token_id", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class Row(_message.Message):
@@ -800,17 +1200,32 @@ class Row(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     handle: _builtins.int
     """Its handle."""
     text: _builtins.str
     """New text, whole characters only."""
+    index: _builtins.int
+    """Which of the n answers."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """New tokens."""
 
     @_builtins.property
     def end(self) -> Global___End:
-        """Set in the request's last row."""
+        """Set in the last row of each answer."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """One for each of token_ids, where asked for."""
+
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """Of the prompt's tokens from the second on, where asked for; spread over rows of answer 0, in order, all of them
+        before its first token.
+        """
 
     def __init__(
         self,
@@ -819,10 +1234,13 @@ class Row(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         text: _builtins.str = ...,
         end: Global___End | None = ...,
+        index: _builtins.int = ...,
+        logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___TokenLogprob] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["end", b"end"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "handle", b"handle", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "handle", b"handle", "index", b"index", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -887,6 +1305,10 @@ class GetStatusResponse(_message.Message):
     TOKENS_GENERATED_FIELD_NUMBER: _builtins.int
     TOKENS_PREFILLED_FIELD_NUMBER: _builtins.int
     BACKEND_FIELD_NUMBER: _builtins.int
+    BLOCKS_CACHED_FIELD_NUMBER: _builtins.int
+    TOKENS_CACHED_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    TOKENS_RECOMPUTED_FIELD_NUMBER: _builtins.int
     waiting: _builtins.int
     """Requests waiting."""
     running: _builtins.int
@@ -894,7 +1316,7 @@ class GetStatusResponse(_message.Message):
     blocks_total: _builtins.int
     """KV pages in all."""
     blocks_free: _builtins.int
-    """KV pages free."""
+    """KV pages that hold nothing."""
     steps: _builtins.int
     """Engine steps since start."""
     tokens_generated: _builtins.int
@@ -903,6 +1325,14 @@ class GetStatusResponse(_message.Message):
     """Prompt tokens computed since start."""
     backend: _builtins.str
     """The backend in use."""
+    blocks_cached: _builtins.int
+    """KV pages that nobody owns and that hold a prefix which may be asked for again."""
+    tokens_cached: _builtins.int
+    """Prompt tokens taken from the prefix cache since start."""
+    preemptions: _builtins.int
+    """Requests that had to give up their pages since start."""
+    tokens_recomputed: _builtins.int
+    """Tokens computed again since start."""
     def __init__(
         self,
         *,
@@ -914,10 +1344,14 @@ class GetStatusResponse(_message.Message):
         tokens_generated: _builtins.int = ...,
         tokens_prefilled: _builtins.int = ...,
         backend: _builtins.str = ...,
+        blocks_cached: _builtins.int = ...,
+        tokens_cached: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
+        tokens_recomputed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "running", b"running", "steps", b"steps", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "blocks_cached", b"blocks_cached", "blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "preemptions", b"preemptions", "running", b"running", "steps", b"steps", "tokens_cached", b"tokens_cached", "tokens_generated", b"tokens_generated", "tokens_prefilled", b"tokens_prefilled", "tokens_recomputed", b"tokens_recomputed", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

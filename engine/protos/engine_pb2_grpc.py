@@ -40,6 +40,11 @@ class HostServiceStub(object):
                 request_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.GetInventoryRequest.SerializeToString,
                 response_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.GetInventoryResponse.FromString,
                 _registered_method=True)
+        self.PlanDeployment = channel.unary_unary(
+                '/cloister.engine.v1.HostService/PlanDeployment',
+                request_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.PlanDeploymentRequest.SerializeToString,
+                response_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.PlanDeploymentResponse.FromString,
+                _registered_method=True)
         self.Reconcile = channel.unary_unary(
                 '/cloister.engine.v1.HostService/Reconcile',
                 request_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.ReconcileRequest.SerializeToString,
@@ -58,6 +63,13 @@ class HostServiceServicer(object):
 
     def GetInventory(self, request, context):
         """The devices of this machine.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanDeployment(self, request, context):
+        """What a deployment would take of a device, computed from its files without loading them.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,6 +96,11 @@ def add_HostServiceServicer_to_server(servicer, server):
                     servicer.GetInventory,
                     request_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.GetInventoryRequest.FromString,
                     response_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.GetInventoryResponse.SerializeToString,
+            ),
+            'PlanDeployment': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanDeployment,
+                    request_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.PlanDeploymentRequest.FromString,
+                    response_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.PlanDeploymentResponse.SerializeToString,
             ),
             'Reconcile': grpc.unary_unary_rpc_method_handler(
                     servicer.Reconcile,
@@ -124,6 +141,33 @@ class HostService(object):
             '/cloister.engine.v1.HostService/GetInventory',
             cloister_dot_engine_dot_v1_dot_engine__pb2.GetInventoryRequest.SerializeToString,
             cloister_dot_engine_dot_v1_dot_engine__pb2.GetInventoryResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.engine.v1.HostService/PlanDeployment',
+            cloister_dot_engine_dot_v1_dot_engine__pb2.PlanDeploymentRequest.SerializeToString,
+            cloister_dot_engine_dot_v1_dot_engine__pb2.PlanDeploymentResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -204,6 +248,16 @@ class TextServiceStub(object):
                 request_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.PrepareRequest.SerializeToString,
                 response_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.PrepareResponse.FromString,
                 _registered_method=True)
+        self.Tokenize = channel.unary_unary(
+                '/cloister.engine.v1.TextService/Tokenize',
+                request_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.TokenizeRequest.SerializeToString,
+                response_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.TokenizeResponse.FromString,
+                _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/cloister.engine.v1.TextService/Detokenize',
+                request_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class TextServiceServicer(object):
@@ -217,6 +271,20 @@ class TextServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Tokenize(self, request, context):
+        """Tokens of a text, as Prepare would make them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Text of tokens.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TextServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -224,6 +292,16 @@ def add_TextServiceServicer_to_server(servicer, server):
                     servicer.Prepare,
                     request_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.PrepareRequest.FromString,
                     response_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.PrepareResponse.SerializeToString,
+            ),
+            'Tokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Tokenize,
+                    request_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.TokenizeRequest.FromString,
+                    response_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.TokenizeResponse.SerializeToString,
+            ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=cloister_dot_engine_dot_v1_dot_engine__pb2.DetokenizeRequest.FromString,
+                    response_serializer=cloister_dot_engine_dot_v1_dot_engine__pb2.DetokenizeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -254,6 +332,60 @@ class TextService(object):
             '/cloister.engine.v1.TextService/Prepare',
             cloister_dot_engine_dot_v1_dot_engine__pb2.PrepareRequest.SerializeToString,
             cloister_dot_engine_dot_v1_dot_engine__pb2.PrepareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Tokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.engine.v1.TextService/Tokenize',
+            cloister_dot_engine_dot_v1_dot_engine__pb2.TokenizeRequest.SerializeToString,
+            cloister_dot_engine_dot_v1_dot_engine__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.engine.v1.TextService/Detokenize',
+            cloister_dot_engine_dot_v1_dot_engine__pb2.DetokenizeRequest.SerializeToString,
+            cloister_dot_engine_dot_v1_dot_engine__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

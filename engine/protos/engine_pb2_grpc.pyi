@@ -35,6 +35,8 @@ class HostServiceStub:
     def __new__(cls, channel: _aio.Channel) -> HostServiceAsyncStub: ...
     GetInventory: _grpc.UnaryUnaryMultiCallable[_engine_pb2.GetInventoryRequest, _engine_pb2.GetInventoryResponse]
     """The devices of this machine."""
+    PlanDeployment: _grpc.UnaryUnaryMultiCallable[_engine_pb2.PlanDeploymentRequest, _engine_pb2.PlanDeploymentResponse]
+    """What a deployment would take of a device, computed from its files without loading them."""
     Reconcile: _grpc.UnaryUnaryMultiCallable[_engine_pb2.ReconcileRequest, _engine_pb2.ReconcileResponse]
     """Makes the set of running deployments equal to the one given; starts, keeps and stops workers."""
     WatchDeployments: _grpc.UnaryStreamMultiCallable[_engine_pb2.WatchDeploymentsRequest, _engine_pb2.WatchDeploymentsResponse]
@@ -47,6 +49,8 @@ class HostServiceAsyncStub(HostServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetInventory: _aio.UnaryUnaryMultiCallable[_engine_pb2.GetInventoryRequest, _engine_pb2.GetInventoryResponse]  # type: ignore[assignment]
     """The devices of this machine."""
+    PlanDeployment: _aio.UnaryUnaryMultiCallable[_engine_pb2.PlanDeploymentRequest, _engine_pb2.PlanDeploymentResponse]  # type: ignore[assignment]
+    """What a deployment would take of a device, computed from its files without loading them."""
     Reconcile: _aio.UnaryUnaryMultiCallable[_engine_pb2.ReconcileRequest, _engine_pb2.ReconcileResponse]  # type: ignore[assignment]
     """Makes the set of running deployments equal to the one given; starts, keeps and stops workers."""
     WatchDeployments: _aio.UnaryStreamMultiCallable[_engine_pb2.WatchDeploymentsRequest, _engine_pb2.WatchDeploymentsResponse]  # type: ignore[assignment]
@@ -62,6 +66,14 @@ class HostServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.GetInventoryResponse, _abc.Awaitable[_engine_pb2.GetInventoryResponse]]:
         """The devices of this machine."""
+
+    @_abc_1.abstractmethod
+    def PlanDeployment(
+        self,
+        request: _engine_pb2.PlanDeploymentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.PlanDeploymentResponse, _abc.Awaitable[_engine_pb2.PlanDeploymentResponse]]:
+        """What a deployment would take of a device, computed from its files without loading them."""
 
     @_abc_1.abstractmethod
     def Reconcile(
@@ -90,6 +102,10 @@ class TextServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TextServiceAsyncStub: ...
     Prepare: _grpc.UnaryUnaryMultiCallable[_engine_pb2.PrepareRequest, _engine_pb2.PrepareResponse]
     """Renders the chat template where asked, and tokenises."""
+    Tokenize: _grpc.UnaryUnaryMultiCallable[_engine_pb2.TokenizeRequest, _engine_pb2.TokenizeResponse]
+    """Tokens of a text, as Prepare would make them."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_engine_pb2.DetokenizeRequest, _engine_pb2.DetokenizeResponse]
+    """Text of tokens."""
 
 @_typing.type_check_only
 class TextServiceAsyncStub(TextServiceStub):
@@ -98,6 +114,10 @@ class TextServiceAsyncStub(TextServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prepare: _aio.UnaryUnaryMultiCallable[_engine_pb2.PrepareRequest, _engine_pb2.PrepareResponse]  # type: ignore[assignment]
     """Renders the chat template where asked, and tokenises."""
+    Tokenize: _aio.UnaryUnaryMultiCallable[_engine_pb2.TokenizeRequest, _engine_pb2.TokenizeResponse]  # type: ignore[assignment]
+    """Tokens of a text, as Prepare would make them."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_engine_pb2.DetokenizeRequest, _engine_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Text of tokens."""
 
 class TextServiceServicer(metaclass=_abc_1.ABCMeta):
     """engine-text: tokens from text for one deployment."""
@@ -109,6 +129,22 @@ class TextServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_engine_pb2.PrepareResponse, _abc.Awaitable[_engine_pb2.PrepareResponse]]:
         """Renders the chat template where asked, and tokenises."""
+
+    @_abc_1.abstractmethod
+    def Tokenize(
+        self,
+        request: _engine_pb2.TokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.TokenizeResponse, _abc.Awaitable[_engine_pb2.TokenizeResponse]]:
+        """Tokens of a text, as Prepare would make them."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _engine_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_engine_pb2.DetokenizeResponse, _abc.Awaitable[_engine_pb2.DetokenizeResponse]]:
+        """Text of tokens."""
 
 def add_TextServiceServicer_to_server(servicer: TextServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

@@ -22,7 +22,7 @@ ADMIN = [f"/{s.full_name}/{m.name}" for s in SERVICES if ".admin." in s.full_nam
 
 OPERATES = {"ImportBundle", "LoadModel", "UnloadModel", "SetAlias", "RemoveAlias"}
 MANAGES = {"AddTenant", "SetTenant", "SuspendTenant", "IssueKey", "RevokeKey"}
-AUDITS = {"TailAudit", "VerifyAudit"}
+AUDITS = {"TailAudit", "QueryAudit", "VerifyAudit"}
 
 
 def test_every_rpc_of_every_proto_in_the_tree_has_a_row_and_every_row_an_rpc() -> None:
