@@ -18,14 +18,12 @@ from google.protobuf.message import DecodeError
 from appliance import policy
 from appliance.errors import CloisterError, abort
 from appliance.gateway.identity import caller_of
+from appliance.gateway.limits import Limits
 from appliance.gateway.refusals import Refusals
 from appliance.policy import Audience
 
-# Open at once by one certificate, whether or not it may do anything; the watches are among the calls.
-MAX_CALLS = 128
+# Open at once by one certificate, among its calls.
 MAX_WATCHES = 4
-# Seconds a call has to deliver its request, 1 MiB at the most.
-REQUEST_S = 5.0
 PUSHBACK_TRAILER = "grpc-retry-pushback-ms"
 _WATCH = "/grpc.health.v1.Health/Watch"
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -37,10 +35,12 @@ class Gate(grpc.aio.ServerInterceptor):
 
     Args:
         refusals: where what is refused here is recorded.
+        limits: how much one certificate may have open, and how long a request may take to come.
     """
 
-    def __init__(self, refusals: Refusals) -> None:
+    def __init__(self, refusals: Refusals, limits: Limits) -> None:
         self._refusals = refusals
+        self._limits = limits
         self._open: Counter[tuple[bytes, bool]] = Counter()
         self._reading: set[asyncio.Task[Any]] = set()
 
@@ -95,8 +95,9 @@ class Gate(grpc.aio.ServerInterceptor):
             CloisterError: TOO_MANY_CALLS.
         """
         keys = ((certificate, False), (certificate, True)) if watch else ((certificate, False),)
-        limit = MAX_WATCHES if watch else MAX_CALLS
-        if self._open[keys[0]] >= MAX_CALLS or self._open[keys[-1]] >= limit:
+        most = self._limits.max_calls_per_certificate
+        limit = MAX_WATCHES if watch else most
+        if self._open[keys[0]] >= most or self._open[keys[-1]] >= limit:
             raise _too_many(limit, "health watches" if watch else "calls")
         self._open.update(keys)
         try:
@@ -117,11 +118,12 @@ class Gate(grpc.aio.ServerInterceptor):
         reading = asyncio.create_task(_read(context))
         self._reading.add(reading)
         reading.add_done_callback(self._reading.discard)
-        await asyncio.wait((reading,), timeout=REQUEST_S)
+        await asyncio.wait((reading,), timeout=self._limits.request_seconds)
         if not reading.done():
             raise CloisterError(
                 "REQUEST_LATE",
-                f"the request was not complete {REQUEST_S:g} s after its call began; send it at once",
+                f"the request was not complete {self._limits.request_seconds:g} s after its call began; "
+                "send it at once",
                 grpc.StatusCode.DEADLINE_EXCEEDED,
             )
         message = reading.result()

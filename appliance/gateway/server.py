@@ -16,6 +16,7 @@ from appliance.gateway import health
 from appliance.gateway.background import Background
 from appliance.gateway.control import ControlClient
 from appliance.gateway.gate import Gate
+from appliance.gateway.limits import Limits
 from appliance.gateway.refusals import Refusals
 from appliance.gateway.service import SERVICE, InferenceService
 from appliance.gateway.sessions import Sessions
@@ -26,7 +27,6 @@ from appliance.protos import inference_pb2, inference_pb2_grpc
 from engine.process import Process
 
 HEARTBEAT_S = 1.0
-DRAIN_GRACE_S = 10.0
 # After the grace: calls that were cut off write their status, and their leases are settled.
 _LAST_WORDS_S = 3.0
 
@@ -64,13 +64,17 @@ class Gateway:
         listen: HOST:PORT; port 0 takes a free one.
         advertise: the host that clients are told; by default the one listened on, or this machine's name when that
             is every address.
+        limits: what an operator may set.
 
     Attributes:
         address: host:port for clients, once started.
     """
 
-    def __init__(self, home: Path, listen: str, advertise: str | None = None) -> None:
+    def __init__(
+        self, home: Path, listen: str, advertise: str | None = None, limits: Limits | None = None
+    ) -> None:
         self.address = ""
+        self._limits = limits or Limits()
         self._listen = listen
         self._advertise = advertise
         self._background = Background()
@@ -78,11 +82,13 @@ class Gateway:
         self._sessions = Sessions()
         self._texts = Texts()
         self._streams = Streams()
-        near = Neighbours(self._control, self._texts, self._sessions, self._background, self._streams)
+        near = Neighbours(
+            self._control, self._texts, self._sessions, self._background, self._streams, limits=self._limits
+        )
         self._refusals = Refusals(self._control)
         self._service = InferenceService(near, self._refusals)
         self._health = health.Health((SERVICE, health.SERVICE))
-        self._gate = Gate(self._refusals)
+        self._gate = Gate(self._refusals, self._limits)
         self._server = grpc.aio.server(
             interceptors=(self._gate,), maximum_concurrent_rpcs=_MAX_CALLS, options=_OPTIONS
         )
@@ -123,8 +129,9 @@ class Gateway:
         await self._server.start()
         log.info("listening", extra={"address": self.address})
 
-    async def drain(self, grace_s: float = DRAIN_GRACE_S) -> None:
-        """Refuse what is new, finish what runs, cut off what still runs after `grace_s` seconds."""
+    async def drain(self, grace_s: float | None = None) -> None:
+        """Refuse what is new, finish what runs, cut off what runs after `grace_s` seconds (drain_seconds)."""
+        grace_s = self._limits.drain_seconds if grace_s is None else grace_s
         self._service.draining = True
         await self._health.set(False)
         if not await self._service.wait_idle(grace_s):

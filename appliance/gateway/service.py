@@ -14,15 +14,13 @@ from appliance.gateway.control import ControlRefusalError
 from appliance.gateway.gate import PUSHBACK_TRAILER, pushback
 from appliance.gateway.identity import caller_of, check_caller
 from appliance.gateway.refusals import Refusals
-from appliance.gateway.validation import CheckedRequest, check_chat, check_generate, request_id_of
+from appliance.gateway.validation import CheckedRequest, check_chat, check_generate, check_size, request_id_of
 from appliance.gateway.walk import Event, Neighbours, Walk
 from appliance.protos import control_pb2, inference_pb2_grpc
 from appliance.protos import inference_pb2 as api
 
 SERVICE = "cloister.inference.v1.InferenceService"
 RECEIPT_TRAILER = "cloister-receipt-bin"
-DEFAULT_DEADLINE_S = 120.0
-MAX_ACTIVE = 512
 _Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", api.GenerateRequest, api.ChatRequest)
 
@@ -130,12 +128,21 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         send: Callable[[Event], Awaitable[None]],
     ) -> api.Receipt:
         caller, walk, request_id = caller_of(context), None, ""
+        limits = self._neighbours.limits
         try:
             self._check_open()
             check_caller(caller, context)
+            check_size(request, limits.max_request_bytes)
             checked = check(request)
             request_id = checked.request_id
-            walk = Walk(self._neighbours, caller, method, checked, _deadline(context), send)
+            walk = Walk(
+                self._neighbours,
+                caller,
+                method,
+                checked,
+                _deadline(context, limits.default_deadline_seconds),
+                send,
+            )
             return await walk.run()
         except CloisterError as error:
             request_id = request_id or _known_id(request.request_id)
@@ -158,9 +165,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 "DRAINING", "the gateway is about to stop; try again", grpc.StatusCode.UNAVAILABLE,
                 retry_after=timedelta(seconds=1),
             )  # fmt: skip
-        if self._active > MAX_ACTIVE:
+        most = self._neighbours.limits.max_streams
+        if self._active > most:
             raise CloisterError(
-                "GATEWAY_BUSY", f"{MAX_ACTIVE} requests are being answered; try again",
+                "GATEWAY_BUSY", f"{most} requests are being answered; try again",
                 grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=timedelta(seconds=1),
             )  # fmt: skip
 
@@ -215,10 +223,10 @@ def _place(response: api.GenerateResponse | api.ChatResponse, event: Event) -> N
             response.completed.CopyFrom(event)
 
 
-def _deadline(context: _Context) -> float:
-    """On the event loop's clock: the client's, or DEFAULT_DEADLINE_S from now."""
+def _deadline(context: _Context, default_s: float) -> float:
+    """On the event loop's clock: the client's, or `default_s` seconds from now."""
     remaining: float | None = context.time_remaining()
-    return asyncio.get_running_loop().time() + (DEFAULT_DEADLINE_S if remaining is None else remaining)
+    return asyncio.get_running_loop().time() + (default_s if remaining is None else remaining)
 
 
 def _known_id(given: str) -> str:

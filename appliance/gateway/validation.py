@@ -5,22 +5,17 @@ A message names the field and the limit, never what the client wrote.
 
 import hashlib
 import json
-import math
 import re
-import secrets
 import uuid
 from dataclasses import dataclass
 
 from google.protobuf.message import Message
 
 from appliance.errors import CloisterError
+from appliance.gateway.parameters import Parameters, check_parameters
 from appliance.protos import inference_pb2 as api
 from engine.protos import engine_pb2 as engine
 
-MAX_REQUEST_BYTES = 1 << 20
-MAX_TEMPERATURE = 100.0
-MAX_STOPS = 16
-MAX_STOP_BYTES = 128
 MAX_MODEL_NAME_BYTES = 256
 # No vocabulary in use has a longer token (cl100k, o200k, Llama 3 and Qwen: 128 spaces).
 MAX_TOKEN_BYTES = 128
@@ -38,39 +33,29 @@ class CheckedRequest:
         prompt: what engine-text is to turn into tokens.
         prompt_sha256: of the text in UTF-8, or of the JSON array of token ids or of [role, content] pairs, without
             white space; anybody who has the prompt can compute it again.
-        temperature: 0 is greedy.
-        top_p: in (0, 1].
-        top_k: 0 keeps all.
-        seed: as given or drawn.
-        max_tokens: at least 1; None takes what the context leaves.
-        stopping: stop strings, stop ids and their flags.
-        return_token_ids: deltas carry token ids too.
+        parameters: how the answers are drawn, ended and reported.
     """
 
     model: str
     request_id: str
     prompt: engine.PrepareRequest
     prompt_sha256: bytes
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    max_tokens: int | None
-    stopping: api.StopCriteria
-    return_token_ids: bool
+    parameters: Parameters
 
-    def parameters(self, max_tokens: int) -> dict[str, str]:
-        """What the audit log keeps of the parameters: numbers and counts, never text."""
-        return {
-            "temperature": f"{self.temperature:.6g}",
-            "top_p": f"{self.top_p:.6g}",
-            "top_k": str(self.top_k),
-            "seed": str(self.seed),
-            "max_tokens": str(max_tokens),
-            "stop": str(len(self.stopping.stop)),
-            "stop_token_ids": str(len(self.stopping.stop_token_ids)),
-            "ignore_eos": str(self.stopping.ignore_eos).lower(),
-        }
+
+def check_size(request: Message, most: int) -> None:
+    """Refuse a request of more than `most` bytes.
+
+    Raises:
+        CloisterError: REQUEST_TOO_LARGE.
+    """
+    size = request.ByteSize()
+    if size > most:
+        raise CloisterError(
+            "REQUEST_TOO_LARGE",
+            f"a request may have {most} bytes, this one has {size}; shorten the prompt",
+            metadata={"request_bytes": str(size), "max_request_bytes": str(most)},
+        )
 
 
 def check_generate(request: api.GenerateRequest) -> CheckedRequest:
@@ -79,7 +64,6 @@ def check_generate(request: api.GenerateRequest) -> CheckedRequest:
     Raises:
         CloisterError: INVALID_ARGUMENT with the offending field.
     """
-    _check_size(request)
     if request.HasField("token_ids"):
         ids = list(request.token_ids.ids)
         if not ids:
@@ -97,7 +81,6 @@ def check_chat(request: api.ChatRequest) -> CheckedRequest:
     Raises:
         CloisterError: INVALID_ARGUMENT with the offending field.
     """
-    _check_size(request)
     messages = request.messages
     if not messages or not messages[-1].content:
         raise _empty("messages")
@@ -172,67 +155,28 @@ def request_id_of(given: str) -> str:
     return given.lower()
 
 
+def check_model(name: str) -> None:
+    """Refuse a request that does not name a model.
+
+    Raises:
+        CloisterError: MODEL_MISSING.
+    """
+    if not name or len(name.encode()) > MAX_MODEL_NAME_BYTES:
+        raise CloisterError("MODEL_MISSING", "name a model; ListModels has the names", field="model")
+
+
 def _checked(
     request: api.GenerateRequest | api.ChatRequest, prompt: engine.PrepareRequest, digest: bytes
 ) -> CheckedRequest:
     """The fields that both kinds of request have."""
-    if not request.model or len(request.model.encode()) > MAX_MODEL_NAME_BYTES:
-        raise CloisterError("MODEL_MISSING", "name a model; ListModels has the names", field="model")
-    _check_sampling(request.sampling)
-    _check_stopping(request.stopping)
-    sampling, stopping = request.sampling, request.stopping
+    check_model(request.model)
     return CheckedRequest(
         model=request.model,
         request_id=request_id_of(request.request_id),
         prompt=prompt,
         prompt_sha256=digest,
-        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
-        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
-        top_k=sampling.top_k,
-        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
-        max_tokens=stopping.max_tokens if stopping.HasField("max_tokens") else None,
-        stopping=stopping,
-        return_token_ids=request.output.return_token_ids,
+        parameters=check_parameters(request),
     )
-
-
-def _check_size(request: Message) -> None:
-    size = request.ByteSize()
-    if size > MAX_REQUEST_BYTES:
-        raise CloisterError(
-            "REQUEST_TOO_LARGE",
-            f"a request may have {MAX_REQUEST_BYTES} bytes, this one has {size}; shorten the prompt",
-            metadata={"request_bytes": str(size), "max_request_bytes": str(MAX_REQUEST_BYTES)},
-        )
-
-
-def _check_sampling(sampling: api.SamplingParams) -> None:
-    temperature = sampling.temperature
-    if not math.isfinite(temperature) or not 0 <= temperature <= MAX_TEMPERATURE:
-        raise CloisterError(
-            "INVALID_SAMPLING", f"temperature must be a number from 0 to {MAX_TEMPERATURE:g}",
-            field="sampling.temperature",
-        )  # fmt: skip
-    if sampling.HasField("top_p") and not 0 < sampling.top_p <= 1:
-        raise CloisterError(
-            "INVALID_SAMPLING", "top_p must be greater than 0 and at most 1", field="sampling.top_p"
-        )
-
-
-def _check_stopping(stopping: api.StopCriteria) -> None:
-    if stopping.HasField("max_tokens") and stopping.max_tokens < 1:
-        raise CloisterError("INVALID_MAX_TOKENS", "max_tokens must be at least 1", field="stopping.max_tokens")
-    if len(stopping.stop) > MAX_STOPS:
-        raise CloisterError("INVALID_STOP", f"at most {MAX_STOPS} stop strings", field="stopping.stop")
-    if len(stopping.stop_token_ids) > MAX_STOPS:
-        raise CloisterError("INVALID_STOP", f"at most {MAX_STOPS} stop token ids", field="stopping.stop_token_ids")
-    for index, text in enumerate(stopping.stop):
-        if not 0 < len(text.encode()) <= MAX_STOP_BYTES:
-            raise CloisterError(
-                "INVALID_STOP",
-                f"a stop string has 1 to {MAX_STOP_BYTES} bytes of UTF-8",
-                field=f"stopping.stop[{index}]",
-            )
 
 
 def _empty(field: str) -> CloisterError:

@@ -17,6 +17,7 @@ from appliance.errors import CloisterError
 from appliance.gateway.background import Background
 from appliance.gateway.control import ControlClient, ControlRefusalError
 from appliance.gateway.events import completed, finish_name, finished
+from appliance.gateway.limits import Limits
 from appliance.gateway.rows import EngineGoneError, Rows, slow_client
 from appliance.gateway.sessions import Session, Sessions
 from appliance.gateway.slots import TenantSlots
@@ -27,8 +28,6 @@ from appliance.protos import control_pb2
 from appliance.protos import inference_pb2 as api
 from engine.protos import engine_pb2 as engine
 
-# One message may wait this long for the client to make room.
-STALL_S = 30.0
 # After an abort, the worker's last word (what was computed) is waited for this long.
 LAST_WORD_S = 1.0
 # A client's deadline passes there a moment before it does here; a cancellation this close to it is the deadline.
@@ -62,6 +61,7 @@ class Neighbours:
     background: Background
     streams: Streams = field(default_factory=Streams)
     slots: TenantSlots = field(default_factory=TenantSlots)
+    limits: Limits = field(default_factory=Limits)
 
 
 class Walk:
@@ -238,7 +238,7 @@ class Walk:
             await self._send(api.Delta(text=row.text, token_ids=ids))
 
     async def _send(self, event: Event) -> None:
-        stall = asyncio.timeout(STALL_S)
+        stall = asyncio.timeout(self._neighbours.limits.stall_seconds)
         try:
             async with stall:
                 await self._send_event(event)

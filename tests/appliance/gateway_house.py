@@ -12,6 +12,7 @@ import grpc
 
 from appliance.client import AsyncClient
 from appliance.errors import CloisterError, abort
+from appliance.gateway.limits import Limits
 from appliance.gateway.server import Gateway
 from appliance.protos import control_pb2, control_pb2_grpc
 from engine.process import Process
@@ -262,7 +263,7 @@ def make_home() -> Path:
 
 
 @asynccontextmanager
-async def open_house() -> AsyncIterator[House]:
+async def open_house(limits: Limits | None = None) -> AsyncIterator[House]:
     """A gateway that serves, with its neighbours."""
     home = make_home()
     house = House(home)
@@ -270,7 +271,7 @@ async def open_house() -> AsyncIterator[House]:
         await house.start_control()
         await house.start_text()
         await house.start_worker()
-        house.gateway = Gateway(home, "127.0.0.1:0")
+        house.gateway = Gateway(home, "127.0.0.1:0", limits=limits)
         serving = asyncio.create_task(house.gateway.serve(house.process))
         await house.control.arrived["Heartbeat"].wait()
         yield house

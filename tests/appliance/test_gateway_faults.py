@@ -11,7 +11,8 @@ import pytest
 
 from appliance.client import CloisterError
 from appliance.control.admission import leases
-from appliance.gateway import server, walk
+from appliance.gateway import server
+from appliance.gateway.limits import Limits
 from appliance.gateway.rows import MAX_PENDING_BYTES, MERGE_AFTER, EngineGoneError, Rows
 from appliance.gateway.sessions import Sessions
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
@@ -346,18 +347,14 @@ async def test_a_client_that_does_not_read_is_cut_off_and_the_others_are_not(hou
     assert "SLOW_CLIENT" in (error.value.details() or "")
 
 
-async def test_a_client_that_makes_no_room_for_one_message_is_cut_off(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(walk, "STALL_S", 0.05)
-
+async def test_a_client_that_makes_no_room_for_one_message_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     async def flood(submit: Any, send: Send) -> None:
         send("y" * (8 << 20), [1])
         send("z", [2])
 
     monkeypatch.setattr("appliance.gateway.rows.MAX_PENDING_BYTES", 64 << 20)
-    house.worker.script = flood
-    async with house.channel() as channel:
+    async with open_house(Limits(stall_seconds=0.05)) as house, house.channel() as channel:
+        house.worker.script = flood
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         call = stub.Generate(inference_pb2.GenerateRequest(model="notes", text="xx"), metadata=KEY_METADATA)
         await call.wait_for_connection()
@@ -403,14 +400,12 @@ async def test_rows_that_came_before_the_engine_went_are_delivered_first() -> No
         await rows.next()
 
 
-async def test_more_requests_than_the_gateway_answers_are_refused_at_once(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("appliance.gateway.service.MAX_ACTIVE", 1)
-    house.worker.script = one_word_then_silence
-    async with house.client() as client, client.generate("notes", "x") as running:
-        assert await anext(running) == "Hel"
-        error = await failure(house)
+async def test_more_requests_than_the_gateway_answers_are_refused_at_once() -> None:
+    async with open_house(Limits(max_streams=1)) as house, house.client() as client:
+        house.worker.script = one_word_then_silence
+        async with client.generate("notes", "x") as running:
+            assert await anext(running) == "Hel"
+            error = await failure(house)
         assert (error.status, error.code) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "GATEWAY_BUSY")
         assert error.retry_after is not None
 

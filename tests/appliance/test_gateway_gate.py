@@ -12,6 +12,7 @@ from appliance.client import CloisterError
 from appliance.errors import from_rpc_error
 from appliance.gateway import gate, refusals
 from appliance.gateway.control import ControlClient
+from appliance.gateway.limits import Limits
 from appliance.gateway.refusals import Refusals
 from appliance.policy import TABLE, Audience, AuditClass, Rule
 from appliance.protos import control_pb2, inference_pb2
@@ -58,13 +59,11 @@ async def until(condition: Any) -> None:
         await asyncio.sleep(0.02)
 
 
-async def test_calls_that_never_send_their_request_fill_their_own_certificates_share_alone(
-    house: House, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gate, "REQUEST_S", 2.0)
-    async with house.channel(OTHER) as channel, house.client() as victim:
+async def test_calls_that_never_send_their_request_fill_their_own_certificates_share_alone() -> None:
+    limits = Limits(request_seconds=2.0)
+    async with open_house(limits) as house, house.channel(OTHER) as channel, house.client() as victim:
         send = opener(channel)
-        silent = [asyncio.create_task(ended(send())) for _ in range(gate.MAX_CALLS)]
+        silent = [asyncio.create_task(ended(send())) for _ in range(limits.max_calls_per_certificate)]
         await asyncio.sleep(0.3)
         one_more = await ended(send())
         assert (one_more.status, one_more.code) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_CALLS")
