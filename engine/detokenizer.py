@@ -11,7 +11,7 @@ Unicode 16, section 3.9 (replacement of maximal subparts), which CPython and Rus
 import codecs
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -63,7 +63,8 @@ class Piece(NamedTuple):
 class Detokenizer:
     """The text of one answer.
 
-    Text that could be the beginning of a stop string is held back until it is decided.
+    Text that could be the beginning of a stop string is held back until it is decided. A stop string whose last
+    character comes before the answer has `min_tokens` tokens is none.
     """
 
     def __init__(self, vocabulary: Vocabulary, stop: StopCriteria) -> None:
@@ -71,10 +72,12 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops = stop.strings
         self._include = stop.include_stop
+        self._unheeded = stop.min_tokens  # tokens to come before stop strings are looked for
         self._held = ""
 
     def push(self, token_id: int) -> Piece:
         """The text that `token_id` completes."""
+        self._unheeded -= 1
         return self._add(self._decoder.decode(self._vocabulary[token_id]))
 
     def flush(self) -> Piece:
@@ -86,13 +89,20 @@ class Detokenizer:
         return Piece(piece.text + rest)
 
     def _add(self, text: str) -> Piece:
-        self._held += text
-        ends = [(self._held.find(stop) + len(stop), stop) for stop in self._stops if stop in self._held]
+        before, self._held = len(self._held), self._held + text
+        ends = [] if self._unheeded > 0 else list(self._ends(before))
         if ends:
             return self._cut(*min(ends, key=lambda found: (found[0], -len(found[1]))))
         keep = self._undecided()
         ready, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return Piece(ready)
+
+    def _ends(self, before: int) -> Iterator[tuple[int, str]]:
+        """Where stop strings first end in the held text, after its first `before` characters, and which."""
+        for stop in self._stops:
+            found = self._held.find(stop, max(0, before + 1 - len(stop)))
+            if found >= 0:
+                yield found + len(stop), stop
 
     def _cut(self, end: int, stop: str) -> Piece:
         text = self._held[: end if self._include else end - len(stop)]

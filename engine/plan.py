@@ -35,8 +35,9 @@ class PlanRow(NamedTuple):
         adapter_slot: which adapter, None for the base model.
         sampling_slot: where its sampling state lies; None when the step does not reach the last token, so that
             nothing is sampled.
-        prompt_logprobs: how many likeliest tokens to report for each prompt token after a scheduled position; None
-            reports nothing.
+        prompt_logprobs: how many likeliest tokens to report for each of `targets`.
+        targets: the prompt tokens that follow the scheduled positions, from the first on; none where they are not
+            to be reported.
     """
 
     handle: int
@@ -47,7 +48,8 @@ class PlanRow(NamedTuple):
     block_tables: tuple[BlockTable, ...]
     adapter_slot: int | None
     sampling_slot: int | None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: int = 0
+    targets: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -118,7 +120,7 @@ class ResultRow(NamedTuple):
         token_ids: none while its prompt is unfinished, else one, plus one per accepted draft.
         fault: stable code when its numbers were unusable, else empty.
         logprobs: one for each of `token_ids`, where asked for.
-        prompt_logprobs: of the prompt tokens that follow the scheduled positions, where asked for.
+        prompt_logprobs: one for each of the row's targets.
     """
 
     handle: int

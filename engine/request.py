@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from engine.errors import EngineError
 
 MAX_SEED = 2**64 - 1
+MAX_LOGPROBS = 20
+"""Likeliest tokens that can be reported beside a token; the public API takes no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +113,7 @@ class End:
         stop_token_id: the stop or end token that matched, else None.
         error_code: stable code, with reason ERROR.
         error_message: what was wrong, with reason ERROR; never text of the request.
-        prompt_tokens: prompt tokens computed.
+        prompt_tokens: prompt tokens computed, or taken from the prefix cache.
         completion_tokens: tokens generated, an end token included.
         queue_ns: from submission to first scheduled.
         prefill_ns: from first scheduled to first token.
@@ -155,12 +157,14 @@ class Request:
         tokens: prompt and generated tokens.
         limit: most tokens to generate; the scheduler lowers it to what the context allows.
         num_computed: tokens whose keys and values are in the KV pages.
+        reached: most tokens that `num_computed` has ever been; what is computed below it is computed again.
         blocks: KV pages of the full-attention group, in token order.
         slot: index into per-request device state, -1 while waiting.
+        num_scored: prompt tokens whose log probabilities were reported; of those from the second on.
         cached_prompt_tokens, recomputed_tokens, preemptions: as in `End`.
 
     Raises:
-        EngineError: EMPTY_PROMPT, INVALID_SAMPLING (weight).
+        EngineError: EMPTY_PROMPT, INVALID_SAMPLING (weight, logprobs).
     """
 
     handle: int
@@ -176,8 +180,10 @@ class Request:
     tokens: list[int] = field(init=False)
     limit: int = field(init=False)
     num_computed: int = field(init=False, default=0)
+    reached: int = field(init=False, default=0)
     blocks: list[int] = field(init=False, default_factory=list)
     slot: int = field(init=False, default=-1)
+    num_scored: int = field(init=False, default=0)
     cached_prompt_tokens: int = field(init=False, default=0)
     recomputed_tokens: int = field(init=False, default=0)
     preemptions: int = field(init=False, default=0)
@@ -190,6 +196,8 @@ class Request:
         if not self.prompt:
             raise EngineError("EMPTY_PROMPT", "a request needs at least one prompt token")
         _require(self.weight >= 1, "weight must be at least 1")
+        for wanted in (self.logprobs, self.prompt_logprobs):
+            _require(wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"logprobs must lie in 0 to {MAX_LOGPROBS}")
         self.tokens = list(self.prompt)
         self.limit = self.stop.max_tokens
 

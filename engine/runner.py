@@ -1,13 +1,17 @@
 """Carries out a step plan on the device: the only code of the engine that touches device tensors."""
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from engine.models.blocks import Decoder
-from engine.plan import FULL, PlanRow, ResultRow, StepPlan, StepResult
+from engine.plan import FULL, PlanRow, ResultRow, StepPlan, StepResult, TokenLogprob
 from engine.sampler import SamplerState
-from kernels.ops import Backend, KvSpec, Rows
+from kernels.ops import Backend, KvSpec, Logprobs, Rows
+
+_SCORED_AT_ONCE = 64  # prompt tokens whose logits are computed at once, so that memory does not grow with prompts
 
 
 class ModelRunner:
@@ -29,39 +33,87 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows and draw a token for each that asks for one.
 
-        A row whose logits are not all finite comes back with fault NUMERIC_FAULT and no token.
+        A row with logits that are not all finite comes back with fault NUMERIC_FAULT and no token.
         """
         with torch.inference_mode():
             if plan.scrub:
                 self._ops.scrub(self._kv, plan.scrub)
             self._samplers.set_up(plan.samplers)
+            self._samplers.observe(plan.rows)
+            hidden = self._forward(plan)
             sampled = [row for row in plan.rows if row.sampling_slot is not None]
-            logits = self.logits(plan)
-            results = self._draw(sampled, logits) if sampled else {}
+            results = self._draw(sampled, self.logits(plan, hidden)) if sampled else {}
+            for row, first in zip(plan.rows, _firsts(plan), strict=True):
+                if row.targets:
+                    result = results.get(row.handle, ResultRow(row.handle, ()))
+                    results[row.handle] = self._score_prompt(row, first, hidden, result)
         return StepResult(
             plan.step, tuple(results.get(row.handle, ResultRow(row.handle, ())) for row in plan.rows)
         )
 
-    def logits(self, plan: StepPlan) -> Any:
-        """Logits [rows that sample, vocabulary] of the plan's last tokens; keys and values are written."""
+    def logits(self, plan: StepPlan, hidden: Any) -> Any:
+        """Logits [rows that sample, vocabulary] of the plan's last tokens, out of what the step came to."""
+        ends = [first + len(row.token_ids) for row, first in zip(plan.rows, _firsts(plan), strict=True)]
+        sampled = [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sampling_slot is not None]
+        return self._ops.logits(hidden, self._model.head, sampled)
+
+    def _forward(self, plan: StepPlan) -> Any:
+        """What the plan's tokens come to before the head; keys and values are written."""
         rows = Rows(
             token_ids=[token for row in plan.rows for token in row.token_ids],
             starts=[row.start for row in plan.rows],
             counts=[len(row.token_ids) for row in plan.rows],
             block_tables=[_table(row) for row in plan.rows],
-            sampled=[i for i, row in enumerate(plan.rows) if row.sampling_slot is not None],
         )
-        with torch.inference_mode():
-            batch = self._ops.begin(rows, self._kv)
-            return self._model(self._ops, self._kv, batch)
+        return self._model(self._ops, self._kv, self._ops.begin(rows, self._kv))
 
     def _draw(self, rows: list[PlanRow], logits: Any) -> dict[int, ResultRow]:
         slots = [row.sampling_slot for row in rows if row.sampling_slot is not None]
-        draw = self._ops.sample(logits, self._samplers.gather(slots, [row.end for row in rows]))
-        return {
+        sampling = self._samplers.gather(slots, [row.end for row in rows], logits.shape[-1])
+        draw = self._ops.sample(logits, sampling)
+        results = {
             row.handle: ResultRow(row.handle, (token,)) if finite else ResultRow(row.handle, (), "NUMERIC_FAULT")
             for row, token, finite in zip(rows, draw.token_ids, draw.finite, strict=True)
         }
+        wanted = {
+            i: top
+            for i, slot in enumerate(slots)
+            if (top := self._samplers.logprobs(slot)) is not None and draw.finite[i]
+        }
+        if wanted:
+            tokens = [draw.token_ids[i] for i in wanted]
+            found = self._ops.logprobs(logits[list(wanted)], tokens, max(wanted.values()))
+            reports = _reports(tokens, found, list(wanted.values()))
+            for i, report in zip(wanted, reports, strict=True):
+                handle = rows[i].handle
+                results[handle] = results[handle]._replace(logprobs=(report,))
+        return results
+
+    def _score_prompt(self, row: PlanRow, first: int, hidden: Any, result: ResultRow) -> ResultRow:
+        """`result` with what the model thought of the row's targets; its tokens begin at `first` in `hidden`."""
+        top, reports = row.prompt_logprobs, []
+        wanted = row.targets[: len(row.token_ids)]
+        for begin in range(0, len(wanted), _SCORED_AT_ONCE):
+            targets = wanted[begin : begin + _SCORED_AT_ONCE]
+            places = range(first + begin, first + begin + len(targets))
+            found = self._ops.logprobs(self._ops.logits(hidden, self._model.head, places), targets, top)
+            if not all(found.finite):
+                return ResultRow(row.handle, (), "NUMERIC_FAULT")
+            reports.extend(_reports(targets, found, [top] * len(targets)))
+        return result._replace(prompt_logprobs=tuple(reports))
+
+
+def _firsts(plan: StepPlan) -> list[int]:
+    """Where each row's tokens begin among the step's."""
+    return [0, *accumulate(len(row.token_ids) for row in plan.rows)][:-1]
+
+
+def _reports(tokens: Sequence[int], found: Logprobs, tops: Sequence[int]) -> list[TokenLogprob]:
+    """What was found of each token, with as many of the likeliest as are asked for it."""
+    return [
+        TokenLogprob(token, logprob, rank, tuple(zip(ids, logprobs, strict=True))[:top])
+        for token, logprob, rank, ids, logprobs, top in zip(tokens, *found[:4], tops, strict=True)
+    ]
 
 
 def _table(row: PlanRow) -> tuple[int, ...]:

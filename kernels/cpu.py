@@ -14,11 +14,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 from torch import Tensor
 
-from kernels.ops import Draw, Heads, KvSpec, Rows, Sampling
+from kernels.logprobs import logprobs
+from kernels.ops import Draw, Heads, KvSpec, Logprobs, Rows, Sampling
 from kernels.sampling import sample
 
 _TILE = 16  # rows of a tile, in deterministic mode
 _SPLIT = 64  # tokens of a KV split, in deterministic mode; a page that is larger is one split
+_MAX_CONTEXT = 2**25  # numbers of keys and values copied at once for single tokens that attend together
 _MAX_COPY = 2**22  # numbers of keys laid out at once for the tiles of a long prompt, in deterministic mode
 
 
@@ -48,7 +50,6 @@ class _Batch(NamedTuple):
     positions: Tensor  # [T], padded
     slots: Tensor  # [tokens], where keys and values go; not padded
     groups: list[_Group]
-    last: Tensor  # [sampled], index of each sampled row's last token
 
 
 class CpuBackend:
@@ -109,13 +110,11 @@ class CpuBackend:
         if fresh:
             self.scrub(kv, fresh)
         padding = [0] * (-len(positions) % _TILE) if self.deterministic else []
-        ends = torch.tensor(rows.counts).cumsum(0) - 1
         return _Batch(
             token_ids=torch.tensor([*rows.token_ids, *padding]),
             positions=torch.tensor(positions + padding),
             slots=torch.tensor(slots),
             groups=list(self._groups(rows, kv.spec)),
-            last=ends[torch.tensor(rows.sampled, dtype=torch.int64)],
         )
 
     def embed(self, batch: _Batch, table: Tensor) -> Tensor:
@@ -171,16 +170,20 @@ class CpuBackend:
         wide = gate.float()
         return (wide / (1 + torch.exp(-wide)) * up).to(self.dtype)
 
-    def logits(self, x: Tensor, head: _Linear, batch: _Batch) -> Tensor:
+    def logits(self, x: Tensor, head: _Linear, tokens: Sequence[int]) -> Tensor:
         """See `kernels.ops.Backend`."""
-        rows = x.index_select(0, batch.last)
+        rows = x.index_select(0, torch.tensor(tokens, dtype=torch.int64))
         if self.deterministic:
             rows = F.pad(rows, (0, 0, 0, -len(rows) % _TILE))
-        return self.linear(rows, head)[: len(batch.last)].float()
+        return self.linear(rows, head)[: len(tokens)].float()
 
     def sample(self, logits: Tensor, sampling: Sampling) -> Draw:
         """See `kernels.ops.Backend`."""
         return sample(logits, sampling)
+
+    def logprobs(self, logits: Tensor, tokens: Sequence[int], top: int) -> Logprobs:
+        """See `kernels.ops.Backend`."""
+        return logprobs(logits, tokens, top)
 
     def _groups(self, rows: Rows, spec: KvSpec) -> "list[_Group]":
         """Single tokens of like context length together, every longer row alone."""
@@ -190,7 +193,18 @@ class CpuBackend:
             units = -(-(start + count) // (spec.block_size * unit))
             members.setdefault((units - 1).bit_length() if count == 1 else (i,), []).append(i)
         firsts = [0, *torch.tensor(rows.counts).cumsum(0).tolist()]
-        return [_group(rows, spec, chosen, firsts, unit) for chosen in members.values()]
+        return [
+            _group(rows, spec, chosen[i : i + most], firsts, unit)
+            for chosen in members.values()
+            for most in (_most_together(rows, spec, chosen),)
+            for i in range(0, len(chosen), most)
+        ]
+
+
+def _most_together(rows: Rows, spec: KvSpec, chosen: Sequence[int]) -> int:
+    """How many of the rows `chosen` may attend together, so that copies of their pages stay small."""
+    longest = max(rows.starts[i] + rows.counts[i] for i in chosen)
+    return max(1, _MAX_CONTEXT // (2 * spec.num_kv_heads * spec.head_dim * longest))
 
 
 def _group(rows: Rows, spec: KvSpec, chosen: Sequence[int], firsts: Sequence[int], unit: int) -> _Group:

@@ -5,10 +5,11 @@ A backend owns the layout of weights and of the KV pages: it takes plain tensors
 device they run on.
 
 A step's tokens are flattened: row after row, `T` tokens in all. A backend may pad them (to whole tiles); what it
-hands from op to op is its own business, and only `logits` gives the caller one row per sampled row.
+hands from op to op is its own business, and only `logits` gives the caller one row for each token it names.
 
 Promise of a deterministic backend: the logits of a row have the same bits whatever other rows share the step,
-wherever the row lies among them, and however its prompt was cut into chunks at page borders.
+wherever the row lies among them, and however its prompt was cut into chunks at page borders. Draws and log
+probabilities have the same bits for the same logits in every backend, whatever the other rows are.
 
 Source: Dao et al., "FlashAttention", NeurIPS 2022; Kwon et al., SOSP 2023 (paged attention); He et al.,
 "Defeating Nondeterminism in LLM Inference", 2025 (batch invariance by fixed tiles and splits).
@@ -57,14 +58,30 @@ class Rows(NamedTuple):
         starts: position of each row's first token.
         counts: tokens of each row; positive.
         block_tables: KV pages of each row, enough for start + count tokens.
-        sampled: which rows want logits for their last token.
     """
 
     token_ids: Sequence[int]
     starts: Sequence[int]
     counts: Sequence[int]
     block_tables: Sequence[Sequence[int]]
-    sampled: Sequence[int]
+
+
+class Adjustments(NamedTuple):
+    """Changes to single logits, entry by entry; an entry is a row and a token, at most once in each of the three.
+
+    Rows that are named nowhere cost nothing.
+
+    Attributes:
+        banned: rows and tokens, int64; such a token is not drawn. A row whose every token is banned takes the
+            likeliest as if none were.
+        bias: rows, tokens, and float64 numbers to add.
+        penalties: rows, tokens, float64 divisors of positive and factors of negative logits, and float64 numbers
+            to take off then.
+    """
+
+    banned: tuple[Tensor, Tensor]
+    bias: tuple[Tensor, Tensor, Tensor]
+    penalties: tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Sampling(NamedTuple):
@@ -75,18 +92,40 @@ class Sampling(NamedTuple):
         top_k: int64 [R]; 0 keeps all tokens.
         top_p: float64 [R]; 1 keeps all tokens.
         uniform: float64 [R]; the random number in [0, 1) that decides the draw.
+        min_p: float64 [R]; tokens less likely than this share of the likeliest are dropped; 0 keeps all.
+        adjustments: changes to logits before all this; None when no row has any.
     """
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     uniform: Tensor
+    min_p: Tensor
+    adjustments: Adjustments | None = None
 
 
 class Draw(NamedTuple):
     """The drawn tokens, and which rows had only finite logits; a row that had not has no meaningful token."""
 
     token_ids: list[int]
+    finite: list[bool]
+
+
+class Logprobs(NamedTuple):
+    """What the model thinks of one token for each of R rows of logits.
+
+    Attributes:
+        logprob: natural logarithm of the token's probability.
+        rank: 1 for the likeliest; of equal ones the lower id comes first.
+        top_ids: the likeliest tokens in that order.
+        top_logprobs: of those tokens.
+        finite: whether the row had only finite logits; one that had not has no meaningful numbers.
+    """
+
+    logprob: list[float]
+    rank: list[int]
+    top_ids: list[list[int]]
+    top_logprobs: list[list[float]]
     finite: list[bool]
 
 
@@ -147,8 +186,14 @@ class Backend(Protocol):
     def gated_silu(self, gate_up: Hidden) -> Hidden:
         """silu(gate) · up of [T, 2·n], gate first; [T, n]."""
 
-    def logits(self, x: Hidden, head: Linear, batch: Batch) -> Tensor:
-        """Logits [len(sampled), vocabulary] of the sampled rows' last tokens, float32 or wider."""
+    def logits(self, x: Hidden, head: Linear, tokens: Sequence[int]) -> Tensor:
+        """Logits [len(tokens), vocabulary] of some of the step's T tokens, float32 or wider."""
 
     def sample(self, logits: Tensor, sampling: Sampling) -> Draw:
         """One token for each row of logits, whatever the other rows are."""
+
+    def logprobs(self, logits: Tensor, tokens: Sequence[int], top: int) -> Logprobs:
+        """What the model thinks of the token `tokens[i]` for each row i of logits, and of the `top` likeliest.
+
+        Computed in float64, in slices of a bounded size; whatever the other rows are.
+        """

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 from torch import Tensor
 
-from kernels.ops import Draw, Heads, KvSpec, Rows, Sampling
+from kernels.logprobs import logprobs
+from kernels.ops import Draw, Heads, KvSpec, Logprobs, Rows, Sampling
 from kernels.sampling import sample
 
 _TILE = 16
@@ -28,7 +29,6 @@ class _Batch(NamedTuple):
     positions: Tensor  # [T]
     slots: Tensor  # [T], where each token's keys and values go
     contexts: list[Tensor]  # T tensors [position + 1]: the slots each token attends to
-    last: Tensor  # [sampled], index of each sampled row's last token
 
 
 class ReferenceBackend:
@@ -85,13 +85,11 @@ class ReferenceBackend:
             contexts.extend(slots[: p + 1] for p in range(start, start + count))
         written = torch.stack([context[-1] for context in contexts])
         self.scrub(kv, [int(slot) // size for slot in written if slot % size == 0])
-        ends = torch.tensor(rows.counts).cumsum(0) - 1
         return _Batch(
             token_ids=torch.tensor(rows.token_ids),
             positions=torch.tensor(positions),
             slots=written,
             contexts=contexts,
-            last=ends[torch.tensor(rows.sampled, dtype=torch.int64)],
         )
 
     def embed(self, batch: _Batch, table: Tensor) -> Tensor:
@@ -141,14 +139,18 @@ class ReferenceBackend:
         gate, up = gate_up.chunk(2, dim=-1)
         return gate / (1 + torch.exp(-gate)) * up
 
-    def logits(self, x: Tensor, head: _Linear, batch: _Batch) -> Tensor:
+    def logits(self, x: Tensor, head: _Linear, tokens: Sequence[int]) -> Tensor:
         """See `kernels.ops.Backend`."""
-        logits = self.linear(x[batch.last], head)
+        logits = self.linear(x[list(tokens)], head)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def sample(self, logits: Tensor, sampling: Sampling) -> Draw:
         """See `kernels.ops.Backend`."""
         return sample(logits, sampling)
+
+    def logprobs(self, logits: Tensor, tokens: Sequence[int], top: int) -> Logprobs:
+        """See `kernels.ops.Backend`."""
+        return logprobs(logits, tokens, top)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

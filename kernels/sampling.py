@@ -1,56 +1,165 @@
-"""One token from each row of logits, in torch: greedy, temperature, top-k, top-p, each row as if it were alone.
+"""One token from each row of logits, in torch: adjusted, scaled, cut down and drawn, each row as if it were alone.
 
-A draw uses one number u in [0, 1): the token at which the cumulative probability first exceeds u times its total.
-Which way a row takes depends on its own parameters only, so its token never depends on the rows beside it.
+The order is that of vLLM: bans, bias, repetition penalty, presence and frequency penalties, temperature, min-p,
+top-k, top-p. (transformers cuts by min-p last: the same tokens are left unless top-p is used too.) A greedy row
+takes the likeliest token after the adjustments.
+
+A draw uses one number u in [0, 1): the token at which the cumulative weight first exceeds u times its total.
+Which way a row takes depends on its own parameters and logits only, and every sum runs along the row in order, so
+its token never depends on the rows beside it.
 
 Source: inverse transform sampling (Devroye 1986, chapter III.2); Holtzman et al., "The Curious Case of Neural Text
-Degeneration", ICLR 2020 (top-p).
+Degeneration", ICLR 2020 (top-p); Nguyen et al., "Turning Up the Heat", 2024 (min-p); Keskar et al., "CTRL", 2019
+(repetition penalty).
 """
 
 import torch
 from torch import Tensor
 
-from kernels.ops import Draw, Sampling
+from kernels.ops import Adjustments, Draw, Sampling
+from kernels.ordering import likeliest, sort_all
+
+_NARROW = (
+    256  # of a longer row only so many tokens are put in order, as long as all that can be drawn is among them
+)
+_HIGHEST = 1e300  # no adjustment takes a logit beyond it, so that differences stay finite
 
 
 def sample(logits: Tensor, sampling: Sampling) -> Draw:
     """One token for each row of `logits` [R, vocabulary]."""
     finite = torch.isfinite(logits).all(dim=-1)
-    tokens = logits.argmax(dim=-1)
-    drawn = finite & (sampling.temperature > 0)
-    filtered = (sampling.top_k > 0) | (sampling.top_p < 1)
-    for choose, rows in ((_draw, drawn & ~filtered), (_draw_filtered, drawn & filtered)):
-        if rows.any():
-            tokens[rows] = choose(logits[rows].double(), Sampling(*(field[rows] for field in sampling)))
+    if sampling.adjustments is None:
+        return Draw(_choose(logits, sampling, finite).tolist(), finite.tolist())
+    changed = _changed(sampling.adjustments, len(logits))
+    tokens = _choose(logits, sampling, finite & ~changed)
+    adjusted = _adjusted(logits, sampling.adjustments, changed)
+    possible = finite[changed] & (adjusted.amax(-1) > float("-inf"))
+    chosen = _choose(adjusted, _only(sampling, changed), possible)
+    tokens[changed] = torch.where(possible, chosen, tokens[changed])
     return Draw(tokens.tolist(), finite.tolist())
 
 
-def _probabilities(logits: Tensor, temperature: Tensor) -> Tensor:
-    """softmax(logits / temperature); the maximum is taken off first, so that no temperature overflows."""
-    return torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature[:, None], dim=-1)
+def _only(sampling: Sampling, rows: Tensor) -> Sampling:
+    """The parameters of `rows`, a mask, without their adjustments."""
+    temperature, top_k, top_p, uniform, min_p, _ = sampling
+    return Sampling(temperature[rows], top_k[rows], top_p[rows], uniform[rows], min_p[rows])
+
+
+def _changed(adjustments: Adjustments, count: int) -> Tensor:
+    changed = torch.zeros(count, dtype=torch.bool)
+    for rows in (adjustments.banned[0], adjustments.bias[0], adjustments.penalties[0]):
+        changed[rows] = True
+    return changed
+
+
+def _adjusted(logits: Tensor, adjustments: Adjustments, changed: Tensor) -> Tensor:
+    """The `changed` rows in float64, adjusted."""
+    wide = logits[changed].double()
+    place = changed.cumsum(0) - 1
+    rows, tokens, added = adjustments.bias
+    wide[place[rows], tokens] += added
+    rows, tokens, repetition, taken = adjustments.penalties
+    old = wide[place[rows], tokens]
+    wide[place[rows], tokens] = torch.where(old > 0, old / repetition, old * repetition) - taken
+    wide.clamp_(max=_HIGHEST)
+    rows, tokens = adjustments.banned
+    wide[place[rows], tokens] = float("-inf")
+    return wide
+
+
+def _choose(logits: Tensor, sampling: Sampling, possible: Tensor) -> Tensor:
+    """The likeliest token of each row, but a drawn one where the row asks for it and it is `possible`."""
+    tokens = logits.argmax(dim=-1)
+    drawn = possible & (sampling.temperature > 0)
+    ordered = (sampling.top_k > 0) | (sampling.top_p < 1)
+    floor = ~ordered & (sampling.min_p > 0)
+    for choose, rows in (
+        (_draw, drawn & ~ordered & ~floor),
+        (_draw_above_floor, drawn & floor),
+        (_draw_in_order, drawn & ordered),
+    ):
+        if rows.any():
+            tokens[rows] = choose(logits[rows], _only(sampling, rows))
+    return tokens
 
 
 def _draw(logits: Tensor, sampling: Sampling) -> Tensor:
-    cumulative = _probabilities(logits, sampling.temperature).cumsum(-1)
-    return _first_above(cumulative, sampling.uniform * cumulative[:, -1])
+    """Draw from all tokens; the maximum is taken off first, so that no temperature overflows."""
+    wide = logits.double()
+    scaled = (wide - wide.amax(-1, keepdim=True)) / sampling.temperature[:, None]
+    return _pick(torch.softmax(scaled, dim=-1).cumsum(-1), sampling.uniform)
 
 
-def _draw_filtered(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Draw from the k likeliest tokens, and of these from the fewest that reach top_p of their sum."""
-    logits, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = _probabilities(logits, sampling.temperature)
-    rank = torch.arange(logits.shape[-1])
-    probabilities[(rank >= sampling.top_k[:, None]) & (sampling.top_k > 0)[:, None]] = 0
-    cumulative = probabilities.cumsum(-1)
-    enough = sampling.top_p[:, None] * cumulative[:, -1:]
-    probabilities[(cumulative - probabilities >= enough) & (rank > 0)] = 0
-    cumulative = probabilities.cumsum(-1)
-    chosen = _first_above(cumulative, sampling.uniform * cumulative[:, -1])
-    return order.gather(-1, chosen[:, None])[:, 0]
+def _draw_above_floor(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Draw from the tokens that have at least min_p of the likeliest one's probability."""
+    return _pick(_weights(logits, logits.amax(-1, keepdim=True), sampling).cumsum(-1), sampling.uniform)
 
 
-def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """Index of the first entry above `target`; rounding at the very top falls back to the last that added."""
+def _draw_in_order(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Draw from the k likeliest tokens above the floor: of these, from the fewest that reach top_p of their sum.
+
+    A few of the likeliest are enough where top_k is small, or else where they reach top_p; if not, all are sorted.
+    """
+    tokens = torch.empty_like(sampling.top_k)
+    left = torch.ones(len(logits), dtype=torch.bool)
+    few = sampling.top_k <= _NARROW
+    if logits.shape[-1] > _NARROW and few.any():
+        part = _only(sampling, few)
+        tokens[few], reached = _draw_among(*likeliest(logits[few], _NARROW), part, _mass(logits[few], part))
+        left[few] = ~reached & (part.top_k == 0)
+    if left.any():
+        tokens[left], _ = _draw_among(*sort_all(logits[left]), _only(sampling, left))
+    return tokens
+
+
+def _mass(logits: Tensor, sampling: Sampling) -> Tensor:
+    """The weight [R] of all tokens above the floor, where top_k is 0."""
+    mass = torch.zeros_like(sampling.top_p)
+    endless = sampling.top_k == 0
+    if endless.any():
+        rows = logits[endless]
+        weights = _weights(rows, rows.amax(-1, keepdim=True), _only(sampling, endless))
+        mass[endless] = weights.cumsum(-1)[:, -1]
+    return mass
+
+
+def _draw_among(
+    values: Tensor, ids: Tensor, sampling: Sampling, mass: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw from the likeliest tokens of each row, given in order.
+
+    Args:
+        values: their logits [R, n], falling.
+        ids: their ids [R, n].
+        sampling: of the rows.
+        mass: [R], weight of all tokens above the floor, where top_k is 0; None when all are among `values`.
+
+    Returns:
+        The tokens [R], and whether top_p was reached among them.
+    """
+    weights = _weights(values, values[:, :1], sampling)
+    rank = torch.arange(values.shape[-1])
+    weights[(rank >= sampling.top_k[:, None]) & (sampling.top_k > 0)[:, None]] = 0
+    cumulative = weights.cumsum(-1)
+    total = cumulative[:, -1]
+    if mass is not None:
+        total = torch.where(sampling.top_k > 0, total, mass)
+    enough = (sampling.top_p * total)[:, None]
+    weights[(cumulative - weights >= enough) & (rank > 0)] = 0
+    chosen = _pick(weights.cumsum(-1), sampling.uniform)
+    return ids.gather(-1, chosen[:, None])[:, 0], cumulative[:, -1] >= enough[:, 0]
+
+
+def _weights(logits: Tensor, highest: Tensor, sampling: Sampling) -> Tensor:
+    """exp((logit - highest) / temperature) in float64; 0 below min_p, the likeliest token having 1."""
+    scaled = (logits.double() - highest.double()) / sampling.temperature[:, None]
+    weights = torch.exp(scaled)
+    return weights.masked_fill_(weights < sampling.min_p[:, None], 0)
+
+
+def _pick(cumulative: Tensor, uniform: Tensor) -> Tensor:
+    """Index of the first entry above the share `uniform` of all; rounding at the top gives the last that added."""
+    target = uniform * cumulative[:, -1]
     found = torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())[:, 0]
     return torch.minimum(found, last)

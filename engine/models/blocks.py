@@ -71,8 +71,8 @@ class Decoder:
     rope: Rope
     eps: float
 
-    def __call__(self, ops: Backend, kv: KvCache, batch: Batch) -> Any:
-        """Logits [sampled rows, vocabulary] of one step."""
+    def __call__(self, ops: Backend, kv: KvCache, batch: Batch) -> Hidden:
+        """What one step's T tokens come to before the head, [T, hidden]; keys and values are written."""
         residual = ops.embed(batch, self.table)
         x = ops.rms_norm(residual, self.layers[0].attention_norm, self.eps)
         following = [layer.attention_norm for layer in self.layers[1:]] + [self.final_norm]
@@ -80,4 +80,4 @@ class Decoder:
             x = layer.attention(ops, x, self.rope, kv, i, batch)
             x, residual = ops.add_rms_norm(x, residual, layer.mlp_norm, self.eps)
             x, residual = ops.add_rms_norm(layer.mlp(ops, x), residual, norm, self.eps)
-        return ops.logits(x, self.head, batch)
+        return x

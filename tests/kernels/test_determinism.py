@@ -119,7 +119,7 @@ def attend(ops: Backend, heads: Heads, qkv: Tensor, block_size: int, cuts: list[
         x = noise(-(-total // 16) * 16, qkv.shape[1], seed=end)
         x[first : first + end - start] = qkv[start:end]
         starts, counts, blocks = zip(*rows, strict=True)
-        batch = ops.begin(Rows([0] * total, starts, counts, blocks, [0]), kv)
+        batch = ops.begin(Rows([0] * total, starts, counts, blocks), kv)
         fit = x if isinstance(ops, CpuBackend) else x[:total]
         q = ops.rope_and_write_kv(fit.to(dtype), heads, rope, kv, 0, batch)
         parts.append(ops.paged_attention(q, heads, kv, 0, batch)[first : first + end - start])
