@@ -1,4 +1,4 @@
-"""The one error of the engine: a stable code and what was wrong, for whoever carries it further."""
+"""The one error of the engine: a stable code and what was wrong; and how memory that ran out looks."""
 
 
 class EngineError(Exception):
@@ -13,3 +13,12 @@ class EngineError(Exception):
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch has an exception of its own for devices, and for the CPU only words (c10/core/impl/alloc_cpu.cpp)."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )

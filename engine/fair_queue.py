@@ -10,6 +10,7 @@ Language Models", OSDI 2024 (counters of tokens, lifted on return).
 """
 
 from collections import deque
+from collections.abc import Iterable
 
 from engine.request import Request
 
@@ -46,13 +47,31 @@ class FairQueue:
         """
         return self._waiting[min(self._waiting, key=self._served.__getitem__)][0]
 
-    def pop(self) -> Request:
-        """Take the request that `peek` shows; its prompt is charged to its scope."""
+    def pop(self, cached: int = 0) -> Request:
+        """Take the request that `peek` shows.
+
+        Its prompt, less the `cached` tokens that need not be computed, is charged to its scope: once, and not
+        again when the request comes back because it had to give up its pages.
+        """
         request = self.peek()
         self._admitted_last = request.scope
-        self.charge(request, len(request.prompt))
+        if request.preemptions == 0:
+            self.charge(request, len(request.prompt) - cached)
         self.remove(request)
         return request
+
+    def restore(self, request: Request) -> None:
+        """Put `request` before those of its scope, of which it was ahead; its scope has not been idle."""
+        self._served.setdefault(request.scope, 0.0)
+        self._waiting.setdefault(request.scope, deque()).appendleft(request)
+
+    def furthest_ahead(self, scopes: Iterable[str]) -> str:
+        """Which of `scopes`, all of them admitted before, has had most for its weight.
+
+        Raises:
+            ValueError: there are none.
+        """
+        return max(scopes, key=self._served.__getitem__)
 
     def remove(self, request: Request) -> None:
         """Forget a waiting request, uncharged.

@@ -1,7 +1,9 @@
 """The synchronous engine loop: plan a step, execute it, commit what it brought. One thread calls it, nobody else.
 
 A bad request kills only itself: a step that raises is carried out again request by request, and the one that
-raises alone ends with an error. The loop knows no tensor; it is the oracle of any faster loop.
+raises alone ends with an error. A step that runs out of memory is carried out again with less, the newest requests
+preempted; the one whose single page is too much ends with an error. The loop knows no tensor; it is the oracle of
+any faster loop.
 """
 
 import logging
@@ -11,9 +13,9 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from engine.detokenizer import Detokenizer, Vocabulary
-from engine.errors import EngineError
+from engine.errors import EngineError, is_out_of_memory
 from engine.options import EngineOptions
-from engine.plan import PlanRow, ResultRow, StepPlan, StepResult
+from engine.plan import PlanRow, ResultRow, StepPlan, StepResult, TokenLogprob
 from engine.request import End, EndReason, Request
 from engine.scheduler import Scheduler
 
@@ -35,16 +37,21 @@ class StepRow(NamedTuple):
         token_ids: new tokens, an end token included.
         text: new text, whole characters only.
         end: set in the request's last row.
+        logprobs: one for each of `token_ids`, where asked for; also where a stop cut their text off.
+        prompt_logprobs: of the prompt's tokens from the second on, where asked for: in order over the rows, each
+            once, all before the first token of the answer.
     """
 
     handle: int
     token_ids: tuple[int, ...]
     text: str
     end: End | None
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class EngineStatus(NamedTuple):
-    """Counters of the loop; the last three count since the start."""
+    """Counters of the loop: pages and requests now; steps, tokens and preemptions since the start."""
 
     waiting: int
     running: int
@@ -53,6 +60,10 @@ class EngineStatus(NamedTuple):
     steps: int
     tokens_generated: int
     tokens_prefilled: int
+    blocks_cached: int
+    tokens_cached: int
+    preemptions: int
+    tokens_recomputed: int
 
 
 class EngineLoop:
@@ -85,7 +96,6 @@ class EngineLoop:
         self._requests: dict[int, tuple[Request, Detokenizer]] = {}
         self._aborted: list[StepRow] = []
         self._generated = 0
-        self._prefilled = 0
 
     @property
     def has_work(self) -> bool:
@@ -101,12 +111,17 @@ class EngineLoop:
         """Take `request`, whose handle no request held now may have.
 
         Raises:
-            EngineError: DUPLICATE_HANDLE, TOKEN_OUT_OF_RANGE, CONTEXT_OVERFLOW or KV_TOO_SMALL.
+            EngineError: DUPLICATE_HANDLE, TOKEN_OUT_OF_RANGE, INVALID_SAMPLING (bias of a token that the model has
+                not), CONTEXT_OVERFLOW or KV_TOO_SMALL.
         """
         if request.handle in self._requests:
             raise EngineError("DUPLICATE_HANDLE", f"a request with handle {request.handle} is running")
         if not 0 <= min(request.prompt) <= max(request.prompt) < len(self._vocabulary):
             raise EngineError("TOKEN_OUT_OF_RANGE", f"the model has tokens 0 to {len(self._vocabulary) - 1}")
+        if any(not 0 <= token < len(self._vocabulary) for token, _ in request.sampling.logit_bias):
+            raise EngineError(
+                "INVALID_SAMPLING", f"logit_bias: the model has tokens 0 to {len(self._vocabulary) - 1}"
+            )
         self.scheduler.submit(request)
         request.submitted_ns = self._clock()
         self._requests[request.handle] = request, Detokenizer(self._vocabulary, request.stop)
@@ -130,47 +145,61 @@ class EngineLoop:
         for planned in plan.rows:
             request, _ = self._requests[planned.handle]
             request.scheduled_ns = request.scheduled_ns or now
-        result, failed = self._execute(plan)
+        plan, result, failed = self._execute(plan)
         rows.extend(self._commit(plan, result))
         rows.extend(self._fail(handle, error) for handle, error in failed)
         return rows
 
     def status(self) -> EngineStatus:
         """The counters now."""
-        scheduler = self.scheduler
+        scheduler, done = self.scheduler, self.scheduler.counters
         return EngineStatus(
             waiting=scheduler.num_waiting,
             running=scheduler.num_running,
             blocks_total=scheduler.pool.num_blocks,
             blocks_free=scheduler.pool.num_free,
-            steps=scheduler.num_steps,
+            steps=done.steps,
             tokens_generated=self._generated,
-            tokens_prefilled=self._prefilled,
+            tokens_prefilled=done.prefilled,
+            blocks_cached=scheduler.pool.num_cached,
+            tokens_cached=done.cached,
+            preemptions=done.preemptions,
+            tokens_recomputed=done.recomputed,
         )
 
-    def _execute(self, plan: StepPlan) -> tuple[StepResult, list[tuple[int, EngineError]]]:
-        """The result of the rows that could be computed, and the errors of those that could not."""
-        try:
-            return self._runner.execute(plan), []
-        except Exception:
-            log.exception("step failed", extra={"step": plan.step, "rows": len(plan.rows)})
+    def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult, list[tuple[int, EngineError]]]:
+        """What was carried out in the end, its result, and the errors of the rows that could not be computed."""
+        outcome, fewer = self._attempt(plan), 1
+        while isinstance(outcome, EngineError) and outcome.code == "OUT_OF_MEMORY":
+            smaller = self.scheduler.shrink(plan, fewer)
+            if smaller is None:
+                return plan, StepResult(plan.step, ()), [(plan.rows[0].handle, outcome)]
+            plan, fewer = smaller, 2 * fewer
+            outcome = self._attempt(plan)
+        if isinstance(outcome, StepResult):
+            return plan, outcome, []
         done: list[ResultRow] = []
         failed: list[tuple[int, EngineError]] = []
         for row in plan.rows:
-            self._execute_alone(plan, row, done, failed)
-        return StepResult(plan.step, tuple(done)), failed
+            # What the plan scrubs and sets up rides along until one row succeeds.
+            alone = self._attempt(StepPlan(plan.step, (row,)) if done else plan._replace(rows=(row,)))
+            if isinstance(alone, StepResult):
+                done.extend(alone.rows)
+            else:
+                failed.append((row.handle, alone))
+        return plan, StepResult(plan.step, tuple(done)), failed
 
-    def _execute_alone(
-        self, plan: StepPlan, row: PlanRow, done: list[ResultRow], failed: list[tuple[int, EngineError]]
-    ) -> None:
-        """Carry out one row of a failed plan; what the plan scrubs and sets up rides along until one succeeds."""
-        alone = plan._replace(rows=(row,)) if not done else StepPlan(plan.step, (row,))
+    def _attempt(self, plan: StepPlan) -> StepResult | EngineError:
+        """The result, or why there is none; the exception is let go, and with it what the step had allocated."""
         try:
-            done.extend(self._runner.execute(alone).rows)
+            return self._runner.execute(plan)
         except Exception as error:
-            log.exception("request failed", extra={"step": plan.step, "handle": row.handle})
+            handles = [row.handle for row in plan.rows]
+            log.exception("step failed", extra={"step": plan.step, "handles": handles})
+            if is_out_of_memory(error):
+                return EngineError("OUT_OF_MEMORY", "memory ran out in the step that computed this request alone")
             message = f"the step that computed this request failed with {type(error).__name__}"
-            failed.append((row.handle, EngineError("ENGINE_STEP_FAILED", message)))
+            return EngineError("ENGINE_STEP_FAILED", message)
 
     def _commit(self, plan: StepPlan, result: StepResult) -> Iterable[StepRow]:
         """Take over what the step computed; the rows for whom it meant something."""
@@ -179,33 +208,36 @@ class EngineLoop:
         now = self._clock()
         for done in result.rows:
             request, _ = self._requests[done.handle]
-            self._prefilled += max(
-                0, min(planned[done.handle].end, len(request.prompt)) - planned[done.handle].start
-            )
             if done.fault:
                 yield self._fail(done.handle, EngineError(done.fault, "the model's numbers overflowed"))
-            elif done.token_ids:
-                yield self._take(request, done.token_ids, now)
+                continue
+            scored = _unreported(request, planned[done.handle], done)
+            request.num_scored += len(scored)
+            if done.token_ids:
+                yield self._take(request, done, now)._replace(prompt_logprobs=scored)
+            elif scored:
+                yield StepRow(done.handle, (), "", None, prompt_logprobs=scored)
 
-    def _take(self, request: Request, token_ids: tuple[int, ...], now: int) -> StepRow:
+    def _take(self, request: Request, done: ResultRow, now: int) -> StepRow:
         """Append new tokens to the answer, up to the one that ends it."""
         request.first_token_ns = request.first_token_ns or now
         request.last_token_ns = now
-        text = ""
+        token_ids, logprobs, text = done.token_ids, done.logprobs, ""
         for count, token in enumerate(token_ids, 1):
             request.tokens.append(token)
             self._generated += 1
             new, end = self._read(request, token)
             text += new
             if end is not None:
-                return self._finish(request, token_ids[:count], text, end)
-        return StepRow(request.handle, token_ids, text, None)
+                return self._finish(request, token_ids[:count], text, end)._replace(logprobs=logprobs[:count])
+        return StepRow(request.handle, token_ids, text, None, logprobs)
 
     def _read(self, request: Request, token: int) -> tuple[str, End | None]:
         """The text that `token` completes, and why the answer ends with it, if it does."""
         _, detokenizer = self._requests[request.handle]
         stop = request.stop
-        if token in stop.token_ids or (token in self._eos_ids and not stop.ignore_eos):
+        ends = token in stop.token_ids or (token in self._eos_ids and not stop.ignore_eos)
+        if ends and request.num_generated > stop.min_tokens:
             kept = detokenizer.push(token).text if stop.include_stop else ""
             return kept + detokenizer.flush().text, End(EndReason.STOP, stop_token_id=token)
         piece = detokenizer.push(token)
@@ -226,15 +258,22 @@ class EngineLoop:
     def _finish(self, request: Request, token_ids: tuple[int, ...], text: str, end: End) -> StepRow:
         """Forget `request` and free its pages; its last row, with the counts and times of its life."""
         del self._requests[request.handle]
-        prompt_tokens = min(request.num_computed, len(request.prompt))
         self.scheduler.remove(request)
         first = request.first_token_ns
         end = replace(
             end,
-            prompt_tokens=prompt_tokens,
+            prompt_tokens=min(request.reached, len(request.prompt)),
             completion_tokens=request.num_generated,
             queue_ns=(request.scheduled_ns or self._clock()) - request.submitted_ns,
             prefill_ns=first - request.scheduled_ns if first else 0,
             decode_ns=request.last_token_ns - first,
+            cached_prompt_tokens=request.cached_prompt_tokens,
+            recomputed_tokens=request.recomputed_tokens,
+            preemptions=request.preemptions,
         )
         return StepRow(request.handle, token_ids, text, end)
+
+
+def _unreported(request: Request, row: PlanRow, done: ResultRow) -> tuple[TokenLogprob, ...]:
+    """Of what was computed of the prompt's tokens, what had not been before the request gave up its pages."""
+    return done.prompt_logprobs[max(0, request.num_scored - row.start) :]

@@ -2,23 +2,32 @@
 
 Every request chases `num_tokens` with `num_computed`. Rows that only need their next token go first, so that a
 long prompt never stalls a running answer; what is left of the step's budget goes to unfinished prompts in order of
-admission, which is fair between scopes (`engine.fair_queue`). A request is admitted only when the pool can hold
-its prompt and its longest answer beside those of all admitted ones, so no request is ever stopped for want of a
-page.
+admission, which is fair between scopes (`engine.fair_queue`).
+
+A request is admitted when the pages for its tokens so far fit, less those that the prefix cache has already,
+beside what the admitted ones need for theirs and some pages for each to grow. When a step then lacks pages,
+requests are preempted: they give up their pages, wait at the head of their scope's queue, and compute again what
+the cache no longer has. The request admitted first is never preempted, so one always gets to its end. Each time a
+request has been preempted doubles the growth that must be left for it before it, or anybody after it, is admitted:
+that soon is its longest answer, so that few preemptions are spent on one request.
 
 Source: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative Models", OSDI 2022
 (iteration-level scheduling); Agrawal et al., "Taming Throughput-Latency Tradeoff in LLM Inference with
-Sarathi-Serve", OSDI 2024 (chunked prefill beside decode).
+Sarathi-Serve", OSDI 2024 (chunked prefill beside decode); Kwon et al., SOSP 2023, section 4.5 (recomputation).
 """
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from engine.errors import EngineError
 from engine.fair_queue import FairQueue
+from engine.lineage import Lineage
 from engine.plan import FULL, BlockTable, PlanRow, SamplerSetup, StepPlan, StepResult
 from engine.request import Request
+
+_CALM_STEPS = 64  # steps that succeed before a step that ran out of memory may be twice as large again
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,46 +48,67 @@ class Limits:
     whole_blocks: bool = False
 
 
+@dataclass(slots=True)
+class Counters:
+    """What was done since the start.
+
+    Attributes:
+        steps: steps planned.
+        prefilled: prompt tokens computed for the first time.
+        cached: prompt tokens taken from the prefix cache when their request was first admitted.
+        recomputed: tokens computed again.
+        preemptions: times a request had to give up its pages.
+    """
+
+    steps: int = 0
+    prefilled: int = 0
+    cached: int = 0
+    recomputed: int = 0
+    preemptions: int = 0
+
+
 class Scheduler:
     """The requests of one deployment, waiting and running, and the pages they own.
 
     Args:
         pool: the KV pages.
         limits: bounds of a step and of a request.
+        model_digest: of the model that fills the pages.
+        eos_ids: the model's end tokens.
 
     Raises:
         ValueError: a step is too small for `max_running` rows and one page of a prompt.
     """
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    def __init__(
+        self, pool: BlockPool, limits: Limits, model_digest: str = "", eos_ids: Iterable[int] = ()
+    ) -> None:
         if limits.max_running < 1 or limits.max_step_tokens < limits.max_running + pool.block_size:
             raise ValueError(
                 f"a step of {limits.max_step_tokens} tokens can starve one of {limits.max_running} rows"
             )
         self.pool = pool
         self.limits = limits
+        self.counters = Counters()
+        self._eos_ids = frozenset(eos_ids)
         self._waiting = FairQueue()
-        self._running: dict[int, Request] = {}
+        self._running: dict[int, Request] = {}  # in order of admission
+        self._lineage = Lineage(model_digest)
         self._slots = list(reversed(range(limits.max_running)))
-        self._reserved = 0
         self._dirty: list[int] = []
-        self._new_samplers: list[SamplerSetup] = []
-        self._step = 0
+        self._new_samplers: dict[int, SamplerSetup] = {}
+        self._step_tokens = limits.max_step_tokens
+        self._calm = 0
 
     @property
     def num_waiting(self) -> int:
-        """Requests not admitted yet."""
-        return len(self._waiting)
+        """Requests not admitted, or not any more."""
+        return len(self._waiting) + self._lineage.num_held
 
     @property
     def num_running(self) -> int:
         """Requests admitted and not ended."""
         return len(self._running)
-
-    @property
-    def num_steps(self) -> int:
-        """Steps planned so far."""
-        return self._step
 
     def submit(self, request: Request) -> None:
         """Queue `request`; lowers its `limit` to what the context allows.
@@ -100,17 +130,20 @@ class Scheduler:
                 f"prompt and answer need {self._worst_case(request)} KV pages, the deployment has "
                 f"{self.pool.num_blocks}; ask for a shorter answer or load the model with more pages",
             )
-        self._waiting.push(request)
+        if self._lineage.add(request):
+            self._waiting.push(request)
 
     def remove(self, request: Request) -> None:
-        """Forget `request`, waiting or running, and free its pages."""
-        if self._running.pop(request.handle, None) is None:
+        """Forget `request`, waiting or running, and give up its pages."""
+        root = self._lineage.root(request)
+        if request.handle in self._running:
+            self._retire(request)
+        elif not self._lineage.holds(request):
             self._waiting.remove(request)
-            return
-        self.pool.release(request.blocks)
-        self._reserved -= self._worst_case(request) - len(request.blocks)
-        self._slots.append(request.slot)
-        request.blocks, request.slot = [], -1
+        for heir in self._lineage.remove(request):
+            self._waiting.restore(heir)
+        if self._lineage.ends(request, root):
+            self.pool.forget(root)
 
     def plan(self) -> StepPlan | None:
         """The next step; None when there is nothing to compute.
@@ -118,22 +151,57 @@ class Scheduler:
         Until `commit` reports a row as done, pages to scrub and new sampling slots are named in every plan.
         """
         self._admit()
-        rows = tuple(self._rows())
+        rows = tuple(self._row(request, count) for request, count in self._make_room())
         if not rows:
             return None
-        self._step += 1
-        return StepPlan(self._step, rows, tuple(self._new_samplers), tuple(self._dirty))
+        self.counters.steps += 1
+        return StepPlan(self.counters.steps, rows, tuple(self._new_samplers.values()), tuple(self._dirty))
+
+    def shrink(self, plan: StepPlan, fewer: int) -> StepPlan | None:
+        """A smaller plan in place of one that ran out of memory; None when it cannot be smaller.
+
+        The `fewer` requests of it that were admitted last are preempted, but for one, whose row is halved when it
+        is alone and longer than a page. Steps stay as small for a while.
+        """
+        rows = plan.rows
+        if len(rows) > 1:
+            planned = {row.handle for row in rows}
+            order = [request for request in self._running.values() if request.handle in planned]
+            for request in reversed(order[max(1, len(order) - fewer) :]):
+                self._preempt(request)
+            rows = tuple(row for row in rows if row.handle in self._running)
+        elif len(rows[0].token_ids) > self.pool.block_size:
+            half = self.pool.blocks_for(len(rows[0].token_ids)) // 2 * self.pool.block_size
+            token_ids, targets = rows[0].token_ids[:half], rows[0].targets[:half]
+            rows = (rows[0]._replace(token_ids=token_ids, targets=targets, sampling_slot=None),)
+        else:
+            return None
+        self._step_tokens = max(self.pool.block_size, sum(len(row.token_ids) for row in rows))
+        self._calm = 0
+        return plan._replace(rows=rows)
 
     def commit(self, plan: StepPlan, result: StepResult) -> None:
-        """Move each request that the step brought forward to what it has computed now."""
+        """Move each request that the step brought forward to what it has computed now.
+
+        Pages that it filled are registered for their tokens: none before its keys and values are there.
+        """
         rows = {row.handle: row for row in plan.rows}
         for done in result.rows:
             request = self._running[done.handle]
-            request.num_computed = rows[done.handle].end
+            first = request.num_computed // self.pool.block_size
+            self._advance(request, rows[done.handle].end)
+            if done.fault:
+                self.pool.discard(request.blocks)  # nobody else must meet these numbers
+            else:
+                self._register(request, first)
             self._waiting.charge(request, len(done.token_ids))
+            if request.num_computed >= len(request.prompt):
+                for follower in reversed(self._lineage.release(request)):
+                    self._waiting.restore(follower)
         if result.rows:
             self._dirty.clear()
             self._new_samplers.clear()
+            self._calm_down()
 
     def check(self) -> None:
         """Verify that pages are conserved and that only running requests own any.
@@ -142,62 +210,165 @@ class Scheduler:
             RuntimeError: a page is lost, doubled or owned by nobody known.
         """
         self.pool.check()
-        owned = sum(len(request.blocks) for request in self._running.values())
-        reserved = sum(self._worst_case(r) - len(r.blocks) for r in self._running.values())
-        if owned != self.pool.num_owned or reserved != self._reserved or reserved > self.pool.num_free:
+        owned = Counter(block for request in self._running.values() for block in request.blocks)
+        if owned != self.pool.owners():
             raise RuntimeError(
-                f"KV pages astray: requests own {owned} and may take {reserved}; the pool counts "
-                f"{self.pool.num_owned} owned, {self._reserved} promised, {self.pool.num_free} free"
+                f"KV pages astray: requests own {len(owned)} pages {owned.total()} times; the pool counts "
+                f"{self.pool.num_owned} owned, {self.pool.num_cached} cached, {self.pool.num_free} free"
             )
 
     def _admit(self) -> None:
-        while self._waiting and self._slots:
+        """Admit requests, fairly, as long as they fit."""
+        promised = sum(map(self._promised, self._running.values()))
+        most = max(1, self._step_tokens - self.pool.block_size)
+        while self._waiting and self._slots and len(self._running) < most:
             request = self._waiting.peek()
-            if self._reserved + self._worst_case(request) > self.pool.num_free:
+            request.blocks = list(self._cached_prefix(request))
+            self.pool.share(request.blocks)
+            promised += self._promised(request)
+            if promised > self.pool.num_available:
+                self.pool.release(request.blocks)  # which keeps them from being given up next
+                request.blocks = []
                 return  # nobody overtakes, or a large request would wait for ever
-            self._waiting.pop()
-            self._reserved += self._worst_case(request)
-            request.slot = self._slots.pop()
-            self._running[request.handle] = request
-            self._new_samplers.append(SamplerSetup(request.slot, request.sampling, len(request.prompt)))
+            self._start(request)
+
+    def _cached_prefix(self, request: Request) -> tuple[int, ...]:
+        """Pages that hold the beginning of `request` already; at least its last token is left to be computed.
+
+        What was never computed for this request itself is not skipped when each of its prompt's tokens is to be
+        judged.
+        """
+        limit = request.num_tokens - 1
+        if request.prompt_logprobs is not None:
+            limit = min(limit, request.reached)
+        return self.pool.match(self._lineage.root(request), request.tokens, limit)
+
+    def _promised(self, request: Request) -> int:
+        """Pages that are left to `request` when others are admitted: for its tokens so far, and to grow."""
+        now = self.pool.blocks_for(request.num_tokens)
+        growth = min(self._worst_case(request) - now, 1 << request.preemptions)
+        return now - len(request.blocks) + max(0, growth)
 
     def _worst_case(self, request: Request) -> int:
         """Pages for the prompt and the longest answer; the last token's keys and values are never needed."""
         return self.pool.blocks_for(len(request.prompt) + request.limit - 1)
 
-    def _rows(self) -> Iterator[PlanRow]:
-        budget = self.limits.max_step_tokens
+    def _start(self, request: Request) -> None:
+        """Admit the request that comes next, which owns the pages of its prefix already."""
+        cached = len(request.blocks) * self.pool.block_size
+        self._waiting.pop(cached)
+        if request.preemptions == 0:
+            request.cached_prompt_tokens = cached
+            self.counters.cached += cached
+        request.num_computed = cached
+        request.reached = max(request.reached, cached)
+        request.slot = self._slots.pop()
+        self._running[request.handle] = request
+        self._new_samplers[request.slot] = self._sampler(request)
+
+    def _sampler(self, request: Request) -> SamplerSetup:
+        stop = request.stop
+        banned = stop.token_ids if stop.ignore_eos else stop.token_ids | self._eos_ids
+        return SamplerSetup(
+            slot=request.slot,
+            params=request.sampling,
+            prompt_length=len(request.prompt),
+            logprobs=request.logprobs,
+            banned=tuple(sorted(banned)) if stop.min_tokens else (),
+            banned_until=len(request.prompt) + stop.min_tokens,
+            history=tuple(request.tokens[: request.num_computed]) if request.sampling.uses_history else (),
+        )
+
+    def _make_room(self) -> list[tuple[Request, int]]:
+        """What the step computes of each request; others are preempted until it has the pages."""
+        while True:
+            spans = list(self._spans())
+            ends = ((request, request.num_computed + count) for request, count in spans)
+            missing = sum(max(0, self.pool.blocks_for(end) - len(request.blocks)) for request, end in ends)
+            if missing <= self.pool.num_available:
+                return spans
+            self._preempt(self._victim())
+
+    def _victim(self) -> Request:
+        """The newest admission of the scope that has had most for its weight; never the oldest of all."""
+        _, *others = self._running.values()
+        scope = self._waiting.furthest_ahead([request.scope for request in others])
+        return next(request for request in reversed(others) if request.scope == scope)
+
+    def _preempt(self, request: Request) -> None:
+        """Let `request` give up its pages; it comes next in its scope, and computes what the cache has lost."""
+        self._retire(request)
+        request.preemptions += 1
+        self.counters.preemptions += 1
+        self._waiting.restore(request)
+
+    def _retire(self, request: Request) -> None:
+        """Take everything back that a running request was given."""
+        del self._running[request.handle]
+        self.pool.release(request.blocks)
+        self._slots.append(request.slot)
+        self._new_samplers.pop(request.slot, None)
+        request.blocks, request.slot, request.num_computed = [], -1, 0
+
+    def _spans(self) -> Iterator[tuple[Request, int]]:
+        """Requests and how many tokens of each to compute, within the step's budget."""
+        budget = self._step_tokens
         for request in sorted(self._running.values(), key=lambda r: r.num_pending > 1):
             count = self._count(request, budget)
             if count > 0:
                 budget -= count
-                yield self._row(request, count)
+                yield request, count
 
     def _count(self, request: Request, budget: int) -> int:
         """Tokens of `request` to compute within `budget`."""
-        if request.num_pending <= budget or not self.limits.whole_blocks:
-            return min(request.num_pending, budget)
-        return budget - budget % self.pool.block_size
+        count = min(request.num_pending, budget)
+        if count < request.num_pending and self.limits.whole_blocks:
+            count -= count % self.pool.block_size
+        return count
 
     def _row(self, request: Request, count: int) -> PlanRow:
-        end = request.num_computed + count
-        self._grow(request, end)
-        return PlanRow(
-            handle=request.handle,
-            slot=request.slot,
-            start=request.num_computed,
-            token_ids=tuple(request.tokens[request.num_computed : end]),
-            num_draft=0,
-            block_tables=(BlockTable(FULL, tuple(request.blocks)),),
-            adapter_slot=None,
-            sampling_slot=request.slot if end == request.num_tokens else None,
-        )
-
-    def _grow(self, request: Request, num_tokens: int) -> None:
-        """Give `request` the pages for its first `num_tokens` tokens, out of its reservation."""
-        missing = self.pool.blocks_for(num_tokens) - len(request.blocks)
+        start = request.num_computed
+        end = start + count
+        missing = self.pool.blocks_for(end) - len(request.blocks)
         if missing > 0:
             allocation = self.pool.allocate(missing, request.scope)
             request.blocks.extend(allocation.blocks)
             self._dirty.extend(allocation.dirty)
-            self._reserved -= missing
+        judged = request.prompt_logprobs is not None
+        return PlanRow(
+            handle=request.handle,
+            slot=request.slot,
+            start=start,
+            token_ids=tuple(request.tokens[start:end]),
+            num_draft=0,
+            block_tables=(BlockTable(FULL, tuple(request.blocks)),),
+            adapter_slot=None,
+            sampling_slot=request.slot if end == request.num_tokens else None,
+            prompt_logprobs=request.prompt_logprobs or 0,
+            targets=tuple(request.prompt[start + 1 : end + 1]) if judged else (),
+        )
+
+    def _advance(self, request: Request, end: int) -> None:
+        """Count what was computed of `request`, up to the position `end`."""
+        start, before = request.num_computed, request.reached
+        request.num_computed = end
+        request.reached = max(before, end)
+        again = max(0, min(end, before) - start)
+        request.recomputed_tokens += again
+        self.counters.recomputed += again
+        self.counters.prefilled += max(0, min(end, len(request.prompt)) - max(start, before))
+
+    def _register(self, request: Request, first: int) -> None:
+        """Register the full pages of `request` from index `first` on."""
+        root, size, blocks = self._lineage.root(request), self.pool.block_size, request.blocks
+        for i in range(first, request.num_computed // size):
+            parent = blocks[i - 1] if i else None
+            blocks[i] = self.pool.register(root, parent, blocks[i], request.tokens[i * size : (i + 1) * size])
+
+    def _calm_down(self) -> None:
+        """After enough steps that did not run out of memory, let them grow again."""
+        if self._step_tokens < self.limits.max_step_tokens:
+            self._calm += 1
+            if self._calm == _CALM_STEPS:
+                self._calm = 0
+                self._step_tokens = min(2 * self._step_tokens, self.limits.max_step_tokens)
