@@ -4,21 +4,20 @@ import io
 import os
 from pathlib import Path
 
-_MAX_BYTES = 8 * 1024 * 1024
-_KEPT = 3
-
 
 class LogFile:
-    """`path`, and up to three older ones `path.1` to `path.3`.
+    """`path`, and older ones `path.1` (the youngest) and so on.
 
     Args:
         path: the file; its folder exists.
         max_bytes: a chunk that would make the file longer starts a new one.
+        kept: older ones that are kept.
     """
 
-    def __init__(self, path: Path, max_bytes: int = _MAX_BYTES) -> None:
+    def __init__(self, path: Path, max_bytes: int = 8 << 20, kept: int = 3) -> None:
         self.path = path
         self._max_bytes = max_bytes
+        self._kept = kept
         self._file: io.FileIO | None = None
         self._torn = False
 
@@ -70,7 +69,9 @@ class LogFile:
 
     def _rotate(self) -> None:
         """Make every file one older."""
-        for number in range(_KEPT, 0, -1):
+        if not self._kept:
+            self.path.unlink(missing_ok=True)
+        for number in range(self._kept, 0, -1):
             older = self.path if number == 1 else self._numbered(number - 1)
             if older.exists():
                 older.replace(self._numbered(number))

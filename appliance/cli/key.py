@@ -24,7 +24,9 @@ def register(parser: argparse.ArgumentParser) -> None:
     issue.add_argument(
         "--out", required=True, type=Path, metavar="DIR", help="a new directory for the credentials"
     )
-    issue.add_argument("--days", type=positive, default=0, metavar="N", help="days until they expire, default 90")
+    issue.add_argument(
+        "--days", type=positive, default=0, metavar="N", help="days until they expire; default tenants.key_days"
+    )
     issue.add_argument(
         "--address", metavar="HOST:PORT", help="how the application reaches the gateway, when not as it listens"
     )

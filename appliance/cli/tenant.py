@@ -30,8 +30,15 @@ def register(parser: argparse.ArgumentParser) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", type=names, metavar="ALIAS,...", help="aliases it may call; '' for none")
-    parser.add_argument("--max-concurrent", type=positive, metavar="N", help="most requests at once")
-    parser.add_argument("--weight", type=positive, metavar="N", help="share of a busy machine, 1 to 1000")
+    parser.add_argument(
+        "--max-concurrent",
+        type=positive,
+        metavar="N",
+        help="most requests at once; default tenants.max_concurrent",
+    )
+    parser.add_argument(
+        "--weight", type=positive, metavar="N", help="share of a busy machine, 1 to 1000; default tenants.weight"
+    )
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -4,11 +4,13 @@ import argparse
 import asyncio
 import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import grpc
 
 from appliance.control.home import Home
+from appliance.control.limits import Limits
 from appliance.control.plane import ControlPlane
 from engine import process
 
@@ -16,9 +18,9 @@ FORBIDDEN = ("torch", "tokenizers", "jinja2")
 _GRACE_S = 2.0
 
 
-async def serve(running: process.Process, home: Home, isolation: str) -> None:
+async def serve(running: process.Process, home: Home, isolation: str, limits: Limits) -> None:
     """Serve until told to stop, then drain."""
-    plane = ControlPlane(home, isolation)
+    plane = ControlPlane(home, isolation, limits)
     servers: list[grpc.aio.Server] = []
     try:
         await plane.recover()
@@ -59,10 +61,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m appliance.control", description=__doc__)
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--isolation", default="none", help="what separates the processes, for `status`")
+    for limit in fields(Limits):
+        kind = type(limit.default)
+        parser.add_argument(f"--{limit.name.replace('_', '-')}", type=kind, default=limit.default)
     args = parser.parse_args()
+    limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     os.umask(0o077)
     home = Home(args.home.absolute())
-    return process.run("control", lambda running: serve(running, home, args.isolation), FORBIDDEN)
+    return process.run("control", lambda running: serve(running, home, args.isolation, limits), FORBIDDEN)
 
 
 if __name__ == "__main__":

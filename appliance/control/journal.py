@@ -8,7 +8,6 @@ from appliance.control.audit import AuditLog, Receipt, Record
 from appliance.control.audit.errors import blocked
 from appliance.errors import CloisterError
 
-WAIT_S = 2.0
 _PAGE = 1000
 
 log = logging.getLogger(__name__)
@@ -19,10 +18,12 @@ class Journal:
 
     Args:
         log: the open audit log.
+        wait_s: seconds that a record may take to become durable.
     """
 
-    def __init__(self, log: AuditLog) -> None:
+    def __init__(self, log: AuditLog, wait_s: float) -> None:
         self.log = log
+        self._wait_s = wait_s
 
     def check(self) -> None:
         """Refuse at once while the log takes no records.
@@ -41,11 +42,11 @@ class Journal:
         """Where a record stands, once it is durable.
 
         Raises:
-            CloisterError: AUDIT_BLOCKED, the log failed or took longer than two seconds.
+            CloisterError: AUDIT_BLOCKED, the log failed or took too long.
         """
         waiting = asyncio.wrap_future(pending)
         try:
-            return await asyncio.wait_for(asyncio.shield(waiting), WAIT_S)
+            return await asyncio.wait_for(asyncio.shield(waiting), self._wait_s)
         except TimeoutError:
             waiting.add_done_callback(_seen)
             raise blocked("it did not become durable in time") from None

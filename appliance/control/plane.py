@@ -30,6 +30,7 @@ from appliance.control.identity.secret_keys import SecretKeys
 from appliance.control.imports import Imports
 from appliance.control.init import audit_origin
 from appliance.control.journal import Journal
+from appliance.control.limits import Limits
 from appliance.control.login import LoginBroker, Sessions
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc, control_pb2, control_pb2_grpc
@@ -47,12 +48,13 @@ class ControlPlane:
     Args:
         home: where it lives; made by `init`.
         isolation: what separates the processes of this appliance.
+        limits: what an operator may set.
 
     Raises:
         CloisterError: NOT_INITIALISED, DATABASE_REVISION_UNKNOWN, or the audit log was tampered with.
     """
 
-    def __init__(self, home: Home, isolation: str = "none") -> None:
+    def __init__(self, home: Home, isolation: str = "none", limits: Limits | None = None) -> None:
         if not home.database.exists():
             raise CloisterError(
                 "NOT_INITIALISED",
@@ -60,13 +62,15 @@ class ControlPlane:
                 grpc.StatusCode.FAILED_PRECONDITION,
             )
         self.home = home
+        self.limits = limits or Limits()
         self.keys = SecretKeys.load(home.keys)
         self.authority = Authority.load(home.ca)
         self.database = Database(home.database)
         facts = self.database.submit(_facts).result()
         self.site = facts["site"]
         self.journal = Journal(
-            AuditLog.open(home.audit_database, home.audit_head, home.audit_key, audit_origin(self.site))
+            AuditLog.open(home.audit_database, home.audit_head, home.audit_key, audit_origin(self.site)),
+            self.limits.audit_wait_seconds,
         )
         self.sessions = Sessions()
         self.leases = LeaseBook(self.database, self.journal)
@@ -122,7 +126,7 @@ class ControlPlane:
         system = SystemService(
             models, self.leases, self.journal.log, self.imports, self.deployments, self._profile, self._isolation
         )
-        tenants = TenantService(self.database, self.keys, self.authority, self.leases, self.site)
+        tenants = TenantService(self.database, self.keys, self.authority, self.leases, self.site, self.limits)
         admin_pb2_grpc.add_SystemServiceServicer_to_server(system, server)
         admin_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         admin_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)

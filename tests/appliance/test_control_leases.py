@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from appliance.control import journal as journals
 from appliance.control import records
 from appliance.control.admission.leases import SILENCE_S, LeaseBook
 from appliance.control.admission.reservations import Ending, Reservation, Size
@@ -80,7 +79,7 @@ async def desk(tmp_path: Path) -> AsyncIterator[Desk]:
     log = AuditLog.create(
         tmp_path / "audit.db", tmp_path / "audit.head", key, "cloister/test/audit", factory=disk.factory()
     )
-    database, journal = Database(tmp_path / "control.db"), Journal(log)
+    database, journal = Database(tmp_path / "control.db"), Journal(log, 2.0)
     yield Desk(LeaseBook(database, journal), log, journal, disk)
     disk.go_on.set()
     database.close()
@@ -91,7 +90,7 @@ async def test_a_commit_slower_than_anybody_waits_leaves_one_outcome_of_a_reques
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await desk.lease("1")
-    monkeypatch.setattr(journals, "WAIT_S", 0.01)
+    monkeypatch.setattr(desk.journal, "_wait_s", 0.01)
     desk.disk.go_on.clear()
     for _ in range(4):
         with pytest.raises(CloisterError, match="AUDIT_BLOCKED"):

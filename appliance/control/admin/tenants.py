@@ -17,13 +17,11 @@ from appliance.control.db.models import ApiKey, Grant, Tenant
 from appliance.control.identity import api_keys
 from appliance.control.identity.authority import Authority, identity_of
 from appliance.control.identity.secret_keys import SecretKeys
+from appliance.control.limits import Limits
 from appliance.control.names import check_name, check_names
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc
 
-DEFAULT_CONCURRENT = 16
-DEFAULT_WEIGHT = 100
-DEFAULT_VALID_DAYS = 90
 _MOST_CONCURRENT = 4096
 _MOST_WEIGHT = 1000
 _MOST_VALID_DAYS = 825
@@ -43,22 +41,30 @@ class TenantService(admin_pb2_grpc.TenantServiceServicer):
         authority: signs client certificates.
         leases: knows where the gateway listens.
         site: trust domain of identities.
+        limits: what a tenant or key gets for which nothing else is said.
     """
 
     def __init__(
-        self, database: Database, keys: SecretKeys, authority: Authority, leases: LeaseBook, site: str
+        self,
+        database: Database,
+        keys: SecretKeys,
+        authority: Authority,
+        leases: LeaseBook,
+        site: str,
+        limits: Limits,
     ) -> None:
         self._database = database
         self._keys = keys
         self._authority = authority
         self._leases = leases
         self._site = site
+        self._limits = limits
 
     async def AddTenant(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.AddTenantRequest, context: Context
     ) -> admin_pb2.AddTenantResponse:
         """Adds a tenant; 0 takes the default of a limit."""
-        tenant = await self._database.run(lambda s: _add(s, request.tenant))
+        tenant = await self._database.run(lambda s: _add(s, request.tenant, self._limits))
         return admin_pb2.AddTenantResponse(tenant=tenant)
 
     async def SetTenant(  # noqa: N802  # gRPC's name
@@ -87,7 +93,7 @@ class TenantService(admin_pb2_grpc.TenantServiceServicer):
         """A certificate for the request's key and an API key, shown this once."""
         tenant = check_name(request.tenant, "tenant")
         application = check_name(request.application, "application")
-        days = _within(request.valid_days or DEFAULT_VALID_DAYS, "valid_days", _MOST_VALID_DAYS)
+        days = _within(request.valid_days or self._limits.key_days, "valid_days", _MOST_VALID_DAYS)
         identity = identity_of(self._site, tenant, application)
         certificate = self._authority.issue_client(request.csr_pem, identity, timedelta(days=days))
         drawn = api_keys.draw(self._keys)
@@ -126,7 +132,7 @@ class TenantService(admin_pb2_grpc.TenantServiceServicer):
         return admin_pb2.RevokeKeyResponse()
 
 
-def _add(session: Session, wanted: admin_pb2.Tenant) -> admin_pb2.Tenant:
+def _add(session: Session, wanted: admin_pb2.Tenant, limits: Limits) -> admin_pb2.Tenant:
     name = check_name(wanted.name, "tenant.name")
     if session.get(Tenant, name) is not None:
         raise CloisterError(
@@ -137,8 +143,8 @@ def _add(session: Session, wanted: admin_pb2.Tenant) -> admin_pb2.Tenant:
         )
     tenant = Tenant(
         name=name,
-        max_concurrent=_within(wanted.max_concurrent or DEFAULT_CONCURRENT, "max_concurrent", _MOST_CONCURRENT),
-        weight=_within(wanted.weight or DEFAULT_WEIGHT, "weight", _MOST_WEIGHT),
+        max_concurrent=_within(wanted.max_concurrent or limits.max_concurrent, "max_concurrent", _MOST_CONCURRENT),
+        weight=_within(wanted.weight or limits.weight, "weight", _MOST_WEIGHT),
         suspended=wanted.suspended,
         created_ns=time.time_ns(),
         tokens_used=0,
