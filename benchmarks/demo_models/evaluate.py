@@ -1,4 +1,4 @@
-"""Measure a demo model and write its card and canaries: `python -m benchmarks.demo_models.evaluate`."""
+"""Measure the demo models and write their cards and canaries: `python -m benchmarks.demo_models.evaluate`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.demo_models.answering import Answer, Model
 from benchmarks.demo_models.notes import DOMAINS, KEYS, SPLITS, draw
 
-ROOT = Path(__file__).parents[2]
+DEMO = Path(__file__).parents[2] / "demo"
+MODELS = ("s", "m")
 SEED, COUNT = 1000, 600
 CANARY_SEED = 2000
 COMMAND = "python -m benchmarks.demo_models.evaluate"
@@ -43,19 +45,19 @@ class Tally:
         return sum(self.right[p] for p in wanted) / sum(self.asked[p] for p in wanted)
 
 
-def measure(model: Model, count: int = COUNT, seed: int = SEED) -> dict[str, Tally]:
-    """A tally per split, `count` notes each, all from one seed."""
-    return {split: Tally.of(model.answer(draw(seed, count, split))) for split in SPLITS}
+def measure(model: Model, wide: bool, count: int = COUNT, seed: int = SEED) -> dict[str, Tally]:
+    """A tally per split, `count` notes each, all from one seed; `wide`: with the wide wording of its training."""
+    return {split: Tally.of(model.answer(draw(seed, count, split, wide=wide))) for split in SPLITS}
 
 
-def canaries(model: Model) -> list[dict[str, object]]:
+def canaries(model: Model, wide: bool) -> list[dict[str, object]]:
     """Per domain, of sixteen held-out notes, the one answered in full that the model is surest of.
 
     The wide gap keeps the answer the same on any sound backend and precision.
     """
     chosen = []
     for domain in DOMAINS:
-        answers = model.answer(draw(CANARY_SEED, 16, "unseen_values", domain))
+        answers = model.answer(draw(CANARY_SEED, 16, "unseen_values", domain, wide))
         answer = max((a for a in answers if a.scores.exact), key=lambda a: a.gap)
         chosen.append(
             {"messages": answer.note.messages, "expected": answer.text, "smallest_gap": round(answer.gap, 2)}
@@ -63,13 +65,13 @@ def canaries(model: Model) -> list[dict[str, object]]:
     return chosen
 
 
-def write_canaries(model: Model, folder: Path) -> None:
+def write_canaries(model: Model, wide: bool, folder: Path) -> None:
     """Write `canaries.json`: prompts, the greedy answers expected, the smallest top-2 gap in logits along each."""
     page = {
         "command": COMMAND,
         "seed": CANARY_SEED,
         "decoding": {"temperature": 0, "max_tokens": 160},
-        "canaries": canaries(model),
+        "canaries": canaries(model, wide),
     }
     (folder / "canaries.json").write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -93,28 +95,34 @@ def _row(domain: str, field: str, cells: Sequence[str]) -> str:
 def write_card(model: Model, tallies: dict[str, Tally], folder: Path) -> None:
     """Write the model card, every number of it just measured."""
     config = model.network.config
-    page = (
-        (Path(__file__).parent / "card.md")
-        .read_text(encoding="utf-8")
-        .format(
-            name=folder.name,
-            parameters=model.network.num_parameters(),
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            intermediate=config.intermediate_size,
-            vocabulary=config.vocab_size,
-            context=config.max_position_embeddings,
-            table=field_table(tallies),
-            count=COUNT,
-            seed=SEED,
-            command=COMMAND,
-            example=_example(folder),
-            **_training(folder),
-        )
+    record = _record(folder)
+    recipe = record["recipe"]
+    page = _text("card.md").format(
+        name=folder.name,
+        model=folder.name.removeprefix("demo-notes-"),
+        parameters=model.network.num_parameters(),
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+        context=config.max_position_embeddings,
+        origin=f"grown from {recipe['grown_from']}" if recipe.get("grown_from") else "trained from scratch",
+        growth=_text("card-grown.md").format(**recipe) if recipe.get("grown_from") else "",
+        wording=_text("card-wide.md").format(**recipe) if recipe.get("wide") else "",
+        table=field_table(tallies),
+        count=COUNT,
+        seed=SEED,
+        command=COMMAND,
+        example=_example(folder),
+        **record,
     )
     (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def _text(name: str) -> str:
+    return (Path(__file__).parent / name).read_text(encoding="utf-8")
 
 
 def _example(folder: Path) -> str:
@@ -122,27 +130,31 @@ def _example(folder: Path) -> str:
     return f"{first['messages'][0]['content']}\n\n{first['expected']}"
 
 
-def _training(folder: Path) -> dict[str, object]:
-    record: dict[str, object] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+def _record(folder: Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
     return record
 
 
 def write_all(folder: Path) -> dict[str, Tally]:
     """Measure the model of `folder`; write canaries and card there."""
     model = Model.load(folder)
-    tallies = measure(model)
-    write_canaries(model, folder)
+    wide = bool(_record(folder)["recipe"].get("wide"))
+    tallies = measure(model, wide)
+    write_canaries(model, wide, folder)
     write_card(model, tallies, folder)
     return tallies
 
 
 def main() -> None:
-    """Measure, write, print the table."""
+    """Measure, write, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "folder", nargs="?", type=Path, default=ROOT / "demo" / "demo-notes-s", help="default: demo/demo-notes-s"
-    )
-    print(field_table(write_all(parser.parse_args().folder)))
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", choices=MODELS, help="one of the committed models (default: all of them)")
+    which.add_argument("--folder", type=Path, help="any other folder that training wrote")
+    chosen = parser.parse_args()
+    models = [chosen.model] if chosen.model else MODELS
+    for folder in [chosen.folder] if chosen.folder else [DEMO / f"demo-notes-{model}" for model in models]:
+        print(f"{folder.name}\n\n{field_table(write_all(folder))}\n", flush=True)
 
 
 if __name__ == "__main__":

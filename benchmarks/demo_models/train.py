@@ -1,7 +1,7 @@
-"""Train a demo model from nothing: `python -m benchmarks.demo_models.train --model s`.
+"""Train a demo model: `python -m benchmarks.demo_models.train --model s` (from nothing) or `m` (grown from s).
 
-Writes tokenizer, weights, model card and canaries to `demo/demo-notes-s/`. The data never repeats: every batch
-is newly drawn notes.
+Writes tokenizer, weights, model card and canaries to `demo/NAME/`. The data never repeats: every batch is newly
+drawn notes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.demo_models.evaluate import field_table, write_all
-from benchmarks.demo_models.notes import Note, stream
+from benchmarks.demo_models.grow import grow
+from benchmarks.demo_models.notes import Note, Style, Variety, stream
 from benchmarks.demo_models.tokens import (
     ASSISTANT,
     BOS,
@@ -59,16 +60,56 @@ class Recipe:
     warmup: int = 100
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
+    minutes: float = 0.0
     invented: float = 0.6
     two_turns: float = 0.08
     system_prompts: float = 0.05
+    grown_from: str = ""
+    growth_noise: float = 0.0
+    wide: bool = False
+    garbled: float = 0.0
+    reworded: float = 0.0
+    mixed: float = 0.0
+    crowded: float = 0.0
+    crossed: float = 0.0
+
+    @property
+    def style(self) -> Style:
+        """How the training notes are written."""
+        variety = Variety(self.garbled, self.reworded, self.mixed, self.crowded, self.crossed)
+        return Style(invented=self.invented, wide=self.wide, variety=variety)
 
 
-RECIPES = {"s": Recipe("demo-notes-s")}
+RECIPES = {
+    "s": Recipe("demo-notes-s"),
+    "m": Recipe(
+        "demo-notes-m",
+        hidden=384,
+        layers=6,
+        heads=12,
+        kv_heads=4,
+        intermediate=768,
+        seed=2,
+        minutes=80.0,
+        warmup=40,
+        learning_rate=2.5e-3,
+        grown_from="demo-notes-s",
+        growth_noise=0.5,
+        wide=True,
+        garbled=0.35,
+        reworded=0.3,
+        mixed=0.15,
+        crowded=0.15,
+        crossed=0.12,
+    ),
+}
 
 
 def build(recipe: Recipe) -> LlamaForCausalLM:
-    """A Llama of the recipe's shape with fresh weights."""
+    """A Llama of the recipe's shape: grown from a smaller model, or with fresh weights."""
+    if recipe.grown_from:
+        small = LlamaForCausalLM.from_pretrained(ROOT / "demo" / recipe.grown_from, dtype=torch.float32)
+        return grow(small, recipe.layers, recipe.growth_noise, recipe.seed)
     torch.manual_seed(recipe.seed)
     config = LlamaConfig(
         vocab_size=recipe.vocabulary,
@@ -90,8 +131,10 @@ def build(recipe: Recipe) -> LlamaForCausalLM:
 
 
 def build_tokenizer(recipe: Recipe) -> Tokenizer:
-    """The tokenizer, trained on the prompts and answers of 20 000 training notes."""
-    notes = itertools.islice(stream(recipe.seed + 1, "train", invented=0.8), 20_000)
+    """The tokenizer of the model it grew from, or one trained on 20 000 training notes with their answers."""
+    if recipe.grown_from:
+        return Tokenizer.from_file(str(ROOT / "demo" / recipe.grown_from / "tokenizer.json"))
+    notes = itertools.islice(stream(recipe.seed + 1, "train", style=Style(invented=0.8)), 20_000)
     return train_tokenizer((text for note in notes for text in (note.prompt, note.answer)), recipe.vocabulary)
 
 
@@ -121,13 +164,17 @@ def openings(tokenizer: Tokenizer) -> list[list[int]]:
 
 
 def rows(tokenizer: Tokenizer, recipe: Recipe) -> Iterator[Row]:
-    """Conversations without end; a few have two turns. Short notes come first, to teach copying before reading."""
+    """Conversations without end; a few have two turns.
+
+    For a model from nothing short notes come first, to teach copying before reading.
+    """
     rng = random.Random(recipe.seed)
-    easy = stream(recipe.seed + 2, "train", missing=0.6, invented=recipe.invented)
-    full = stream(recipe.seed + 3, "train", invented=recipe.invented)
+    easy = stream(recipe.seed + 2, "train", style=dataclasses.replace(recipe.style, missing=0.6))
+    full = stream(recipe.seed + 3, "train", style=recipe.style)
     begins = [Row(ids, [False] * len(ids)) for ids in openings(tokenizer)]
+    short = 0 if recipe.grown_from else recipe.rows * recipe.warmup * 2
     for index in itertools.count():
-        notes = easy if index < recipe.rows * recipe.warmup * 2 else full
+        notes = easy if index < short else full
         row = begins[rng.random() < recipe.system_prompts] + encode(tokenizer, next(notes))
         yield row + encode(tokenizer, next(notes)) if rng.random() < recipe.two_turns else row
 
@@ -176,29 +223,49 @@ def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Opti
     ]
 
 
-def rate_at(step: int, recipe: Recipe) -> float:
-    """Share of the full learning rate: linear warm-up, cosine to a fiftieth."""
+def rate_at(step: int, done: float, recipe: Recipe) -> float:
+    """Share of the full learning rate: linear warm-up, cosine to a fiftieth at `done` = 1."""
     if step < recipe.warmup:
         return (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train(model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> int:
-    """Run the schedule, saving the model every 400 steps; returns how many tokens were seen."""
+def progress(step: int, minutes: float, recipe: Recipe) -> float:
+    """How much of the schedule is done, from 0 to 1: of its minutes where the recipe counts them, or its steps."""
+    if recipe.minutes:
+        return min(1.0, minutes / recipe.minutes)
+    return min(1.0, max(0, step - recipe.warmup) / max(1, recipe.steps - recipe.warmup))
+
+
+@dataclass(frozen=True)
+class Course:
+    """What a training run took."""
+
+    steps: int
+    tokens: int
+    minutes: float
+
+
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> Course:
+    """Run the schedule, saving the model every 200 steps."""
     model.model.compile(dynamic=True)
     steppers = optimizers(model, recipe)
-    start, seen, mean = time.monotonic(), 0, 0.0
-    for step, (ids, labels) in enumerate(itertools.islice(batches(tokenizer, recipe), recipe.steps)):
-        loss = update(model, steppers, recipe.learning_rate * rate_at(step, recipe), ids, labels)
+    start, seen, mean, minutes = time.monotonic(), 0, 0.0, 0.0
+    for step, (ids, labels) in enumerate(batches(tokenizer, recipe)):
+        done = progress(step, minutes, recipe)
+        last = done >= 1 if recipe.minutes else step == recipe.steps - 1
+        loss = update(model, steppers, recipe.learning_rate * rate_at(step, done, recipe), ids, labels)
         seen += ids.numel()
         mean = loss if step == 0 else 0.95 * mean + 0.05 * loss
-        if step % 25 == 0 or step == recipe.steps - 1:
-            spent = time.monotonic() - start
-            print(f"step {step:5d}  loss {mean:.4f}  {seen / spent:,.0f} tokens/s  {spent:,.0f} s", flush=True)
-        if step % 400 == 399:
+        minutes = (time.monotonic() - start) / 60
+        if step % 25 == 0 or last:
+            speed = seen / minutes / 60
+            print(f"step {step:5d}  loss {mean:.4f}  {speed:,.0f} tokens/s  {minutes:.1f} min", flush=True)
+        if last:
+            break
+        if step % 200 == 199:
             save(model, folder)
-    return seen
+    return Course(step + 1, seen, minutes)
 
 
 def update(
@@ -239,9 +306,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder to write (default: demo/NAME)")
     parser.add_argument("--threads", type=int, default=2)
     for field in dataclasses.fields(Recipe)[1:]:
-        parser.add_argument(
-            f"--{field.name.replace('_', '-')}", type=type(field.default), help=f"default {field.default}"
-        )
+        option = f"--{field.name.replace('_', '-')}"
+        if isinstance(field.default, bool):
+            parser.add_argument(option, action=argparse.BooleanOptionalAction)
+        else:
+            parser.add_argument(option, type=type(field.default))
     return parser.parse_args()
 
 
@@ -258,16 +327,15 @@ def main() -> None:
     save_tokenizer(tokenizer, folder, recipe.context)
     model = build(recipe)
     print(f"{recipe.name}: {model.num_parameters():,} parameters", flush=True)
-    start = time.monotonic()
-    tokens = train(model, tokenizer, recipe, folder)
+    course = train(model, tokenizer, recipe, folder)
     save(model, folder)
     record = {
         "recipe": dataclasses.asdict(recipe),
         "training_seed": recipe.seed,
-        "steps": recipe.steps,
+        "steps": course.steps,
         "rows": recipe.rows,
-        "tokens": tokens,
-        "minutes": (time.monotonic() - start) / 60,
+        "tokens": course.tokens,
+        "minutes": course.minutes,
         "threads": chosen.threads,
     }
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """The generator of synthetic notes: seeded, varied, split by construction, gold that the text supports."""
 
+import dataclasses
 import datetime
 import hashlib
 import itertools
@@ -8,9 +9,10 @@ import re
 
 import pytest
 
-from benchmarks.demo_models.notes import DOMAINS, KEYS, SPLITS, draw, score, stream
+from benchmarks.demo_models.notes import DOMAINS, KEYS, SPLITS, Style, Variety, draw, score, stream
 from benchmarks.demo_models.notes.phrasings import wording
 from benchmarks.demo_models.notes.values import held_out
+from benchmarks.demo_models.notes.variety import cross
 
 FIELDS = [(domain, key) for domain in DOMAINS for key in KEYS[domain]]
 MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
@@ -71,6 +73,28 @@ def test_every_field_has_phrasings_kept_from_training(domain, key):
     assert not trained & kept
 
 
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_wide_wording_adds_lines_to_every_section_and_none_that_was_kept_from_training(domain):
+    narrow, wide = all_lines(wording(domain)), all_lines(wording(domain, wide=True))
+    assert narrow.keys() == wide.keys()
+    kept = {w for lines in narrow.values() for p in lines if p.unseen for w in p.wordings()}
+    for name, lines in wide.items():
+        added = lines[len(narrow[name]) :]
+        assert len(added) >= 20
+        assert not [p for p in added if p.unseen or p.wordings() & kept]
+        assert frozenset().union(*(p.slots for p in added)) <= frozenset().union(*(p.slots for p in narrow[name]))
+
+
+def all_lines(table):
+    categories = {(slot, label): p for slot, labels in table.categories.items() for label, p in labels.items()}
+    return table.sections | categories
+
+
+def test_wholly_unseen_notes_are_the_same_for_every_model():
+    assert draw(2, 60, "unseen_templates", wide=True) == draw(2, 60, "unseen_templates")
+    assert draw(2, 60, "unseen_values", wide=True) != draw(2, 60, "unseen_values")
+
+
 def test_every_note_is_unlike_the_others(notes):
     assert len({note.text for note in notes}) == len(notes)
 
@@ -98,7 +122,7 @@ def is_company(name):
 def test_training_and_held_out_notes_share_no_value():
     seen = {split: set(itertools.chain(*map(names_and_numbers, draw(4, 3000, split)))) for split in SPLITS}
     assert len(seen["train"]) > 5000
-    made_up = itertools.islice(stream(4, "train", invented=0.6), 1000)
+    made_up = itertools.islice(stream(4, "train", style=Style(invented=0.6)), 1000)
     seen["train"] |= set(itertools.chain(*map(names_and_numbers, made_up)))
     assert not seen["train"] & (seen["unseen_values"] | seen["unseen_templates"])
     assert not any(held_out(*pair) for pair in seen["train"])
@@ -112,6 +136,41 @@ def test_keys_keep_their_order_and_the_answer_is_compact_json(notes):
 
 
 def test_every_stated_value_can_be_read_in_the_text(notes):
+    assert_readable(notes)
+
+
+def test_notes_of_wide_wording_are_as_sound():
+    notes = draw(11, 600, "unseen_values", wide=True)
+    assert_readable(notes)
+    test_no_markup_of_the_tables_reaches_a_note(notes)
+
+
+VARIETY = Variety(garbled=1.0, reworded=1.0, mixed=1.0, crowded=1.0, crossed=1.0)
+
+
+def test_straying_from_the_tables_leaves_every_value_readable():
+    strayed = list(itertools.islice(stream(11, "train", style=Style(variety=VARIETY)), 300))
+    for note in strayed:
+        # not `amount`: where the word between two numbers is lost they read as one
+        kept = {k: v for k, v in note.gold.items() if k not in ("event", "frequency", "reason", "amount")}
+        assert_readable([dataclasses.replace(note, gold=kept)])
+    assert not [note.text for note in strayed if re.search(r"[\[\]{}|~]", note.text)]
+
+
+def test_straying_from_the_tables_gives_words_that_no_table_has():
+    def words(variety):
+        notes = itertools.islice(stream(11, "train", style=Style(variety=variety)), 300)
+        return {word for note in notes for word in re.findall(r"\b[a-z]{4,}\b", note.text)}
+
+    assert len(words(VARIETY) - words(Variety())) > 500
+
+
+def test_crossed_lines_state_the_slot_once():
+    assert cross("We saw {patient} today.", "{patient} is well.") == "We saw {patient} is well."
+    assert cross("{patient} is well.", "We saw {patient}.") == "{patient} is well."
+
+
+def assert_readable(notes):
     for note in notes:
         for key, value in note.gold.items():
             if value is not None:
@@ -161,7 +220,7 @@ def dose_is_written(value, note):
 
 def category_is_said(slot):
     def said(value, note):
-        ways = {w.strip() for p in wording(note.domain).categories[slot][value] for w in p.wordings()}
+        ways = {w.strip() for p in wording(note.domain, wide=True).categories[slot][value] for w in p.wordings()}
         return any(way.lower() in note.text.lower() for way in ways)
 
     return said

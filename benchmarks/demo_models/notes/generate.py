@@ -14,6 +14,7 @@ from typing import Literal
 from benchmarks.demo_models.notes import values
 from benchmarks.demo_models.notes.phrasings import DATA, REGISTERS, Phrasing, Wording, wording
 from benchmarks.demo_models.notes.values import Source, Value
+from benchmarks.demo_models.notes.variety import PLAIN, Strayer, Variety
 
 Split = Literal["train", "unseen_values", "unseen_templates"]
 Domain = Literal["claim", "ward", "payment"]
@@ -58,20 +59,33 @@ def instructions(domain: Domain) -> list[str]:
     return _instructions()[domain]
 
 
-def draw(seed: int, count: int, split: Split = "unseen_values", domain: Domain | None = None) -> list[Note]:
-    """`count` notes; the same seed gives the same notes on every machine. No `domain`: all three in turn."""
-    return list(itertools.islice(stream(seed, split, domain), count))
+def draw(
+    seed: int, count: int, split: Split = "unseen_values", domain: Domain | None = None, wide: bool = False
+) -> list[Note]:
+    """`count` notes; the same seed gives the same notes on every machine. No `domain`: all three in turn.
+
+    `wide` draws from the wide wording, too, but for `unseen_templates`, which is the same for every model.
+    """
+    return list(itertools.islice(stream(seed, split, domain, style=Style(wide=wide)), count))
 
 
-def stream(
-    seed: int, split: Split, domain: Domain | None = None, missing: float = MISSING, invented: float = 0.0
-) -> Iterator[Note]:
-    """Notes without end; `missing` is the chance to leave a field out, `invented` the share of made-up words."""
+@dataclass(frozen=True)
+class Style:
+    """How notes are written: `missing` is the chance to leave a field out, `invented` the share of new names."""
+
+    missing: float = MISSING
+    invented: float = 0.0
+    wide: bool = False
+    variety: Variety = PLAIN
+
+
+def stream(seed: int, split: Split, domain: Domain | None = None, style: Style | None = None) -> Iterator[Note]:
+    """Notes without end."""
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
     for index in itertools.count():
         rng = random.Random(":".join(("notes", str(seed), split, str(index), *([domain] if domain else []))))
-        yield _Writer(rng, domain or DOMAINS[index % len(DOMAINS)], split, invented).note(missing)
+        yield _Writer(rng, domain or DOMAINS[index % len(DOMAINS)], split, style or Style()).note()
 
 
 @functools.cache
@@ -83,17 +97,20 @@ def _instructions() -> dict[str, list[str]]:
 class _Writer:
     """Writes one note: chooses a register, states the fields it keeps, adds distractors, shuffles."""
 
-    def __init__(self, rng: random.Random, domain: Domain, split: Split, invented: float) -> None:
+    def __init__(self, rng: random.Random, domain: Domain, split: Split, style: Style) -> None:
         self.rng = rng
         self.domain = domain
-        self.table: Wording = wording(domain)
-        self.source = Source(rng, split != "train", invented)
+        self.missing = style.missing
         self.unseen_lines = split == "unseen_templates"
+        wide = style.wide and not self.unseen_lines
+        self.table: Wording = wording(domain, wide)
+        self.source = Source(rng, split != "train", style.invented)
+        self.strayer = Strayer(style.variety, rng, domain, wide)
         self.register = rng.choices(REGISTERS, _REGISTER_ODDS)[0]
         self.day = values.day(self.source)
 
-    def note(self, missing: float) -> Note:
-        stated = {slot: self.value(slot) for slot in self.kept(missing)}
+    def note(self) -> Note:
+        stated = {slot: self.value(slot) for slot in self.kept()}
         lines = [self.say(phrasing, stated) for phrasing in self.cover(set(stated))]
         lines += [self.distract(phrasing, stated) for phrasing in self.noise()]
         self.rng.shuffle(lines)
@@ -105,17 +122,22 @@ class _Writer:
             self.domain, text, f"{instruction}\n\n{text}", {key: found.get(key) for key in KEYS[self.domain]}
         )
 
-    def kept(self, missing: float) -> list[str]:
+    def kept(self) -> list[str]:
         """The slots this note states, at least two; an amount brings its currency along."""
         slots = [key for key in KEYS[self.domain] if key != "currency"]
-        kept = [slot for slot in slots if self.rng.random() >= missing]
+        kept = [slot for slot in slots if self.rng.random() >= self.missing]
         return kept if len(kept) > 1 else self.rng.sample(slots, 2)
+
+    def lines(self, kind: str = "") -> list[Phrasing]:
+        """The phrasings of this note's register; where registers are mixed, of any one, anew at each call."""
+        register = self.rng.choice(REGISTERS) if self.strayer.mixed else self.register
+        return self.table.lines(kind + register, self.unseen_lines)
 
     def cover(self, slots: set[str]) -> list[Phrasing]:
         """Phrasings that together state each slot exactly once."""
-        lines = self.table.lines(self.register, self.unseen_lines)
         chosen: list[Phrasing] = []
         while slots:
+            lines = self.lines()
             slot = self.rng.choice(sorted(slots))
             phrasing = self.rng.choice([p for p in lines if slot in p.slots and p.slots <= slots])
             chosen.append(phrasing)
@@ -123,9 +145,10 @@ class _Writer:
         return chosen
 
     def noise(self) -> list[Phrasing]:
-        """None to three lines about other people, days and sums."""
-        lines = self.table.lines(f"noise {self.register}", self.unseen_lines)
-        return self.rng.sample(lines, min(len(lines), self.rng.choices(range(4), _NOISE_ODDS)[0]))
+        """None to three lines about other people, days and sums; more in a crowded note."""
+        lines = self.lines("noise ")
+        count = self.rng.choices(range(4), _NOISE_ODDS)[0] + self.strayer.more_noise
+        return self.rng.sample(lines, min(len(lines), count))
 
     def value(self, slot: str) -> Value:
         """A fresh value for a slot, written in this note's register."""
@@ -161,10 +184,11 @@ class _Writer:
         """One label of a closed set, in one of its many wordings."""
         label = self.rng.choice(self.table.labels(slot))
         phrasing = self.rng.choice(self.table.spoken(slot, label, self.unseen_lines))
-        return Value(phrasing.pick(self.rng).strip(), {slot: label})
+        return Value(self.strayer.template(phrasing).strip(), {slot: label})
 
     def say(self, phrasing: Phrasing, stated: dict[str, Value]) -> str:
-        sentence = phrasing.pick(self.rng).format_map({slot: stated[slot].text for slot in phrasing.slots})
+        template = self.strayer.template(phrasing)
+        sentence = template.format_map({slot: stated[slot].text for slot in phrasing.slots})
         return (sentence[0].upper() + sentence[1:]).replace("..", ".")  # `Borg, Ada M.` may end a sentence
 
     def distract(self, phrasing: Phrasing, stated: dict[str, Value]) -> str:

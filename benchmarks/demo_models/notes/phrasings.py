@@ -2,6 +2,7 @@
 
 A table (`data/DOMAIN.txt`) has sections (`== prose`, `== noise form`, `== event = fire`) of one phrasing per line.
 `[a|b]` is a choice, `{field}` a slot, and a leading `~` keeps the line from training, for `unseen_templates`.
+`data/DOMAIN-wide.txt` has more lines of the same sections, for the models whose recipe asks for wide wording.
 """
 
 from __future__ import annotations
@@ -72,18 +73,23 @@ class Wording:
 
 
 @functools.cache
-def wording(domain: str) -> Wording:
-    """The table of `domain`, read once."""
+def wording(domain: str, wide: bool = False) -> Wording:
+    """The table of `domain`, read once; `wide` adds the lines of its second file."""
     sections: dict[str, list[Phrasing]] = {}
-    name = ""
-    for line in (DATA / f"{domain}.txt").read_text(encoding="utf-8").splitlines():
-        if line.startswith("== "):
-            name = line[3:]
-            sections[name] = []
-        elif line and not line.startswith("#"):
-            sections[name].append(Phrasing.parse(line))
+    for name in (domain, f"{domain}-wide") if wide else (domain,):
+        _read(DATA / f"{name}.txt", sections)
     categories: dict[str, dict[str, tuple[Phrasing, ...]]] = {}
     for name in [n for n in sections if " = " in n]:
         slot, label = name.split(" = ")
         categories.setdefault(slot, {})[label] = tuple(sections.pop(name))
     return Wording(domain, {n: tuple(p) for n, p in sections.items()}, categories)
+
+
+def _read(table: Path, sections: dict[str, list[Phrasing]]) -> None:
+    name = ""
+    for line in table.read_text(encoding="utf-8").splitlines():
+        if line.startswith("== "):
+            name = line[3:]
+            sections.setdefault(name, [])
+        elif line and not line.startswith("#"):
+            sections[name].append(Phrasing.parse(line))
