@@ -3,7 +3,8 @@
 It is what the kernel calls available, or less where a control group allows less; file cache that can be dropped
 counts as free in both.
 
-Source: proc_meminfo(5), MemAvailable; cgroups(7), version 2: memory.max, memory.current, memory.stat.
+Source: proc_meminfo(5), MemAvailable; proc_pid_status(5), RssAnon; cgroups(7), version 2: memory.max,
+memory.current, memory.stat.
 """
 
 from pathlib import Path
@@ -21,6 +22,14 @@ def available_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
             break
         available = min(available, _left_in(place, available))
     return max(0, available)
+
+
+def own_bytes(pid: str = "self", proc: Path = _PROC) -> int:
+    """Memory that a process holds and no file backs: RssAnon of proc_pid_status(5); 0 when the process is gone."""
+    try:
+        return _fields(proc / pid / "status").get("RssAnon", 0) * 1024
+    except OSError:
+        return 0
 
 
 def _own_group(membership: Path) -> str:
@@ -43,5 +52,6 @@ def _left_in(group: Path, otherwise: int) -> int:
 
 def _fields(path: Path) -> dict[str, int]:
     """Lines of a name and a number, with or without a colon and a unit."""
-    lines = (line.replace(":", " ").split() for line in path.read_text(encoding="ascii").splitlines())
-    return {words[0]: int(words[1]) for words in lines if len(words) > 1}
+    text = path.read_text(encoding="ascii", errors="replace")
+    lines = (line.replace(":", " ").split() for line in text.splitlines())
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdigit()}

@@ -6,7 +6,6 @@ from engine.errors import EngineError
 
 BACKENDS = ("reference", "cpu")
 DTYPES = ("float32", "bfloat16")
-MIB = 2**20
 _FULL_CONTEXTS = 32
 _SHARE_OF_MEMORY = 2  # KV pages take a half unless the options say otherwise; activations need memory too
 _AT_MOST = {
@@ -54,11 +53,12 @@ class EngineOptions:
             model_context: the model's own limit, in tokens.
             block_bytes_per_token: KV bytes of one token over all layers.
             memory_bytes: what is left after the weights. When `kv_blocks` is 0 the pages hold 32 full contexts, or
-                as many as fit into half of this, but never less than one.
+                as many as fit into half of this, but never less than one. Whether they fit at all is for
+                `engine.memory_plan` to say.
             cores: threads when `threads` is 0; at least one is taken.
 
         Raises:
-            EngineError: OPTIONS_INVALID names the option; OUT_OF_MEMORY says how much the pages need.
+            EngineError: OPTIONS_INVALID names the option.
         """
         self._check_sizes()
         block_size = self.block_size or 16
@@ -76,23 +76,12 @@ class EngineOptions:
             threads=self.threads or max(1, cores),
         )
         resolved._check(model_context)
-        resolved._check_memory(block_bytes_per_token, memory_bytes)
         return resolved
 
     def _check_sizes(self) -> None:
         for name, limit in _AT_MOST.items():
             if not 0 <= getattr(self, name) <= limit:
                 raise EngineError("OPTIONS_INVALID", f"{name} must lie between 0 and {limit}")
-
-    def _check_memory(self, bytes_per_token: int, memory_bytes: int) -> None:
-        needed = self.kv_blocks * self.block_size * bytes_per_token
-        if needed > memory_bytes:
-            raise EngineError(
-                "OUT_OF_MEMORY",
-                f"{self.kv_blocks} KV pages of {self.block_size} tokens need {needed / MIB:,.0f} MiB, and "
-                f"{memory_bytes / MIB:,.0f} MiB of memory are left after the weights; lower max_context_tokens "
-                f"(now {self.max_context_tokens}) or kv_blocks, take bfloat16, or free memory",
-            )
 
     def _check(self, model_context: int) -> None:
         wrong = {

@@ -37,16 +37,8 @@ def test_pages_stay_within_memory_but_hold_one_context() -> None:
 
 
 @pytest.mark.parametrize("memory_bytes", [63 * 16 * 1024 - 1, 0, -GIB])
-def test_memory_for_less_than_one_context_is_refused_with_the_numbers(memory_bytes: int) -> None:
-    with pytest.raises(EngineError, match=r"63 KV pages of 16 tokens need 1 MiB.*left after the weights") as error:
-        EngineOptions().resolve(1000, 1024, memory_bytes, 1)
-    assert error.value.code == "OUT_OF_MEMORY"
-
-
-def test_more_pages_than_memory_holds_are_refused_before_any_is_made() -> None:
-    with pytest.raises(EngineError, match="2,000 MiB, and 1,024 MiB") as error:
-        resolve(kv_blocks=128_000)
-    assert error.value.code == "OUT_OF_MEMORY"
+def test_pages_for_one_context_are_taken_even_where_memory_is_short(memory_bytes: int) -> None:
+    assert EngineOptions().resolve(1000, 1024, memory_bytes, 1).kv_blocks == 63
 
 
 def test_a_small_step_takes_fewer_requests() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine.build import build_engine, read_config
+from engine.build import build_engine
 from engine.errors import EngineError
+from engine.memory_plan import read_config
 from engine.models import llama
 from engine.options import EngineOptions
 from engine.weights.files import FileSet, read_verified

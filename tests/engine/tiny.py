@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from engine.build import build_engine, read_config
+from engine.build import build_engine
 from engine.loop import EngineLoop
+from engine.memory_plan import read_config
 from engine.models.registry import architecture
 from engine.options import EngineOptions
-from engine.plan import StepPlan
+from engine.plan import StepPlan, TokenLogprob
 from engine.request import End, Request, SamplingParams, StopCriteria
 from engine.weights.files import File, FileSet, OpenFile
 
@@ -81,9 +83,12 @@ def engine(folder: Path, **options: Any) -> EngineLoop:
 
 
 def request(handle: int, prompt: Sequence[int], max_tokens: int = 8, scope: str = "a", **rest: Any) -> Request:
-    """A request; `rest` goes to SamplingParams and StopCriteria by name."""
-    sampling = {name: rest.pop(name) for name in ("temperature", "top_k", "top_p", "seed") if name in rest}
-    return Request(handle, prompt, SamplingParams(**sampling), StopCriteria(max_tokens, **rest), scope)
+    """A request; `rest` goes to SamplingParams, StopCriteria and Request by name."""
+    sampling, stop = (
+        {field.name: rest.pop(field.name) for field in fields(kind) if field.name in rest}
+        for kind in (SamplingParams, StopCriteria)
+    )
+    return Request(handle, prompt, SamplingParams(**sampling), StopCriteria(max_tokens, **stop), scope, **rest)
 
 
 class Answer:
@@ -92,6 +97,8 @@ class Answer:
     def __init__(self) -> None:
         self.token_ids: list[int] = []
         self.pieces: list[str] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
         self.ends: list[End] = []
 
     @property
@@ -112,11 +119,14 @@ def run(loop: EngineLoop, after_step: Callable[[], None] = lambda: None) -> dict
             answer = answers.setdefault(row.handle, Answer())
             answer.token_ids.extend(row.token_ids)
             answer.pieces.append(row.text)
+            answer.logprobs.extend(row.logprobs)
+            answer.prompt_logprobs.extend(row.prompt_logprobs)
             if row.end is not None:
                 answer.ends.append(row.end)
         loop.scheduler.check()
         after_step()
-    assert loop.status().blocks_free == loop.status().blocks_total
+    status = loop.status()
+    assert status.blocks_free + status.blocks_cached == status.blocks_total
     return answers
 
 
@@ -126,8 +136,8 @@ def record_logits(loop: EngineLoop) -> dict[tuple[int, int], torch.Tensor]:
     runner: Any = loop._runner
     compute = runner.logits
 
-    def recording(plan: StepPlan) -> torch.Tensor:
-        logits = compute(plan)
+    def recording(plan: StepPlan, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = compute(plan, hidden)
         sampled = [row for row in plan.rows if row.sampling_slot is not None]
         seen.update({(row.handle, row.end): logits[i].clone() for i, row in enumerate(sampled)})
         return logits

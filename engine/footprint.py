@@ -1,0 +1,201 @@
+"""Bytes that a model takes of the memory its worker computes in, part by part, from its configuration alone.
+
+Weights and KV pages are exact: the sum of the tensors that the backend makes. Activations and loading are upper
+bounds, each term of which names the tensor it stands for; `kernels/cpu.py` and `kernels/reference.py` make those
+tensors. Needs no torch, and no weight is read.
+
+Letters: T tokens of a step, L tokens of a context, H hidden, I intermediate, Q query numbers of a token, K key
+numbers of a token, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from engine.models.blocks import Shapes
+from engine.models.config import ModelConfig
+from engine.options import EngineOptions
+
+ITEM = {"float32": 4, "bfloat16": 2}
+_FLOAT = 4
+_INT = 8
+_TILE = 16  # rows of a tile, in both backends
+_SPLIT = 64  # tokens of a KV split of the cpu backend, in deterministic mode
+_MAX_COPY = 2**22  # numbers of keys it lays out at once there, and
+_MAX_CONTEXT = 2**25  # numbers of keys and values of the single tokens that it attends together
+_DRAWING = 9 * 8 + 1  # bytes for each number of the logits while tokens are drawn: float64 copies, order, one mask
+_SCRATCH = 24 * 2**20  # buffers of the BLAS and of the allocator, which do not grow with the model
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The sizes that footprints are made of.
+
+    Attributes:
+        config: of the model.
+        shapes: its tensors.
+        options: with every default filled in.
+    """
+
+    config: ModelConfig
+    shapes: Shapes
+    options: EngineOptions
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number."""
+        return ITEM[self.options.dtype]
+
+    @property
+    def query(self) -> int:
+        """Q."""
+        return self.config.num_heads * self.config.head_dim
+
+    @property
+    def kv(self) -> int:
+        """K."""
+        return self.config.num_kv_heads * self.config.head_dim
+
+    @property
+    def fold(self) -> int:
+        """Query heads of one KV head."""
+        return self.config.num_heads // self.config.num_kv_heads
+
+    @property
+    def step(self) -> int:
+        """T, whole tiles."""
+        return _up(self.options.max_step_tokens, _TILE)
+
+    @property
+    def context(self) -> int:
+        """L, whole pages, and whole splits where there are any."""
+        block = self.options.block_size
+        unit = max(1, _SPLIT // block) if self.options.deterministic else 1
+        return _up(self.options.max_context_tokens, block * unit)
+
+    @property
+    def is_cpu(self) -> bool:
+        """The cpu backend computes; otherwise the reference."""
+        return self.options.backend == "cpu"
+
+    @property
+    def positions(self) -> int:
+        """Positions that the rotary tables hold."""
+        return positions(self.options)
+
+
+def positions(options: EngineOptions) -> int:
+    """Positions that a request can reach: the context, or less where all KV pages together hold less."""
+    return min(options.max_context_tokens, options.kv_blocks * options.block_size)
+
+
+def parameters(shapes: Shapes) -> int:
+    """Numbers in the model's files."""
+    return sum(map(prod, shapes.values()))
+
+
+def weights_bytes(of: Sizes) -> int:
+    """Every prepared tensor: stacked matrices are as large as their parts, a tied head costs nothing."""
+    return parameters(of.shapes) * of.item + _rope_bytes(of)
+
+
+def _rope_bytes(of: Sizes) -> int:
+    """cpu: float32 [positions, 2, 1, head_dim]; reference: two [positions, head_dim / 2]."""
+    return of.positions * of.config.head_dim * (2 * _FLOAT if of.is_cpu else of.item)
+
+
+def block_bytes(of: Sizes) -> int:
+    """One KV page over all layers."""
+    return of.config.num_layers * 2 * of.kv * of.options.block_size * of.item
+
+
+def kv_bytes(of: Sizes) -> int:
+    """All KV pages; the cpu backend has one more, which stays zero."""
+    return (of.options.kv_blocks + of.is_cpu) * block_bytes(of)
+
+
+def loading_peak(of: Sizes, stored: Mapping[str, int]) -> int:
+    """Most that is held while tensors are prepared one stack after another.
+
+    What the files hold is read whole, then goes stack by stack as its prepared form takes its place; at one moment
+    there are the parts of a stack, their copies in another number type, and the stack.
+
+    Args:
+        of: the sizes.
+        stored: bytes of each tensor in its file; those that are missing count as they will be prepared.
+    """
+    prepared = {name: prod(shape) * of.item for name, shape in of.shapes.items()}
+    held = {name: stored.get(name, size) for name, size in prepared.items()}
+    between = sum(max(held[name], size) for name, size in prepared.items())
+    config = of.config
+    stacks = [2 * config.intermediate_size, of.query + 2 * of.kv, config.vocab_size]
+    stack = max(stacks) * config.hidden_size
+    converts = any(held[name] != size for name, size in prepared.items())
+    widest = max((held[name] // prod(shape) for name, shape in of.shapes.items()), default=of.item)
+    copies = stack * max(of.item, widest) if converts else 0
+    return between + stack * of.item + copies + _rope_bytes(of) + _rope_angles(of)
+
+
+def _rope_angles(of: Sizes) -> int:
+    """Angles in float32 and float64, their cosines and sines, and the joined tables before they are rounded."""
+    return of.positions * of.config.head_dim // 2 * (_FLOAT + 8 * 8)
+
+
+def activation_bytes(of: Sizes) -> int:
+    """Most that one step takes beside weights and pages.
+
+    The residual stream, the layer's input and its output are there all along, with the masks of all groups; beside
+    them at one moment either the rotation, the attention, the MLP, or logits and drawing.
+    """
+    stream = 4 * of.step * of.config.hidden_size * of.item
+    rows = of.step * 4 * _INT + of.options.max_running * (of.context // of.options.block_size + 1) * _INT
+    masks = of.step * of.context if of.is_cpu else of.options.max_running * of.context * _INT
+    attention = _cpu_attention(of) if of.is_cpu else _reference_attention(of)
+    return stream + rows + masks + max(_rotation(of), attention, _mlp(of), _logits(of)) + _SCRATCH
+
+
+def _rotation(of: Sizes) -> int:
+    """The projection (twice where its tiles are joined), and queries and keys in float32, four times."""
+    return of.step * ((of.query + 2 * of.kv) * of.item * 2 + (of.query + of.kv) * (4 * _FLOAT + 2 * of.item))
+
+
+def _mlp(of: Sizes) -> int:
+    """Gate and up (twice where tiles are joined), and four of the gate's size in float32 while it is applied."""
+    return of.step * of.config.intermediate_size * (4 * of.item + 4 * _FLOAT)
+
+
+def _logits(of: Sizes) -> int:
+    """Logits of every row that can be sampled (in tiles: twice), in float32, and what drawing makes of them."""
+    rows = _up(of.options.max_running, _TILE)
+    return rows * of.config.vocab_size * (2 * of.item + _FLOAT + _DRAWING)
+
+
+def _reference_attention(of: Sizes) -> int:
+    """Each token alone: its keys and values and their transposed copies, scores and weights of all heads."""
+    one = of.context * (2 * 2 * of.kv + 3 * of.config.num_heads) * of.item
+    return one + 3 * of.step * of.query * of.item + of.context * 5 * _INT
+
+
+def _cpu_attention(of: Sizes) -> int:
+    """Queries and their answers, the keys and values of one group copied out of the pages, and its masks."""
+    tokens = 4 * of.step * of.query * (_FLOAT if of.options.deterministic else of.item)
+    longest = 2 * of.context * of.kv
+    group = max(longest, min(of.options.max_running * longest, _MAX_CONTEXT))
+    copied = group * of.item
+    if of.options.deterministic:
+        return tokens + copied + group * _FLOAT + _tiles(of, group)
+    masks = of.step * of.context * (1 + of.fold * (1 + of.item))
+    return tokens + copied + masks
+
+
+def _tiles(of: Sizes, group: int) -> int:
+    """Splits of one group laid out for products: keys, values, queries, scores, weights and answers, and masks."""
+    keys = max(_MAX_COPY, group // 2)
+    rows = max(_TILE, of.fold) + of.fold
+    split = of.options.block_size * max(1, _SPLIT // of.options.block_size)
+    products = 2 * keys + 3 * keys * rows // split + 4 * keys * rows // of.config.head_dim
+    return products * _FLOAT + 2 * (of.step + _TILE) * of.context
+
+
+def _up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit

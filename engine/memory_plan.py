@@ -1,0 +1,195 @@
+"""What a deployment takes of a device and whether it fits: one computation for planning, refusing and loading.
+
+engine-host answers PlanDeployment with it, from config.json and the headers of the weights; the worker resolves
+its options with it before it reads a weight. Needs no torch.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine import footprint
+from engine.errors import EngineError
+from engine.footprint import Sizes
+from engine.models.blocks import Shapes
+from engine.models.config import ModelConfig, parse_config
+from engine.models.registry import architecture
+from engine.options import EngineOptions
+from engine.weights.files import FileSet, OpenFile, read_verified
+from engine.weights.safetensors import read_stored_header
+
+PROCESS_BYTES = 192 * 2**20
+"""What a worker takes before any tensor: interpreter, torch, gRPC, vocabulary; measured 150 to 180 MiB."""
+
+CPU = "cpu"
+_GIB = 2**30
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of each part of a deployment, at their highest, and what there is for them.
+
+    Attributes:
+        device: where it would run.
+        process: the worker itself, before any tensor.
+        weights: in the layout of the backend; exact.
+        kv: KV pages; exact.
+        activations: most that one step takes, logits included.
+        loading: most that loading takes beyond all these together.
+        available: what the device has for it now.
+        kv_block: one KV page over all layers.
+        options: with every default filled in.
+        parameters: numbers of the model's weights.
+    """
+
+    device: str
+    process: int
+    weights: int
+    kv: int
+    activations: int
+    loading: int
+    available: int
+    kv_block: int
+    options: EngineOptions
+    parameters: int
+
+    @property
+    def total(self) -> int:
+        """What the deployment needs at its highest point."""
+        return self.process + self.weights + self.kv + self.activations + self.loading
+
+    @property
+    def fits(self) -> bool:
+        """The device has as much."""
+        return self.total <= self.available
+
+    @property
+    def full_contexts(self) -> int:
+        """Full contexts that the KV pages hold at once."""
+        return self.options.kv_blocks // -(-self.options.max_context_tokens // self.options.block_size)
+
+    @property
+    def advice(self) -> str:
+        """What to change; empty when it fits."""
+        if self.fits:
+            return ""
+        ways = []
+        if self.kv >= self.activations:
+            ways.append(f"lower kv_blocks (now {self.options.kv_blocks})")
+        ways.append(f"lower max_context_tokens (now {self.options.max_context_tokens})")
+        if self.activations > self.kv:
+            ways.append(f"lower max_running (now {self.options.max_running})")
+        if self.options.dtype == "float32":
+            ways.append("take bfloat16")
+        return f"{', '.join(ways)}, or free memory: unload another deployment"
+
+    @property
+    def summary(self) -> str:
+        """All of it in one line."""
+        parts = {
+            "weights": self.weights,
+            "KV": self.kv,
+            "activations": self.activations,
+            "loading": self.loading,
+            "process": self.process,
+        }
+        unit, name = (_GIB, "GiB") if self.total >= _GIB else (_MIB, "MiB")
+        named = ", ".join(f"{part} {count / unit:,.2f}" for part, count in parts.items())
+        return f"needs {self.total / unit:,.2f} {name}: {named}; available {self.available / unit:,.2f} {name}"
+
+    def require_fit(self) -> None:
+        """Refuse a deployment that does not fit.
+
+        Raises:
+            EngineError: OUT_OF_MEMORY, with the numbers and what to change.
+        """
+        if not self.fits:
+            raise EngineError("OUT_OF_MEMORY", f"{self.summary}; {self.advice}")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a plan needs to know of a model.
+
+    Attributes:
+        config: its configuration.
+        shapes: its tensors.
+        stored: bytes of each tensor in its file.
+    """
+
+    config: ModelConfig
+    shapes: Shapes
+    stored: Mapping[str, int]
+
+
+def read_model(files: FileSet, open_file: OpenFile) -> Model:
+    """The model in `files`: its configuration verified, of its weights the headers alone, which loading verifies.
+
+    Raises:
+        EngineError: MODEL_FILE_MISSING, FILE_MISSING, FILE_DIGEST_MISMATCH, CONFIG_INVALID, CONFIG_UNSUPPORTED,
+            ARCHITECTURE_UNSUPPORTED, WEIGHTS_INVALID.
+    """
+    config = read_config(files, open_file)
+    stored: dict[str, int] = {}
+    for file in files.matching(".safetensors"):
+        header = read_stored_header(file, open_file)
+        stored.update({name: entry.end - entry.begin for name, entry in header.items()})
+    return Model(config, architecture(config).tensor_shapes(config), stored)
+
+
+def read_config(files: FileSet, open_file: OpenFile) -> ModelConfig:
+    """The model's configuration, from the files' verified bytes.
+
+    Raises:
+        EngineError: FILE_DIGEST_MISMATCH, MODEL_FILE_MISSING, CONFIG_INVALID or CONFIG_UNSUPPORTED.
+    """
+    generation = files.find("generation_config.json")
+    return parse_config(
+        bytes(read_verified(files.get("config.json"), open_file)),
+        bytes(read_verified(generation, open_file)) if generation else None,
+    )
+
+
+def plan_memory(model: Model, options: EngineOptions, available: int, cores: int | None = None) -> MemoryPlan:
+    """What `model` takes with `options`, their defaults filled in for a device with `available` bytes.
+
+    Args:
+        model: the model.
+        options: as asked for.
+        available: bytes that this deployment may take.
+        cores: of the device; those of this process when None.
+
+    Raises:
+        EngineError: OPTIONS_INVALID names the option.
+    """
+    options = _resolve(model, options, available, len(os.sched_getaffinity(0)) if cores is None else cores)
+    sizes = Sizes(model.config, model.shapes, options)
+    weights, kv = footprint.weights_bytes(sizes), footprint.kv_bytes(sizes)
+    activations = footprint.activation_bytes(sizes)
+    return MemoryPlan(
+        device=CPU,
+        process=PROCESS_BYTES,
+        weights=weights,
+        kv=kv,
+        activations=activations,
+        loading=max(0, footprint.loading_peak(sizes, model.stored) - weights - kv - activations),
+        available=available,
+        kv_block=footprint.block_bytes(sizes),
+        options=options,
+        parameters=footprint.parameters(model.shapes),
+    )
+
+
+def _resolve(model: Model, options: EngineOptions, available: int, cores: int) -> EngineOptions:
+    """`options` completed: KV pages by default get half of what the weights leave, or what activations leave."""
+    config = model.config
+    first = options.resolve(config.max_context_tokens, 1, 0, cores)
+    sizes = Sizes(config, model.shapes, first)
+    left = available - PROCESS_BYTES - footprint.weights_bytes(sizes)
+    return options.resolve(
+        model_context=config.max_context_tokens,
+        block_bytes_per_token=footprint.block_bytes(sizes) // first.block_size,
+        memory_bytes=min(left, 2 * (left - footprint.activation_bytes(sizes) - footprint.block_bytes(sizes))),
+        cores=cores - 1,  # a spinning thread that shares its core slows a step tenfold
+    )

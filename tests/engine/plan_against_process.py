@@ -1,0 +1,78 @@
+"""Loads a model and fills its pages and steps in this process; prints the plan beside what was held and measured.
+
+Run as a process of its own: `python -m tests.engine.plan_against_process FOLDER OPTIONS_JSON`.
+"""
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.build import build_engine
+from engine.memory_plan import plan_memory, read_model
+from engine.options import EngineOptions
+from tests.engine.tiny import file_set, request, run
+
+
+def main(folder: Path, options: EngineOptions) -> dict[str, Any]:
+    torch.set_num_threads(options.threads)
+    _warm_up()
+    model = read_model(*file_set(folder))
+    plan = plan_memory(model, options, 1 << 50)
+    before = _restart_peak()
+    loop = build_engine(*file_set(folder), options)
+    runner: Any = loop._runner
+    held = {"weights": held_bytes(runner._model), "kv": held_bytes(runner._kv)}
+    for tensor in _tensors(runner._kv).values():
+        tensor.zero_()  # pages that were never touched are in no figure of the kernel's
+    draw = random.Random(1)
+    length = plan.options.max_context_tokens - 6
+    for handle in range(min(plan.options.max_running, plan.full_contexts)):
+        prompt = [draw.randrange(2, model.config.vocab_size) for _ in range(length)]
+        sampling = {"temperature": 1.0, "top_k": 50, "top_p": 0.9, "seed": handle}
+        loop.submit(request(handle, prompt, 4, ignore_eos=True, **sampling))
+    answers = run(loop)
+    assert [len(answer.token_ids) for answer in answers.values()] == [4] * len(answers), "a step failed"
+    peak = _status("VmHWM") - before
+    planned = {"weights": plan.weights, "kv": plan.kv, "total": plan.total - plan.process}
+    return {"planned": planned, "held": held, "peak": peak}
+
+
+def _warm_up() -> None:
+    """Libraries allocate at their first product."""
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.randn(64, 64).to(dtype) @ torch.randn(64, 64).to(dtype)
+
+
+def _tensors(value: Any) -> dict[int, torch.Tensor]:
+    """Every tensor inside, once for each storage."""
+    if isinstance(value, torch.Tensor):
+        return {value.untyped_storage().data_ptr(): value}
+    fields = getattr(value, "__dataclass_fields__", None)
+    inside = [getattr(value, name) for name in fields] if fields else value
+    if not isinstance(inside, list | tuple):
+        return {}
+    return {place: tensor for item in inside for place, tensor in _tensors(item).items()}
+
+
+def held_bytes(value: Any) -> int:
+    """Bytes of every tensor inside."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in _tensors(value).values())
+
+
+def _restart_peak() -> int:
+    """Let the kernel forget the peak of resident memory; resident bytes now (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), EngineOptions(**json.loads(sys.argv[2])))))
