@@ -534,18 +534,24 @@ class LoadModelResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def deployment(self) -> Global___Deployment:
         """As it is now."""
+
+    @_builtins.property
+    def plan(self) -> Global___MemoryPlan:
+        """What it takes, as planned before it was made."""
 
     def __init__(
         self,
         *,
         deployment: Global___Deployment | None = ...,
+        plan: Global___MemoryPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "plan", b"plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1389,8 +1395,11 @@ class PlanModelRequest(_message.Message):
 
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """name@version, a name for its newest, or a digest."""
+    device: _builtins.str
+    """Id of the device; empty takes the CPU."""
     @_builtins.property
     def options(self) -> Global___DeploymentOptions:
         """How it should run."""
@@ -1400,10 +1409,11 @@ class PlanModelRequest(_message.Message):
         *,
         model_version: _builtins.str = ...,
         options: Global___DeploymentOptions | None = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device", b"device", "model_version", b"model_version", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1460,6 +1470,9 @@ class MemoryPlan(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     ADVICE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    PROCESS_BYTES_FIELD_NUMBER: _builtins.int
+    RECORDED_FROM_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """Where it would run."""
     weights_bytes: _builtins.int
@@ -1484,6 +1497,12 @@ class MemoryPlan(_message.Message):
     """What to change, when it does not fit."""
     parameters: _builtins.int
     """Numbers of the model's weights."""
+    process_bytes: _builtins.int
+    """The worker itself, before any tensor: interpreter and libraries."""
+    recorded_from: _builtins.str
+    """Path of the recorded inventory that available_bytes comes from; empty when it was measured now."""
+    summary: _builtins.str
+    """All of it in one line."""
     @_builtins.property
     def options(self) -> Global___DeploymentOptions:
         """Options with every default filled in."""
@@ -1504,10 +1523,13 @@ class MemoryPlan(_message.Message):
         options: Global___DeploymentOptions | None = ...,
         advice: _builtins.str = ...,
         parameters: _builtins.int = ...,
+        process_bytes: _builtins.int = ...,
+        recorded_from: _builtins.str = ...,
+        summary: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "process_bytes", b"process_bytes", "recorded_from", b"recorded_from", "summary", b"summary", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

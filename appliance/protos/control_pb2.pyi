@@ -141,7 +141,7 @@ class AuthorizeResponse(_message.Message):
     SCOPE_FIELD_NUMBER: _builtins.int
     MAX_CONCURRENT_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
-    """Opaque; single use; valid for a minute, for Admit."""
+    """Opaque; single use; valid for a minute, for Admit. Empty where the method is not one that is admitted."""
     deployment: _builtins.str
     """The deployment behind the alias."""
     text_socket: _builtins.str
@@ -207,14 +207,17 @@ class AdmitRequest(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     PROMPT_SHA256_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    ANSWERS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
     """From Authorize."""
     prompt_tokens: _builtins.int
     """Tokens of the prompt."""
     max_tokens: _builtins.int
-    """Most tokens the answer may have."""
+    """Most tokens one answer may have."""
     prompt_sha256: _builtins.bytes
     """SHA-256 of the prompt as the client sent it; recorded only under a secret salt."""
+    answers: _builtins.int
+    """Answers to the prompt, each of max_tokens at the most; 0 is read as 1."""
     @_builtins.property
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Sampling parameters as recorded in the audit log; never text."""
@@ -227,10 +230,11 @@ class AdmitRequest(_message.Message):
         max_tokens: _builtins.int = ...,
         prompt_sha256: _builtins.bytes = ...,
         parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        answers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_tokens", b"max_tokens", "parameters", b"parameters", "prompt_sha256", b"prompt_sha256", "prompt_tokens", b"prompt_tokens", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "max_tokens", b"max_tokens", "parameters", b"parameters", "prompt_sha256", b"prompt_sha256", "prompt_tokens", b"prompt_tokens", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -212,18 +212,22 @@ class PlanDeploymentRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    device: _builtins.str
+    """Id of the device; empty takes the CPU."""
     @_builtins.property
     def deployment(self) -> Global___Deployment:
-        """As Reconcile would be given it."""
+        """As Reconcile would be given it; its name may be empty while it has none."""
 
     def __init__(
         self,
         *,
         deployment: Global___Deployment | None = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "device", b"device"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -248,6 +252,9 @@ class MemoryPlan(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     ADVICE_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
+    PROCESS_BYTES_FIELD_NUMBER: _builtins.int
+    RECORDED_FROM_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """Where it would run."""
     weights_bytes: _builtins.int
@@ -272,6 +279,12 @@ class MemoryPlan(_message.Message):
     """What to change, when it does not fit."""
     parameters: _builtins.int
     """Numbers of the model's weights."""
+    process_bytes: _builtins.int
+    """The worker itself, before any tensor: interpreter and libraries."""
+    recorded_from: _builtins.str
+    """Path of the recorded inventory that available_bytes comes from; empty when it was measured now."""
+    summary: _builtins.str
+    """All of it in one line."""
     @_builtins.property
     def options(self) -> Global___DeploymentOptions:
         """Options with every default filled in."""
@@ -292,10 +305,13 @@ class MemoryPlan(_message.Message):
         options: Global___DeploymentOptions | None = ...,
         advice: _builtins.str = ...,
         parameters: _builtins.int = ...,
+        process_bytes: _builtins.int = ...,
+        recorded_from: _builtins.str = ...,
+        summary: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "process_bytes", b"process_bytes", "recorded_from", b"recorded_from", "summary", b"summary", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -937,13 +953,18 @@ class Submit(_message.Message):
     frequency_penalty: _builtins.float
     """Taken off a token's logit for each time it is in the answer; -2 to 2."""
     min_tokens: _builtins.int
-    """Neither end tokens, stop tokens nor stop strings end the answer before this many tokens."""
+    """Neither end tokens, stop tokens nor stop strings end the answer before this many tokens: the first two are not
+    drawn, and a stop string that is complete before is none.
+    """
     logprobs: _builtins.int
     """Log probabilities of each generated token and this many likeliest ones; absent gives none."""
     prompt_logprobs: _builtins.int
     """The same for every prompt token but the first."""
     n: _builtins.int
-    """Answers to the same prompt, which they share the pages of; 0 is read as 1."""
+    """Answers to the same prompt, which they share the pages of; 0 is read as 1, and 64 are the most. Answer 0 draws with
+    the seed, answer i with the first eight bytes of SHA-256(seed in eight bytes, i in four), all big-endian. Each gets
+    its own rows and exactly one end, also when all are refused or aborted at once.
+    """
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt."""
