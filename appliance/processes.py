@@ -5,11 +5,13 @@ started with the same arguments and judged by the same readiness everywhere.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-DEFAULT_LISTEN = "127.0.0.1:8443"
+if TYPE_CHECKING:
+    from appliance.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,10 +21,12 @@ class ProcessSpec:
     Attributes:
         name: what logs, status and messages call it.
         module: run with `python -m`.
-        arguments: templates; {home}, {run}, {store} and {listen} are filled in.
+        arguments: where one is {home}, {run} or {store}, that path takes its place.
         needs: names of the processes that must be ready first.
         ready_within: seconds it may take to say READY (sd_notify(3)).
         drain_within: seconds it may take to end after SIGTERM, before SIGKILL.
+        heard_within: seconds it may give no sign of life once it is ready (sd_notify(3), WATCHDOG=1), before
+            SIGKILL and another start.
     """
 
     name: str
@@ -31,20 +35,50 @@ class ProcessSpec:
     needs: tuple[str, ...] = ()
     ready_within: float = 30.0
     drain_within: float = 30.0
+    heard_within: float = 20.0
 
-    def argv(self, home: Path, listen: str) -> tuple[str, ...]:
+    def argv(self, home: Path) -> tuple[str, ...]:
         """The command, with this interpreter and absolute paths; nothing of the current directory is imported."""
-        places = {"home": str(home), "run": str(home / "run"), "store": str(home / "store"), "listen": listen}
-        return (sys.executable, "-P", "-m", self.module, *(a.format_map(places) for a in self.arguments))
+        places = {"{home}": str(home), "{run}": str(home / "run"), "{store}": str(home / "store")}
+        return (sys.executable, "-P", "-m", self.module, *(places.get(a, a) for a in self.arguments))
 
 
-# In start order; SIGTERM goes the other way round, so that the last request in is the last one recorded.
-TABLE: tuple[ProcessSpec, ...] = (
-    ProcessSpec("control", "appliance.control", ("--home", "{home}")),
-    ProcessSpec("importer", "bundles.importer", ("--home", "{home}")),
-    ProcessSpec("engine-host", "engine.host", ("--run", "{run}", "--store", "{store}")),
-    ProcessSpec("gateway", "appliance.gateway", ("--home", "{home}", "--listen", "{listen}"), needs=("control",)),
-)
+# A gateway that has drained still settles and hangs up.
+_DRAINED_WITHIN = 20.0
+
+
+def table(settings: "Settings") -> tuple[ProcessSpec, ...]:
+    """The rows, in start order; SIGTERM goes the other way round, so that the last request in is the last recorded."""
+    home, heard = ("--home", "{home}"), settings.watchdog.heard_seconds
+    return (
+        ProcessSpec("control", "appliance.control", (*home, *_control(settings)), heard_within=heard),
+        ProcessSpec("importer", "bundles.importer", home, heard_within=heard),
+        ProcessSpec("engine-host", "engine.host", _engine_host(settings), heard_within=heard),
+        ProcessSpec(
+            "gateway",
+            "appliance.gateway",
+            (*home, *_options(settings.gateway.model_dump())),
+            needs=("control",),
+            drain_within=settings.gateway.drain_seconds + _DRAINED_WITHIN,
+            heard_within=heard,
+        ),
+    )
+
+
+def _control(settings: "Settings") -> tuple[str, ...]:
+    return _options({"audit_wait_seconds": settings.audit.wait_seconds, **settings.tenants.model_dump()})
+
+
+def _engine_host(settings: "Settings") -> tuple[str, ...]:
+    watchdog = settings.watchdog
+    limits = _options({"heard_within": watchdog.heard_seconds, "step_within": watchdog.step_seconds})
+    return ("--run", "{run}", "--store", "{store}", *limits)
+
+
+def _options(values: Mapping[str, object]) -> tuple[str, ...]:
+    """`--name=value` for each that is not empty, in this form because a value may begin with a hyphen."""
+    return tuple(f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value != "")
+
 
 # The longest file name that any process makes in run/: a worker's socket, for a deployment name of 32 characters.
 LONGEST_SOCKET_NAME = len("worker-.sock") + 32

@@ -1,4 +1,5 @@
-"""Runs the table of processes: start in order, wait for READY, start again what dies, drain in reverse.
+"""Runs the table of processes: start in order, wait for READY, start again what dies or falls silent, drain in
+reverse.
 
 Each child has its own notify socket in run/ (sd_notify(3)), its own process group, so that Ctrl-C in a terminal
 reaches this process alone, and its own log. Children die with this process, however it dies: `engine.process.run`
@@ -23,9 +24,12 @@ import grpc
 from appliance.errors import CloisterError
 from appliance.logfile import LogFile
 from appliance.processes import ProcessSpec
-from engine.process import child_environment
+from engine.process import Silence, child_environment
 
 _MAX_LINE = 1024 * 1024
+WATCHDOG = "WATCHDOG"
+"""Why a process was killed that gave no sign of life; engine-host says the same of a deployment's processes."""
+
 _UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
 
 
@@ -59,6 +63,8 @@ class Report:
 @dataclass(eq=False, slots=True)
 class _Child:
     process: asyncio.subprocess.Process
+    silence: Silence
+    log: LogFile
     log_pump: asyncio.Task[None]
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -69,24 +75,24 @@ class Supervisor:
     Args:
         table: in start order.
         home: absolute; run/ exists.
-        listen: HOST:PORT of the gateway.
         report: told of every change.
         policy: when to start again.
+        open_log: a process's log.
     """
 
     def __init__(
         self,
         table: tuple[ProcessSpec, ...],
         home: Path,
-        listen: str,
         report: Callable[[Report], None],
         policy: RestartPolicy | None = None,
+        open_log: Callable[[Path], LogFile] = LogFile,
     ) -> None:
         self._table = table
         self._home = home
-        self._listen = listen
         self._report = report
         self._policy = policy or RestartPolicy()
+        self._open_log = open_log
         self._ready: Mapping[str, asyncio.Event] = {spec.name: asyncio.Event() for spec in table}
         self._children: dict[str, _Child] = {}
 
@@ -146,13 +152,28 @@ class Supervisor:
             self._ready[spec.name].set()
             self._report(Report(spec.name, "ready", child.process.pid))
             since = loop.time()
-            await ended
+            await self._watch(spec, child, ended)
             return loop.time() - since
         finally:
             self._ready[spec.name].clear()
             ended.cancel()
             if child.process.returncode is not None:
                 await self._bury(spec, child)
+
+    async def _watch(self, spec: ProcessSpec, child: _Child, ended: asyncio.Task[int]) -> None:
+        """Wait for the end of a process that serves; one that gives no sign of life is killed."""
+        silent = asyncio.create_task(child.silence.lasts_too_long())
+        try:
+            await asyncio.wait((ended, silent), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            silent.cancel()
+        if not ended.done():
+            detail = f"{WATCHDOG}: silent for {spec.heard_within:g} s"
+            self._report(Report(spec.name, "killed", child.process.pid, detail))
+            with contextlib.suppress(OSError):
+                child.log.write(_log_line(f"{spec.name} killed", pid=child.process.pid, reason=detail))
+            _signal(child, signal.SIGKILL)  # a stopped process is killed too, and no one can catch it
+            await ended
 
     async def _wait_ready(self, spec: ProcessSpec, child: _Child, ended: asyncio.Task[int]) -> bool:
         ready = asyncio.create_task(child.ready.wait())
@@ -174,22 +195,23 @@ class Supervisor:
 
     async def _spawn(self, spec: ProcessSpec) -> _Child:
         process = await asyncio.create_subprocess_exec(
-            *spec.argv(self._home, self._listen),
+            *spec.argv(self._home),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             limit=_MAX_LINE,
             cwd=self._home,
-            env=child_environment(self._notify_path(spec)),
+            env=child_environment(self._notify_path(spec), spec.heard_within),
             process_group=0,
         )
-        log = LogFile(self._home / "logs" / f"{spec.name}.log")
+        log = self._open_log(self._home / "logs" / f"{spec.name}.log")
 
         def unlogged(error: OSError) -> None:
             detail = f"{log.path}: {error.strerror}; its lines are dropped until there is room"
             self._report(Report(spec.name, "unlogged", process.pid, detail))
 
-        child = _Child(process, asyncio.create_task(_pump(process, log, unlogged)))
+        silence = Silence(process.pid, spec.heard_within)
+        child = _Child(process, silence, log, asyncio.create_task(_pump(process, log, unlogged)))
         self._children[spec.name] = child
         self._report(Report(spec.name, "starting", process.pid))
         return child
@@ -213,13 +235,16 @@ class Supervisor:
         return self._home / "run" / f"notify-{spec.name}.sock"
 
     def _on_notify(self, notify: socket.socket, name: str) -> None:
-        """READY counts from the process itself, not from what it started; the kernel vouches for the sender."""
+        """Only the process itself counts, not what it started; the kernel vouches for the sender."""
         data, ancillary, _, _ = notify.recvmsg(4096, socket.CMSG_SPACE(_UCRED.size))
         senders = [
             _UCRED.unpack(raw[: _UCRED.size])[0] for _, kind, raw in ancillary if kind == socket.SCM_CREDENTIALS
         ]
         child = self._children.get(name)
-        if child is not None and senders == [child.process.pid] and b"READY=1" in data.split(b"\n"):
+        if child is None or senders != [child.process.pid]:
+            return
+        child.silence.heard()
+        if b"READY=1" in data.split(b"\n"):
             child.ready.set()
 
     async def _drain(self) -> None:
@@ -240,7 +265,7 @@ class Supervisor:
             self._report(Report(spec.name, "stopped", child.process.pid, detail))
 
     def _gave_up(self, spec: ProcessSpec) -> CloisterError:
-        log = LogFile(self._home / "logs" / f"{spec.name}.log")
+        log = self._open_log(self._home / "logs" / f"{spec.name}.log")
         lines = log.last_lines(5)
         log.close()
         return CloisterError(
@@ -302,11 +327,15 @@ async def _pump(process: asyncio.subprocess.Process, log: LogFile, unlogged: Cal
 
 def _lost_line(lost: int) -> bytes:
     """A log line that says how many are missing before it; empty when none is."""
-    if not lost:
-        return b""
+    return _log_line(f"{lost} lines lost", lost=lost) if lost else b""
+
+
+def _log_line(event: str, **facts: object) -> bytes:
+    """What this process itself says in a child's log."""
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = {"time": time, "process": "serve", "level": "error", "event": f"{lost} lines lost", "lost": lost}
-    return json.dumps(line).encode() + b"\n"
+    return (
+        json.dumps({"time": time, "process": "serve", "level": "error", "event": event, **facts}).encode() + b"\n"
+    )
 
 
 async def _read_line(stream: asyncio.StreamReader) -> bytes:

@@ -25,6 +25,9 @@ from engine.weights.files import File, FileSet
 REFUSED_STATUS = 3
 """Exit status of a process whose deployment cannot run; starting it again would not help."""
 
+STEP_WITHIN_VARIABLE = "CLOISTER_STEP_WITHIN_S"
+"""Names the seconds that one turn of a worker's engine may take before the worker gives no more signs of life."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -2,12 +2,15 @@
 
 This file knows neither models nor tenants; each process's `__main__` calls `run` with what it serves. READY is
 systemd's notify protocol (a datagram to $NOTIFY_SOCKET), so `cloister serve` and a systemd unit wait for the same
-thing. Sockets are made with mode 0600 inside a directory that only the appliance's user may enter.
+thing. Sockets are made with mode 0600 inside a directory that only the appliance's user may enter. From READY on,
+where $WATCHDOG_USEC asks for it, the event loop tells the same socket that it turns (WATCHDOG=1); `Silence` is the
+other end: it judges when a process that it hears no more has to be killed.
 
-Source: sd_notify(3); prctl(2), PR_SET_PDEATHSIG.
+Source: sd_notify(3); sd_watchdog_enabled(3); prctl(2), PR_SET_PDEATHSIG.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import json
 import logging
@@ -15,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +27,7 @@ import grpc
 
 _PR_SET_PDEATHSIG = 1
 _MAX_UNIX_PATH = 107
+_SIGNS_PER_LIMIT = 4  # sd_watchdog_enabled(3) recommends two; four leave room on a busy machine
 _RESERVED = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
 log = logging.getLogger(__name__)
@@ -46,6 +51,14 @@ class Process:
         self.name = name
         self.stopping = asyncio.Event()
         self._forbidden = frozenset(forbidden)
+        self._stuck: Callable[[], str] = lambda: ""
+
+    def feed_unless(self, stuck: Callable[[], str]) -> None:
+        """Give no sign of life while `stuck` names what does not get on; the event loop alone is watched before.
+
+        A process that is stuck for as long as its watchdog allows is killed and started again.
+        """
+        self._stuck = stuck
 
     def listen(self, server: grpc.aio.Server, path: Path) -> None:
         """Bind `server` to the Unix socket `path`, replacing what a dead predecessor left there.
@@ -77,6 +90,19 @@ class Process:
             raise ForbiddenModuleError(f"{self.name} must never load {', '.join(loaded)}")
         _notify("\n".join(["READY=1", *(f"X_{name}={value}" for name, value in (facts or {}).items())]))
         log.info("ready", extra={"pid": os.getpid()})
+        limit = _watchdog_limit()
+        if limit:
+            self._feed(asyncio.get_running_loop(), _connected(), limit / _SIGNS_PER_LIMIT, "")
+
+    def _feed(self, loop: asyncio.AbstractEventLoop, notify: socket.socket, every: float, before: str) -> None:
+        """Send a sign of life now and every so many seconds; never wait for a watcher that does not read."""
+        stuck = self._stuck()
+        if not stuck:
+            with contextlib.suppress(OSError):  # it stands still itself, or is gone and this process ends with it
+                notify.send(b"WATCHDOG=1")
+        elif not before:
+            log.error("stuck", extra={"reason": stuck})
+        loop.call_later(every, self._feed, loop, notify, every, stuck)
 
     def stop(self) -> None:
         """Begin to drain, as SIGTERM does."""
@@ -116,13 +142,90 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
-def child_environment(notify: Path) -> dict[str, str]:
-    """What a process of the house is started with: this process's variables, and where to report READY.
+def child_environment(notify: Path, heard_within: float = 0.0) -> dict[str, str]:
+    """What a process of the house is started with: this process's variables, where to report READY, and within how
+    many seconds to give signs of life after that, where somebody watches for them.
 
     gRPC's C core writes lines of its own form to standard error, and reads what to write before any of our code
     runs; the logs are JSON lines only.
     """
-    return {"GRPC_VERBOSITY": "NONE", **os.environ, "NOTIFY_SOCKET": str(notify)}
+    watchdog = {"NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": str(int(heard_within * 1e6))}
+    inherited = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
+    return {"GRPC_VERBOSITY": "NONE", **inherited, **watchdog}
+
+
+class Silence:
+    """How long a process has given no sign of life, counted in the watcher's own waking time.
+
+    A watcher that did not run itself (the machine slept, a debugger held it, others had the processors) could not
+    have heard anything: such time is nobody's silence, and after more than the limit of it a new period begins. A
+    process that a debugger holds is not silent either.
+
+    Args:
+        pid: whose silence.
+        limit: seconds that are too long.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, pid: int, limit: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self.limit = limit
+        self._pid = pid
+        self._clock = clock
+        self._tick = limit / 10
+        self._looked = clock()
+        self._silent = 0.0
+
+    def heard(self) -> None:
+        """It gave a sign of life."""
+        self._silent = 0.0
+
+    def is_too_long(self) -> bool:
+        """Whether the limit has passed; asked about ten times within the limit."""
+        now = self._clock()
+        gap, self._looked = now - self._looked, now
+        if gap > self.limit:
+            self._silent = 0.0
+        else:
+            self._silent += min(gap, 2 * self._tick)
+        if self._silent > self.limit and _is_traced(self._pid):
+            self._silent = 0.0
+        return self._silent > self.limit
+
+    async def lasts_too_long(self) -> None:
+        """Return once it does; from now on, whatever was before."""
+        self._looked, self._silent = self._clock(), 0.0
+        while not self.is_too_long():  # noqa: ASYNC110  # what is looked at is the clock
+            await asyncio.sleep(self._tick)
+
+
+def _is_traced(pid: int) -> bool:
+    """Whether a debugger holds the process; proc(5), TracerPid."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+    return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in status.splitlines())
+
+
+def _watchdog_limit() -> float:
+    """Seconds within which this process has to give signs of life; 0 when nobody watches."""
+    try:
+        limit = int(os.environ.get("WATCHDOG_USEC", "0")) / 1e6
+        meant = int(os.environ.get("WATCHDOG_PID", "0"))
+    except ValueError:
+        return 0.0
+    return limit if os.environ.get("NOTIFY_SOCKET") and meant in (0, os.getpid()) else 0.0
+
+
+def _connected() -> socket.socket:
+    """A socket to $NOTIFY_SOCKET that is kept, so that a process out of file descriptors is not taken for dead."""
+    notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    notify.connect(_address(os.environ["NOTIFY_SOCKET"]))
+    return notify
+
+
+def _address(name: str) -> str:
+    return "\0" + name[1:] if name.startswith("@") else name
 
 
 def _notify(state: str) -> None:
@@ -135,7 +238,7 @@ def _notify(state: str) -> None:
     if not address:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.connect("\0" + address[1:] if address.startswith("@") else address)
+        sock.connect(_address(address))
         if state:
             sock.send(state.encode())
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 
+from engine.host.keeper import RestartPolicy
 from engine.host.service import HostService
 from engine.process import Process, run
 from engine.protos import engine_pb2_grpc
@@ -23,13 +24,29 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=NAME, description="Starts the processes of deployments.")
     parser.add_argument("--run", type=Path, required=True, help="directory of sockets")
     parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
+    default = RestartPolicy()
+    parser.add_argument(
+        "--heard-within",
+        type=float,
+        default=default.heard_within_s,
+        metavar="SECONDS",
+        help="a worker or text that gives no sign of life for longer is killed and started again (%(default)g)",
+    )
+    parser.add_argument(
+        "--step-within",
+        type=float,
+        default=default.step_within_s,
+        metavar="SECONDS",
+        help="a worker whose engine takes longer for one step gives no more signs of life (%(default)g)",
+    )
     chosen = parser.parse_args(argv)
-    return run(NAME, partial(_serve, chosen.run.absolute(), chosen.store.absolute()), FORBIDDEN)
+    policy = RestartPolicy(heard_within_s=chosen.heard_within, step_within_s=chosen.step_within)
+    return run(NAME, partial(_serve, chosen.run.absolute(), chosen.store.absolute(), policy), FORBIDDEN)
 
 
-async def _serve(run_directory: Path, store: Path, process: Process) -> None:
+async def _serve(run_directory: Path, store: Path, policy: RestartPolicy, process: Process) -> None:
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
-    service = HostService(run_directory, store)
+    service = HostService(run_directory, store, policy)
     engine_pb2_grpc.add_HostServiceServicer_to_server(service, server)
     process.listen(server, run_directory / SOCKET)
     await server.start()

@@ -1,8 +1,8 @@
 """One life of one process of a deployment: started, told what to run, ready, ended.
 
-The process gets its Deployment on standard input and tells READY and facts about itself over a notify socket of
-its own (sd_notify(3); the kernel vouches for the sender). It ties its life to this one by itself: nothing may run
-between fork and exec here, where gRPC has threads.
+The process gets its Deployment on standard input and tells READY, facts about itself and then that it lives over a
+notify socket of its own (sd_notify(3); the kernel vouches for the sender). It ties its life to this one by itself:
+nothing may run between fork and exec here, where gRPC has threads.
 """
 
 import asyncio
@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.launch import REFUSED_STATUS
-from engine.process import child_environment
+from engine.launch import REFUSED_STATUS, STEP_WITHIN_VARIABLE
+from engine.process import Silence, child_environment
 
 _UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
 _NOTICE_BYTES = 4096
@@ -35,6 +35,8 @@ class ChildSpec:
         run: directory of sockets.
         store: directory of files by digest.
         deployment: serialised `cloister.engine.v1.Deployment`.
+        heard_within_s: how long it may give no sign of life once it serves.
+        step_within_s: how long one turn of a worker's engine may take.
     """
 
     role: str
@@ -42,6 +44,8 @@ class ChildSpec:
     run: Path
     store: Path
     deployment: bytes
+    heard_within_s: float
+    step_within_s: float
 
     @property
     def socket(self) -> Path:
@@ -59,13 +63,22 @@ class ChildSpec:
         places = ("--store", str(self.store), "--socket", str(self.socket), "--parent", str(os.getpid()))
         return (sys.executable, "-P", "-m", f"engine.{self.role}", *places)
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Its variables."""
+        return {
+            **child_environment(self.notify, self.heard_within_s),
+            STEP_WITHIN_VARIABLE: f"{self.step_within_s:g}",
+        }
+
 
 @dataclass(frozen=True)
 class Ending:
     """How a process ended.
 
     Attributes:
-        code: the code of its refusal when its deployment cannot run, else WORKER_DIED or TEXT_DIED.
+        code: the code of its refusal when its deployment cannot run, WATCHDOG when it was killed because it gave
+            no sign of life, else WORKER_DIED or TEXT_DIED.
         message: what was wrong.
         refused: starting it again would not help.
     """
@@ -90,6 +103,7 @@ class Child:
         self.ready = asyncio.Event()
         self._process = process
         self._notify = notify
+        self._silence = Silence(process.pid, spec.heard_within_s)
         asyncio.get_running_loop().add_reader(notify, self._on_notice)
         self.ended = asyncio.create_task(self._run_to_end())
 
@@ -106,7 +120,7 @@ class Child:
                 *spec.argv,
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
-                env=child_environment(spec.notify),
+                env=spec.environment,
             )
         except BaseException:
             notify.close()
@@ -117,6 +131,17 @@ class Child:
     def pid(self) -> int:
         """Its process id; 0 once it has ended."""
         return self._process.pid if self._process.returncode is None else 0
+
+    async def falls_silent(self) -> None:
+        """Return once the process has given no sign of life for too long; from READY on."""
+        await self._silence.lasts_too_long()
+
+    async def end_silent(self) -> Ending:
+        """Kill a process that has fallen silent, which works on a stopped one too; how it ended."""
+        self._signal(signal.SIGKILL)
+        await asyncio.wait((self.ended,))
+        message = f"engine-{self.spec.role} was silent for {self.spec.heard_within_s:g} s and was killed"
+        return Ending("WATCHDOG", message, refused=False)
 
     async def drain(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL if it has not ended within `grace_s` seconds; returns when it has ended."""
@@ -155,13 +180,16 @@ class Child:
         return tail.rstrip(b"\n").rpartition(b"\n")[2]
 
     def _on_notice(self) -> None:
-        """READY counts from the process itself."""
+        """Only the process itself counts."""
         data, ancillary, _, _ = self._notify.recvmsg(_NOTICE_BYTES, socket.CMSG_SPACE(_UCRED.size))
         senders = [
             _UCRED.unpack(raw[: _UCRED.size])[0] for _, kind, raw in ancillary if kind == socket.SCM_CREDENTIALS
         ]
+        if senders != [self._process.pid]:
+            return
+        self._silence.heard()
         lines = data.decode(errors="replace").split("\n")
-        if senders == [self._process.pid] and "READY=1" in lines:
+        if "READY=1" in lines:
             told = (line.removeprefix("X_").partition("=") for line in lines if line.startswith("X_"))
             self.facts = {name: value for name, _, value in told}
             self.ready.set()

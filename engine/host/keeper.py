@@ -21,6 +21,9 @@ class RestartPolicy:
         forgiven_after_s: of service, after which the delay is the first one again.
         drain_grace_s: between SIGTERM and SIGKILL.
         load_limit_s: from start to READY; a process that takes longer is ended for good.
+        heard_within_s: without a sign of life, from READY on; a process that is silent for longer is killed and
+            started again.
+        step_within_s: for one turn of a worker's engine; one that takes longer gives no more signs of life.
     """
 
     first_delay_s: float = 0.2
@@ -28,6 +31,8 @@ class RestartPolicy:
     forgiven_after_s: float = 30.0
     drain_grace_s: float = 12.0
     load_limit_s: float = 1800.0
+    heard_within_s: float = 20.0
+    step_within_s: float = 120.0
 
     def delay_after(self, previous_s: float | None, served_s: float) -> float:
         """Seconds to wait before the next start, after a life that served `served_s` seconds."""
@@ -106,13 +111,27 @@ class Keeper:
             since = loop.time()
             if child.ready.is_set() and not child.ended.done():
                 self._on_ready(child)
-                await asyncio.wait((stopping, child.ended), return_when=asyncio.FIRST_COMPLETED)
+                ending = await self._serve(child, stopping)
+                return loop.time() - since, ending
             if not child.ended.done():
                 await child.drain(self._policy.drain_grace_s)
             return loop.time() - since, child.ended.result() if done else self._too_late()
         finally:
             stopping.cancel()
             ready.cancel()
+
+    async def _serve(self, child: Child, stopping: "asyncio.Task[bool]") -> Ending:
+        """From READY to the end of a life: by itself, by falling silent, or drained because it is to stop."""
+        silent = asyncio.create_task(child.falls_silent())
+        try:
+            await asyncio.wait((stopping, silent, child.ended), return_when=asyncio.FIRST_COMPLETED)
+            if silent.done() and not stopping.done() and not child.ended.done():
+                return await child.end_silent()
+            if not child.ended.done():
+                await child.drain(self._policy.drain_grace_s)
+            return child.ended.result()
+        finally:
+            silent.cancel()
 
     def _too_late(self) -> Ending:
         limit = f"{self._policy.load_limit_s:g} s"

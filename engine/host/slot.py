@@ -106,8 +106,13 @@ class DeploymentSlot:
 
     def _keepers(self) -> tuple[Keeper, Keeper]:
         deployment = self._current.SerializeToString(deterministic=True)
+        limits = self._policy.heard_within_s, self._policy.step_within_s
         worker, text = (
-            Keeper(ChildSpec(role, self._name, self._run, self._store, deployment), self._changed, self._policy)
+            Keeper(
+                ChildSpec(role, self._name, self._run, self._store, deployment, *limits),
+                self._changed,
+                self._policy,
+            )
             for role in _ROLES
         )
         return worker, text

@@ -1,14 +1,15 @@
 """`python -m engine.worker`: one deployment's model, its KV pages and its steps."""
 
 import asyncio
+import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import grpc
 
-from engine.errors import EngineError
-from engine.launch import Launch, exit_refused, read_launch
+from engine.errors import EngineError, is_out_of_memory
+from engine.launch import STEP_WITHIN_VARIABLE, Launch, exit_refused, read_launch
 from engine.loop import EngineLoop
 from engine.memory import available_bytes
 from engine.process import Process, configure_logging, run
@@ -55,6 +56,7 @@ async def _serve(socket: Path, thread: EngineThread, engine: EngineLoop, process
     engine_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
     process.listen(server, socket)
     await server.start()
+    process.feed_unless(partial(thread.stuck, _step_limit()))
     options = engine.options
     mode = " deterministic" if options.deterministic else ""
     process.ready(
@@ -68,6 +70,11 @@ async def _serve(socket: Path, thread: EngineThread, engine: EngineLoop, process
     await server.stop(_STREAMS_GRACE_S)
 
 
+def _step_limit() -> float:
+    """Seconds one turn of the engine may take; without end where nobody says."""
+    return float(os.environ.get(STEP_WITHIN_VARIABLE, "inf"))
+
+
 def _build(launch: Launch) -> EngineLoop:
     """Load and hash the weights; torch is imported here, where its threads are set.
 
@@ -79,7 +86,7 @@ def _build(launch: Launch) -> EngineLoop:
     try:
         engine = build_engine(launch.files, launch.open_file, to_options(launch.deployment.options))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise _too_large(launch) from error
     tokens = engine.options.kv_blocks * engine.options.block_size
@@ -90,15 +97,6 @@ def _build(launch: Launch) -> EngineLoop:
             f"{engine.max_context_tokens}; raise kv_blocks or lower max_context_tokens",
         )
     return engine
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """torch has an exception of its own for devices, and for the CPU only words (c10/core/impl/alloc_cpu.cpp)."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator" in str(error)
-    )
 
 
 def _too_large(launch: Launch) -> EngineError:

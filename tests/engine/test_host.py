@@ -218,7 +218,7 @@ def test_the_inventory_reads_the_kernels_files_and_honours_the_memory_limit(tmp_
 async def test_a_process_that_is_never_ready_is_ended_for_good(
     socket_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = ChildSpec("worker", "notes", socket_dir, socket_dir, b"")
+    spec = ChildSpec("worker", "notes", socket_dir, socket_dir, b"", 20.0, 120.0)
     endless = (sys.executable, "-c", "import time; time.sleep(600)")
     monkeypatch.setattr(ChildSpec, "argv", property(lambda _: endless))
     keeper = Keeper(spec, lambda: None, RestartPolicy(load_limit_s=0.1))
