@@ -1,38 +1,17 @@
-"""How the command line prints: text for people, JSON for programs, and never an escape sequence it did not make.
-
-Names, paths and models' answers come from elsewhere; control characters in them could repaint an operator's
-terminal. They are shown as \\x1b or \\u202e instead.
-
-Source: ECMA-48 (C0 and C1 controls); Unicode Standard Annex 9 (bidirectional formatting characters).
-"""
+"""How the command line prints: text for people, JSON for programs, never an escape sequence it did not make."""
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from admin_tui.terminal import printable as printable
+from admin_tui.terminal import printable_text as printable_text
 from appliance.cli.failure import Failure
 
 if TYPE_CHECKING:
     from google.protobuf.message import Message
-
-# C0, DEL, C1, line and paragraph separators, bidirectional controls, byte-order mark, interlinear annotation, lone
-# surrogates (undecodable file names).
-_CONTROL = "\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ufff9-\ufffb\ud800-\udfff"
-_IN_A_LINE = re.compile(f"[{_CONTROL}]")
-_IN_TEXT = re.compile(f"(?![\n\t])[{_CONTROL}]")
-
-
-def printable(text: str) -> str:
-    """`text` on one line with every control character spelled out."""
-    return _IN_A_LINE.sub(_spelled, text)
-
-
-def printable_text(text: str) -> str:
-    """The same, but newlines and tabs stay: for models' answers and messages of several lines."""
-    return _IN_TEXT.sub(_spelled, text)
 
 
 def emit(args: argparse.Namespace, value: object, text: str) -> None:
@@ -90,11 +69,6 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def _spelled(match: "re.Match[str]") -> str:
-    number = ord(match[0])
-    return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
 
 
 def _encodable(text: str) -> str:

@@ -1,0 +1,1 @@
+"""What each screen shows of the state: rows, details and alerts, as data."""

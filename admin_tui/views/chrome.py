@@ -1,0 +1,89 @@
+"""The lines around each page: the appliance's state, the pages, what was said last, the keys."""
+
+from rich.cells import cell_len
+
+from admin_tui.actions import Page, offered
+from admin_tui.cells import Line, Part, Symbols, Tone, fit, literal
+from admin_tui.state import State
+from admin_tui.views.figures import short
+
+_DIGITS = {Page.DASHBOARD: "1", Page.TENANTS: "2", Page.MODELS: "3", Page.AUDIT: "5"}
+
+
+def status_line(state: State, width: int) -> Line:
+    """What is connected, how long the chain is, who asks, and when control was heard last."""
+    left, right = _connections(state)
+    name: Part = (" CLOISTER", Tone.HEAD)
+    used = sum(cell_len(text) for text, _ in (name, *left, *right))
+    return (name, *left, (" " * max(1, width - used), Tone.PLAIN), *right)
+
+
+def tabs_line(page: Page, standing: Line, home: str, width: int, symbols: Symbols) -> Line:
+    """The pages with their digits, the present one in brackets; at the right how the table stands, or the home."""
+    parts: list[Part] = [(" ", Tone.PLAIN)]
+    for name, digit in _DIGITS.items():
+        here = name is page
+        text = f"[{digit} {name.title()}]" if here else f" {digit} {name.title()} "
+        parts.append((text, Tone.HEAD if here else Tone.DIM))
+    used = sum(cell_len(text) for text, _ in parts)
+    room = max(0, width - used - 1)
+    shown = [(literal(text, symbols), tone) for text, tone in standing if text]
+    if not shown:
+        shown = [(_end_of(literal(home, symbols), max(1, room - 1), symbols), Tone.DIM)]
+    gap = room - sum(cell_len(text) for text, _ in shown)
+    return (*parts, (" " * max(1, gap), Tone.PLAIN), *shown)
+
+
+def note_line(state: State, width: int, symbols: Symbols) -> Line:
+    """Trouble before notes before nothing."""
+    if state.trouble is not None:
+        text = f"NOT REACHABLE, trying again: {state.trouble.message}"
+        return ((" " + fit(text, max(0, width - 2), symbols), Tone.CRIT),)
+    tone = Tone.CRIT if state.note_is_bad else Tone.OK
+    return ((" " + fit(state.note, max(0, width - 2), symbols), tone),)
+
+
+def keys_line(page: Page, width: int, symbols: Symbols) -> Line:
+    """The keys of this page, its own first."""
+    chosen = sorted((a for a in offered(page) if a.hint), key=lambda a: not a.pages)
+    parts: list[Part] = [(" ", Tone.PLAIN)]
+    used = 1
+    for entry in chosen:
+        text = f" {entry.hint}  "
+        used += cell_len(entry.key) + cell_len(text)
+        if used > width:
+            break
+        parts += [(entry.key, Tone.STRONG), (text, Tone.DIM)]
+    return tuple(parts)
+
+
+def _end_of(path: str, room: int, symbols: Symbols) -> str:
+    """The end of a path says more than its beginning."""
+    if cell_len(path) <= room:
+        return path
+    while cell_len(path) > room - 1:
+        path = path[1:]
+    return symbols.ellipsis + path
+
+
+def _connections(state: State) -> tuple[list[Part], list[Part]]:
+    """What is connected and how long the chain is; who asks, and when control was heard."""
+    if state.status is None:
+        return [("  NOT REACHABLE", Tone.CRIT) if state.trouble else ("  asking ...", Tone.DIM)], []
+    heard = state.heard.strftime("%H:%M:%SZ") if state.heard else ""
+    if state.trouble is not None:
+        return [("  NOT REACHABLE", Tone.CRIT)], [(f"last heard {heard} ", Tone.DIM)]
+    status = state.status
+    parts = [_word("GATEWAY", bool(status.gateway_address))]
+    names = {"engine-host": "ENGINE", "importer": "IMPORTER"}
+    parts += [_word(names.get(peer.name, peer.name.upper()), peer.connected) for peer in status.peers]
+    chain = (
+        ("  CHAIN BLOCKED", Tone.CRIT)
+        if status.audit_blocked
+        else (f"  CHAIN {short(status.audit_size)}", Tone.PLAIN)
+    )
+    return [*parts, chain], [(status.operator, Tone.PLAIN), (f"  {heard} ", Tone.DIM)]
+
+
+def _word(name: str, fine: bool) -> Part:
+    return (f"  {name} OK", Tone.OK) if fine else (f"  {name} DOWN", Tone.CRIT)

@@ -1,0 +1,1 @@
+"""The console's widgets: lines that repaint only where they changed, tables, dialogs."""
