@@ -35,14 +35,17 @@ class CommandError(Exception):
 class Machine:
     """A fresh home directory and everything beside it, in `folder`.
 
+    Args:
+        name: of the folder in the checkout; what an earlier run left there is stopped and removed.
+
     Attributes:
-        folder: .demo in the checkout, or a temporary folder where the checkout's path is too long for sockets.
+        folder: `name` in the checkout, or a temporary folder where the checkout's path is too long for sockets.
         home: the appliance's home directory.
         elsewhere: `folder` is not in the checkout.
     """
 
-    def __init__(self) -> None:
-        self.folder = beside = ROOT / ".demo"
+    def __init__(self, name: str = ".demo") -> None:
+        self.folder = beside = ROOT / name
         self.elsewhere = socket_room(beside / "home") < 0
         for earlier in (*_recorded(beside), beside):
             _stop_earlier(earlier / "home")

@@ -9,7 +9,8 @@ from pathlib import Path
 from appliance.client import AsyncClient
 from benchmarks.demo_models.notes import Note
 
-_TOKENS = 64
+TOKENS = 64
+"""Tokens of each measured answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ async def measure(credentials: Path, alias: str, notes: Sequence[Note]) -> Speed
     async with AsyncClient.from_dir(credentials) as client:
         await client.list_models()
         streams = [
-            client.chat(alias, note.messages, temperature=0, max_tokens=_TOKENS, ignore_eos=True) for note in notes
+            client.chat(alias, note.messages, temperature=0, max_tokens=TOKENS, ignore_eos=True) for note in notes
         ]
         began = time.monotonic()
         answers = await asyncio.gather(*(stream.result() for stream in streams))
