@@ -48,7 +48,7 @@ _DRAINED_WITHIN = 20.0
 
 
 def table(settings: "Settings") -> tuple[ProcessSpec, ...]:
-    """The rows, in start order; SIGTERM goes the other way round, so that the last request in is the last recorded."""
+    """The rows, in start order; SIGTERM goes the other way round: the last request in is the last one recorded."""
     home, heard = ("--home", "{home}"), settings.watchdog.heard_seconds
     return (
         ProcessSpec("control", "appliance.control", (*home, *_control(settings)), heard_within=heard),

@@ -13,8 +13,8 @@ from engine.protos import engine_pb2, engine_pb2_grpc
 from tests.engine.processes import running
 from tests.engine.test_host import READY, RESTARTING, Host, answer, children, deployment
 
-# Put into the engine's processes by the interpreter itself (the site module), and by nothing in the tree: a step that
-# finds the file named here calls pause(2), with the interpreter's lock or without, and never comes back.
+# Put into the engine's processes by the interpreter itself (the site module), and by nothing in the tree: a step
+# that finds the file named here calls pause(2), with the interpreter's lock or without, and never comes back.
 HANG = """
 import ctypes, os, pathlib, sys
 if "engine.worker" in sys.orig_argv:

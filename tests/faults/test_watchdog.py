@@ -1,4 +1,4 @@
-"""A process that stands still is noticed, killed and started again; one that is slow, waiting or looked at is not."""
+"""What stands still is noticed, killed and started again; what is slow, waits or is looked at is not."""
 
 import asyncio
 import os
@@ -13,7 +13,8 @@ from typing import cast
 
 import pytest
 
-from appliance.processes import TABLE, ProcessSpec
+from appliance.processes import ProcessSpec, table
+from appliance.settings import Settings
 from appliance.supervisor import Report, RestartPolicy, Supervisor
 from engine.loop import EngineLoop, EngineStatus, StepRow
 from engine.process import Silence
@@ -104,7 +105,7 @@ def test_a_process_that_a_debugger_holds_is_not_killed_under_it() -> None:
 
 
 def test_every_process_may_be_silent_for_longer_than_a_text_may_prepare_one_prompt() -> None:
-    assert min(spec.heard_within for spec in TABLE) > WALL_LIMIT_S
+    assert min(spec.heard_within for spec in table(Settings())) > WALL_LIMIT_S
 
 
 @pytest.fixture
@@ -146,7 +147,7 @@ class Supervised:
             for name, within in (("healthy", 30.0), ("victim", HEARD_WITHIN_S))
         ]
         policy = RestartPolicy(first_delay=0.01, longest_delay=0.02)
-        supervisor = Supervisor(tuple(specs), folder, "", self.reports.append, policy)
+        supervisor = Supervisor(tuple(specs), folder, self.reports.append, policy)
         self.task = asyncio.create_task(supervisor.run(self.stopping, lambda: None))
 
     def of(self, name: str, state: str) -> list[Report]:
