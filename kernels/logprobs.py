@@ -18,7 +18,8 @@ def logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> Logprobs:
     """See `kernels.ops.Backend.logprobs`."""
     wanted = torch.tensor(tokens, dtype=torch.int64)
     slices = max(1, _AT_ONCE // logits.shape[-1])
-    parts = [_slice(*pair, top) for pair in zip(logits.split(slices), wanted.split(slices), strict=True)]
+    pairs = zip(torch.split(logits, slices), torch.split(wanted, slices), strict=True)
+    parts = [_slice(*pair, top) for pair in pairs]
     return Logprobs(*([entry for part in field for entry in part] for field in zip(*parts, strict=True)))
 
 

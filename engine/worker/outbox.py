@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from engine.protos import engine_pb2
 
 MAX_PENDING_TOKENS = 65_536
-"""Tokens a session may leave unread before its requests are aborted."""
+"""Tokens a session may leave unread before its requests are aborted; eight log probabilities count as one."""
+
+_LOGPROBS_PER_TOKEN = 8  # about as many bytes as a token with its text in Python's keeping
 
 
 class Outbox:
-    """One session's unread rows, merged by request.
+    """One session's unread rows, merged by answer.
 
     Args:
         max_tokens: unread tokens beyond which `push` reports an overflow.
@@ -19,7 +21,7 @@ class Outbox:
     def __init__(self, max_tokens: int = MAX_PENDING_TOKENS) -> None:
         self._max_tokens = max_tokens
         self._step = 0
-        self._rows: dict[int, engine_pb2.Row] = {}
+        self._rows: dict[tuple[int, int], engine_pb2.Row] = {}
         self._tokens = 0
         self._closed = False
         self._something = asyncio.Event()
@@ -28,10 +30,12 @@ class Outbox:
         """Add what `step` brought; False when the session has left too much unread."""
         self._step = step
         for row in rows:
-            self._tokens += len(row.token_ids)
-            waiting = self._rows.setdefault(row.handle, row)
+            self._tokens += _weight(row)
+            waiting = self._rows.setdefault((row.handle, row.index), row)
             if waiting is not row:
-                waiting.MergeFrom(engine_pb2.Row(token_ids=row.token_ids))
+                waiting.token_ids.extend(row.token_ids)
+                waiting.logprobs.extend(row.logprobs)
+                waiting.prompt_logprobs.extend(row.prompt_logprobs)
                 waiting.text += row.text
                 if row.HasField("end"):
                     waiting.end.CopyFrom(row.end)
@@ -53,3 +57,9 @@ class Outbox:
         frame = engine_pb2.SessionResponse(step=self._step, rows=self._rows.values())
         self._rows, self._tokens = {}, 0
         return frame
+
+
+def _weight(row: engine_pb2.Row) -> int:
+    """What a row counts: its tokens, and its log probabilities."""
+    logprobs = sum(1 + len(one.top) for judged in (row.logprobs, row.prompt_logprobs) for one in judged)
+    return len(row.token_ids) + -(-logprobs // _LOGPROBS_PER_TOKEN)

@@ -5,7 +5,7 @@ import contextlib
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import NamedTuple
 
 import grpc
@@ -15,7 +15,7 @@ from engine.loop import StepRow
 from engine.protos import engine_pb2, engine_pb2_grpc
 from engine.worker.engine_thread import EngineThread
 from engine.worker.outbox import MAX_PENDING_TOKENS, Outbox
-from engine.worker.translate import failed_row, to_request, to_row
+from engine.worker.translate import count_answers, failed_row, to_requests, to_row
 
 log = logging.getLogger(__name__)
 
@@ -24,24 +24,26 @@ _SessionContext = grpc.aio.ServicerContext[engine_pb2.SessionRequest, engine_pb2
 
 
 class _Session:
-    """One gateway's stream: its unread rows, and its running requests by its own handles."""
+    """One gateway's stream: its unread rows, and its running answers by its own handles."""
 
     def __init__(self, max_pending_tokens: int) -> None:
         self.outbox = Outbox(max_pending_tokens)
-        self.running: dict[int, int] = {}  # session's handle -> engine's handle
+        self.running: dict[int, dict[int, int]] = {}  # session's handle -> index of an answer -> engine's handle
 
 
 class _Route(NamedTuple):
-    """Whose request an engine-wide handle is."""
+    """Whose answer an engine-wide handle is."""
 
     session: _Session
     handle: int
+    answer: int
 
 
 class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
     """`cloister.engine.v1.WorkerService` over one engine.
 
-    Handles are a session's own; the engine sees numbers of this service, so that sessions cannot meet.
+    Handles are a session's own; the engine sees numbers of this service, so that sessions cannot meet. Each of the
+    n answers of a Submit is a request of its own to the engine, and gets exactly one end.
 
     Args:
         engine: built.
@@ -98,39 +100,45 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
 
     def _obey(self, session: _Session, command: engine_pb2.SessionRequest) -> None:
         if command.HasField("submit"):
-            handle = command.submit.handle
-            try:
-                self._submit(session, command.submit)
-            except EngineError as error:
-                self._push(session, self._engine.status().steps, [to_row(handle, failed_row(handle, error))])
+            self._take(session, command.submit)
         elif command.HasField("abort"):
-            number = session.running.get(command.abort.handle)
-            if number is not None:
+            for number in session.running.get(command.abort.handle, {}).values():
                 self._engine.abort(number)
 
+    def _take(self, session: _Session, submit: engine_pb2.Submit) -> None:
+        """Hand a request's answers to the engine; a refusal ends each, and what still ran under the handle."""
+        answers: Iterable[int] = range(count_answers(submit))
+        try:
+            if submit.handle in session.running:
+                answers = self._forget(session, submit.handle)
+                raise EngineError("DUPLICATE_HANDLE", "a request under this handle was running; both end here")
+            self._submit(session, submit)
+        except EngineError as error:
+            self._push(session, self._engine.status().steps, _failed(submit.handle, answers, error))
+
     def _submit(self, session: _Session, submit: engine_pb2.Submit) -> None:
-        """Hand a request to the engine.
+        """Hand a request's answers to the engine.
 
         Raises:
-            EngineError: it cannot be taken as it is; whatever ran under its handle is forgotten.
+            EngineError: it cannot be taken as it is.
         """
-        if submit.handle in session.running:
-            self._forget(session, submit.handle)
-            raise EngineError("DUPLICATE_HANDLE", "a request under this handle was running; both end here")
         if self._draining:
             raise EngineError("WORKER_DRAINING", "this worker is being stopped and takes nothing new")
-        number = next(self._numbers)
-        self._engine.submit(to_request(number, submit))
-        session.running[submit.handle] = number
-        self._routes[number] = _Route(session, submit.handle)
+        numbers = [next(self._numbers) for _ in range(count_answers(submit))]
+        for index, request in enumerate(to_requests(numbers, submit)):
+            self._engine.submit(request)
+            self._routes[request.handle] = _Route(session, submit.handle, index)
+        session.running[submit.handle] = dict(enumerate(numbers))
         self._idle.clear()
 
-    def _forget(self, session: _Session, handle: int) -> None:
-        """Abort a request of which no further row is wanted."""
-        number = session.running.pop(handle)
-        del self._routes[number]
-        self._engine.abort(number)
+    def _forget(self, session: _Session, handle: int) -> list[int]:
+        """Abort a request of which no further row is wanted; the answers that had not ended."""
+        answers = session.running.pop(handle)
+        for number in answers.values():
+            del self._routes[number]
+            self._engine.abort(number)
         self._note_idle()
+        return list(answers)
 
     def _abort_all(self, session: _Session) -> None:
         for handle in list(session.running):
@@ -143,12 +151,20 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
             route = self._routes.get(row.handle)
             if route is None:
                 continue  # its session is gone or has forgotten it
-            by_session[route.session].append(to_row(route.handle, row))
+            by_session[route.session].append(to_row(route.handle, route.answer, row))
             if row.end is not None:
-                del self._routes[row.handle], route.session.running[route.handle]
+                self._end(row.handle, route)
         for session, messages in by_session.items():
             self._push(session, step, messages)
         self._note_idle()
+
+    def _end(self, number: int, route: _Route) -> None:
+        """Forget an answer that has ended, and its request when it was the last one."""
+        del self._routes[number]
+        answers = route.session.running[route.handle]
+        del answers[route.answer]
+        if not answers:
+            del route.session.running[route.handle]
 
     def _push(self, session: _Session, step: int, rows: list[engine_pb2.Row]) -> None:
         """Leave rows for the session to read; one that reads nothing loses its requests."""
@@ -156,13 +172,18 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
             return
         log.warning("session overflow", extra={"running": len(session.running)})
         error = EngineError("SESSION_OVERFLOW", "the session left too many tokens unread")
-        ended = [to_row(handle, failed_row(handle, error)) for handle in session.running]
+        ended = [row for handle, answers in session.running.items() for row in _failed(handle, answers, error)]
         self._abort_all(session)
         session.outbox.push(step, ended)
 
     def _note_idle(self) -> None:
         if not self._routes:
             self._idle.set()
+
+
+def _failed(handle: int, answers: Iterable[int], error: EngineError) -> list[engine_pb2.Row]:
+    """The last rows of answers that the engine never took, or that nobody waits for any more."""
+    return [to_row(handle, index, failed_row(handle, error)) for index in answers]
 
 
 def _call_soon(

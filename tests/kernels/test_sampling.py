@@ -92,10 +92,14 @@ def test_a_row_draws_the_same_token_whatever_rows_are_beside_it() -> None:
         uniform=torch.rand(rows, generator=generator).double(),
         min_p=torch.zeros(rows).double(),
     )
-    alone = [
-        sample(logits[i : i + 1], Sampling(*(f[i : i + 1] for f in together[:5]))).token_ids for i in range(rows)
-    ]
+    alone = [sample(logits[i : i + 1], row_of(together, i)).token_ids for i in range(rows)]
     assert sample(logits, together).token_ids == [token for tokens in alone for token in tokens]
+
+
+def row_of(all_rows: Sampling, i: int) -> Sampling:
+    """The parameters of one row, as if it were the only one."""
+    temperature, top_k, top_p, uniform, min_p = (field[i : i + 1] for field in all_rows[:5])
+    return Sampling(temperature, top_k, top_p, uniform, min_p)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
