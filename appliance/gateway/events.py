@@ -1,38 +1,71 @@
-"""The engine's last word on a request, in the words of the public API."""
+"""What the engine says of a request, in the words of the public API."""
+
+from collections.abc import Iterable, Iterator, Mapping
 
 from google.protobuf.duration_pb2 import Duration
 
 from appliance.protos import inference_pb2 as api
 from engine.protos import engine_pb2 as engine
 
-
-def finish_name(end: engine.End) -> str:
-    """stop or length, as the audit log has it."""
-    return "stop" if end.reason == engine.END_REASON_STOP else "length"
+MAX_PROMPT_LOGPROBS = 256
+"""Prompt tokens told of in one message; with 20 likeliest tokens each that is 64 KiB."""
 
 
-def finished(end: engine.End) -> api.Finished:
-    """Why the generation ended, and what matched."""
+def answer_delta(row: engine.Row, with_ids: bool) -> api.Delta:
+    """What one step brought one answer."""
+    delta = api.Delta(index=row.index, text=row.text, token_ids=row.token_ids if with_ids else ())
+    if row.logprobs:
+        delta.logprobs.extend(map(_logprob, row.logprobs))
+    return delta
+
+
+def prompt_deltas(row: engine.Row) -> Iterator[api.Delta]:
+    """What the model thought of the prompt, in messages of bounded size."""
+    for start in range(0, len(row.prompt_logprobs), MAX_PROMPT_LOGPROBS):
+        part = row.prompt_logprobs[start : start + MAX_PROMPT_LOGPROBS]
+        yield api.Delta(prompt_logprobs=map(_logprob, part))
+
+
+def finish_name(ends: Iterable[engine.End]) -> str:
+    """stop or length, as the audit log has it: stop when nothing was cut short."""
+    return "stop" if all(end.reason == engine.END_REASON_STOP for end in ends) else "length"
+
+
+def finished(index: int, end: engine.End) -> api.Finished:
+    """Why an answer ended, and what matched."""
     if end.reason != engine.END_REASON_STOP:
-        return api.Finished(reason=api.FINISH_REASON_LENGTH)
+        return api.Finished(index=index, reason=api.FINISH_REASON_LENGTH)
     if end.stop_string:
-        return api.Finished(reason=api.FINISH_REASON_STOP, stop_string=end.stop_string)
+        return api.Finished(index=index, reason=api.FINISH_REASON_STOP, stop_string=end.stop_string)
     if end.HasField("stop_token_id"):
-        return api.Finished(reason=api.FINISH_REASON_STOP, stop_token_id=end.stop_token_id)
-    return api.Finished(reason=api.FINISH_REASON_STOP)
+        return api.Finished(index=index, reason=api.FINISH_REASON_STOP, stop_token_id=end.stop_token_id)
+    return api.Finished(index=index, reason=api.FINISH_REASON_STOP)
 
 
-def completed(end: engine.End, prompt_tokens: int) -> api.Completed:
-    """The bill and the times."""
+def completed(ends: Mapping[int, engine.End], prompt_tokens: int) -> api.Completed:
+    """The bill of all answers, and the times of the first; its first token is the first of any."""
+    first = ends[0]
     return api.Completed(
-        usage=api.Usage(prompt_tokens=prompt_tokens, completion_tokens=end.completion_tokens),
+        usage=api.Usage(
+            prompt_tokens=prompt_tokens,
+            cached_prompt_tokens=first.cached_prompt_tokens,
+            completion_tokens=sum(end.completion_tokens for end in ends.values()),
+            recomputed_tokens=sum(end.recomputed_tokens for end in ends.values()),
+        ),
         timings=api.Timings(
-            queue=_duration(end.queue_ns),
-            prefill=_duration(end.prefill_ns),
-            decode=_duration(end.decode_ns),
-            time_to_first_token=_duration(end.queue_ns + end.prefill_ns),
+            queue=_duration(first.queue_ns),
+            prefill=_duration(first.prefill_ns),
+            decode=_duration(first.decode_ns),
+            time_to_first_token=_duration(min(end.queue_ns + end.prefill_ns for end in ends.values())),
+            preemptions=first.preemptions,
         ),
     )
+
+
+def _logprob(of: engine.TokenLogprob) -> api.TokenLogprob:
+    """One token as the public API has it, field by field the same."""
+    top = [api.TopLogprob(token_id=one.token_id, logprob=one.logprob) for one in of.top]
+    return api.TokenLogprob(token_id=of.token_id, logprob=of.logprob, rank=of.rank, top=top)
 
 
 def _duration(nanoseconds: int) -> Duration:

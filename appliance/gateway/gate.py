@@ -136,9 +136,13 @@ class Gate(grpc.aio.ServerInterceptor):
 
 
 def pushback(error: CloisterError) -> tuple[tuple[str, str], ...]:
-    """When a client that retries by itself should (gRPC A6)."""
+    """When a client that retries by itself should, or that it should not (gRPC A6).
+
+    What is not available now may be so soon, whether or not it is said when; any other refusal without a delay is
+    the same the next time.
+    """
     if error.retry_after is None:
-        return ()
+        return () if error.status is grpc.StatusCode.UNAVAILABLE else ((PUSHBACK_TRAILER, "-1"),)
     return ((PUSHBACK_TRAILER, str(round(error.retry_after.total_seconds() * 1000))),)
 
 

@@ -2,14 +2,14 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import grpc
 
 from appliance.errors import CloisterError
 from engine.protos import engine_pb2
 
-# A client that keeps up gets one message per step. Behind by more than this many steps, it gets them merged.
+# A client that keeps up gets one message per step. Behind by more than this many rows, it gets them merged.
 MERGE_AFTER = 32
 # Behind by more than this, it is cut off. A row counts with what Python needs to keep it.
 MAX_PENDING_BYTES = 256 << 10
@@ -23,19 +23,24 @@ class EngineGoneError(Exception):
 class Rows:
     """One request's rows, in order.
 
-    Attributes:
+    Args:
         handle: names the request in its session.
-        completion_tokens: tokens received so far.
-        end: the worker's last word on the request, once it came.
+        abort: tells the worker to forget it.
+        answers: how many answers the request has; each ends by itself.
+        allowance: bytes that may wait beside MAX_PENDING_BYTES, for what is known to come in one go.
+
+    Attributes:
+        ends: the worker's last word on each answer that has ended, by index.
         interrupt: called when the call must end now, because who writes to a slow client may wait for ever.
     """
 
-    def __init__(self, handle: int, abort: Callable[[], None]) -> None:
+    def __init__(self, handle: int, abort: Callable[[], None], answers: int = 1, allowance: int = 0) -> None:
         self.handle = handle
-        self.completion_tokens = 0
-        self.end: engine_pb2.End | None = None
+        self.ends: dict[int, engine_pb2.End] = {}
         self.interrupt: Callable[[], None] = _nothing
         self._abort = abort
+        self._received = [0] * answers
+        self._max_bytes = MAX_PENDING_BYTES + allowance
         self._pending: deque[engine_pb2.Row] = deque()
         self._pending_bytes = 0
         self._error: Exception | None = None
@@ -44,26 +49,41 @@ class Rows:
 
     @property
     def error(self) -> Exception | None:
-        """Why there will be no more rows, when that is not the worker's `end`."""
+        """Why there will be no more rows, when that is not the worker's last word."""
         return self._error
+
+    @property
+    def ended(self) -> bool:
+        """The worker has said its last word on every answer."""
+        return len(self.ends) == len(self._received)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all answers: as the worker says where one has ended, else those received."""
+        ends = self.ends
+        return sum(
+            ends[index].completion_tokens if index in ends else received
+            for index, received in enumerate(self._received)
+        )
 
     def put(self, row: engine_pb2.Row) -> None:
         """Take one row from the worker; never waits."""
-        self.completion_tokens += len(row.token_ids)
+        self._received[row.index] += len(row.token_ids)
         if row.HasField("end"):
-            self.end = row.end
-            self._over.set()
+            self.ends[row.index] = row.end
+            if row.end.reason == engine_pb2.END_REASON_ERROR or self.ended:
+                self._over.set()
         if self._error is not None:
             return
         self._pending.append(row)
         self._pending_bytes += row.ByteSize() + _ROW_BYTES
         self._changed.set()
-        if self._pending_bytes > MAX_PENDING_BYTES:
+        if self._pending_bytes > self._max_bytes:
             self.fail(slow_client())
 
     def fail(self, error: Exception) -> None:
         """There will be no more rows; with a CloisterError the call ends now, else once it has what came."""
-        if self._error is not None or self.end is not None:
+        if self._error is not None or self.ended:
             return
         self._error = error
         if isinstance(error, CloisterError):
@@ -81,8 +101,14 @@ class Rows:
             self._changed.set()
             self.interrupt()
 
+    def drop(self) -> None:
+        """Nobody reads any more; only the worker's last words are of interest."""
+        self._error = self._error or EngineGoneError()
+        self._pending.clear()
+        self.interrupt = _nothing
+
     async def next(self) -> engine_pb2.Row:
-        """The next row, or all that wait merged into one when there are many.
+        """The next row; when many wait, those of each answer merged into one.
 
         Raises:
             EngineGoneError: the worker is gone.
@@ -93,22 +119,20 @@ class Rows:
                 raise self._error
             self._changed.clear()
             await self._changed.wait()
-        if len(self._pending) <= MERGE_AFTER:
-            row = self._pending.popleft()
-            self._pending_bytes -= row.ByteSize() + _ROW_BYTES
-            return row
-        row = _merged(self._pending)
-        self._pending.clear()
-        self._pending_bytes = 0
+        if len(self._pending) > MERGE_AFTER:
+            self._pending = deque(_merged(self._pending))
+            self._pending_bytes = sum(row.ByteSize() + _ROW_BYTES for row in self._pending)
+        row = self._pending.popleft()
+        self._pending_bytes -= row.ByteSize() + _ROW_BYTES
         return row
 
     def abort(self) -> None:
         """Tell the worker to forget the request, unless it has ended."""
-        if not self._over.is_set():
+        if not self.ended and not isinstance(self._error, EngineGoneError):
             self._abort()
 
     async def over(self, limit_s: float) -> None:
-        """Wait for the worker's last word, at most `limit_s` seconds."""
+        """Wait for the worker's last word, at most `limit_s` seconds; an answer that failed has spoken for all."""
         try:
             async with asyncio.timeout(limit_s):
                 await self._over.wait()
@@ -125,13 +149,20 @@ def slow_client() -> CloisterError:
     )
 
 
-def _merged(rows: deque[engine_pb2.Row]) -> engine_pb2.Row:
-    merged = engine_pb2.Row(handle=rows[0].handle, text="".join(row.text for row in rows))
+def _merged(rows: Iterable[engine_pb2.Row]) -> Iterable[engine_pb2.Row]:
+    """One row for each answer, in the order in which they first appear."""
+    by_answer: dict[int, list[engine_pb2.Row]] = {}
     for row in rows:
-        merged.token_ids.extend(row.token_ids)
-    if rows[-1].HasField("end"):
-        merged.end.CopyFrom(rows[-1].end)
-    return merged
+        by_answer.setdefault(row.index, []).append(row)
+    for index, its in by_answer.items():
+        merged = engine_pb2.Row(handle=its[0].handle, index=index, text="".join(row.text for row in its))
+        for row in its:
+            merged.token_ids.extend(row.token_ids)
+            merged.logprobs.extend(row.logprobs)
+            merged.prompt_logprobs.extend(row.prompt_logprobs)
+        if its[-1].HasField("end"):
+            merged.end.CopyFrom(its[-1].end)
+        yield merged
 
 
 def _nothing() -> None:

@@ -17,12 +17,12 @@ from appliance.gateway.background import Background
 from appliance.gateway.control import ControlClient
 from appliance.gateway.gate import Gate
 from appliance.gateway.limits import Limits
+from appliance.gateway.neighbours import Neighbours
 from appliance.gateway.refusals import Refusals
 from appliance.gateway.service import SERVICE, InferenceService
 from appliance.gateway.sessions import Sessions
 from appliance.gateway.streams import Streams
 from appliance.gateway.texts import Texts
-from appliance.gateway.walk import Neighbours
 from appliance.protos import inference_pb2, inference_pb2_grpc
 from engine.process import Process
 

@@ -8,14 +8,17 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from appliance.errors import CloisterError, abort
 from appliance.gateway.control import ControlRefusalError
 from appliance.gateway.gate import PUSHBACK_TRAILER, pushback
 from appliance.gateway.identity import caller_of, check_caller
+from appliance.gateway.neighbours import Neighbours
 from appliance.gateway.refusals import Refusals
+from appliance.gateway.tokens import Tokens
 from appliance.gateway.validation import CheckedRequest, check_chat, check_generate, check_size, request_id_of
-from appliance.gateway.walk import Event, Neighbours, Walk
+from appliance.gateway.walk import Event, Walk
 from appliance.protos import control_pb2, inference_pb2_grpc
 from appliance.protos import inference_pb2 as api
 
@@ -23,6 +26,8 @@ SERVICE = "cloister.inference.v1.InferenceService"
 RECEIPT_TRAILER = "cloister-receipt-bin"
 _Context = grpc.aio.ServicerContext[Any, Any]
 Request = TypeVar("Request", api.GenerateRequest, api.ChatRequest)
+Question = TypeVar("Question", bound=Message)
+Answer = TypeVar("Answer", bound=Message)
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +43,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self.draining = False
         self._refusals = refusals
         self._neighbours = neighbours
+        self._tokens = Tokens(neighbours)
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -56,19 +62,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         method = f"/{SERVICE}/Chat"
         await self._answer(method, request, context, check_chat, _as_chat(context))
 
+    async def Tokenize(  # noqa: N802
+        self, request: api.TokenizeRequest, context: _Context
+    ) -> api.TokenizeResponse:
+        """Tokens of a text."""
+        return await self._ask(f"/{SERVICE}/Tokenize", request, context, self._tokens.tokenize)
+
+    async def Detokenize(  # noqa: N802
+        self, request: api.DetokenizeRequest, context: _Context
+    ) -> api.DetokenizeResponse:
+        """Text of tokens."""
+        return await self._ask(f"/{SERVICE}/Detokenize", request, context, self._tokens.detokenize)
+
     async def ListModels(  # noqa: N802
         self, request: api.ListModelsRequest, context: _Context
     ) -> api.ListModelsResponse:
         """The models of the calling tenant."""
-        method = f"/{SERVICE}/ListModels"
-        caller = caller_of(context)
-        try:
-            self._check_open()
-            check_caller(caller, context)
-            visible = await self._neighbours.control.visible_models(caller, method)
-        except CloisterError as error:
-            await self._record(error, caller, method, "")
-            await abort(context, error, pushback(error))
+        return await self._ask(f"/{SERVICE}/ListModels", request, context, self._list_models)
+
+    async def _list_models(
+        self, caller: control_pb2.Caller, method: str, _: api.ListModelsRequest
+    ) -> api.ListModelsResponse:
+        visible = await self._neighbours.control.visible_models(caller, method)
         return api.ListModelsResponse(
             models=[
                 api.Model(
@@ -81,6 +96,28 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 for model in visible.models
             ]
         )
+
+    async def _ask(
+        self,
+        method: str,
+        request: Question,
+        context: _Context,
+        answer: Callable[[control_pb2.Caller, str, Question], Awaitable[Answer]],
+    ) -> Answer:
+        """Answer one unary call, or end it with its error."""
+        caller = caller_of(context)
+        self._enter()
+        try:
+            self._check_open()
+            check_caller(caller, context)
+            check_size(request, self._neighbours.limits.max_request_bytes)
+            return await answer(caller, method, request)
+        except CloisterError as error:
+            refusal = error
+            await self._record(refusal, caller, method, "")
+        finally:
+            self._leave()
+        return await abort(context, refusal, pushback(refusal))
 
     async def wait_idle(self, limit_s: float) -> bool:
         """Wait until no call is being answered, at most `limit_s` seconds; whether it came to that."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import grpc
 
@@ -27,6 +28,9 @@ _OWN_WORD = frozenset(
     }
 )
 
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +40,24 @@ class Texts:
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
 
+    async def tokenize(self, socket: str, request: engine_pb2.TokenizeRequest) -> Sequence[int]:
+        """The text's token ids.
+
+        Raises:
+            CloisterError: as `prepare`.
+        """
+        stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
+        return (await _ask(stub.Tokenize, request)).token_ids
+
+    async def detokenize(self, socket: str, request: engine_pb2.DetokenizeRequest) -> str:
+        """The tokens' text.
+
+        Raises:
+            CloisterError: as `prepare`.
+        """
+        stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
+        return (await _ask(stub.Detokenize, request)).text
+
     async def prepare(self, socket: str, request: engine_pb2.PrepareRequest) -> Sequence[int]:
         """The prompt's token ids, template included.
 
@@ -43,12 +65,7 @@ class Texts:
             CloisterError: engine-text's own refusal; PREPARE_TIMEOUT; or ENGINE_UNAVAILABLE.
         """
         stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
-        started = time.monotonic()
-        try:
-            response = await stub.Prepare(request, timeout=PREPARE_S)
-        except grpc.aio.AioRpcError as error:
-            raise _reading(error, time.monotonic() - started) from None
-        return response.token_ids
+        return (await _ask(stub.Prepare, request)).token_ids
 
     async def close(self) -> None:
         """Hang up."""
@@ -71,6 +88,14 @@ def engine_unavailable() -> CloisterError:
     )
 
 
+async def _ask(method: "grpc.aio.UnaryUnaryMultiCallable[Request, Response]", request: Request) -> Response:
+    started = time.monotonic()
+    try:
+        return await method(request, timeout=PREPARE_S)
+    except grpc.aio.AioRpcError as error:
+        raise _reading(error, time.monotonic() - started) from None
+
+
 def _reading(error: grpc.aio.AioRpcError, waited_s: float) -> CloisterError:
     status = error.code()
     coded = _CODED.fullmatch(error.details() or "")
@@ -79,7 +104,7 @@ def _reading(error: grpc.aio.AioRpcError, waited_s: float) -> CloisterError:
     if status is grpc.StatusCode.DEADLINE_EXCEEDED or waited_s >= SUSPECT_S:
         return CloisterError(
             "PREPARE_TIMEOUT",
-            "the prompt was not turned into tokens in time; shorten it, or try again later",
+            "the text was not turned into tokens, or back, in time; shorten it, or try again later",
             grpc.StatusCode.RESOURCE_EXHAUSTED,
         )
     log.warning("engine-text does not answer", extra={"status": status.name})

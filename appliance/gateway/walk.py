@@ -7,29 +7,26 @@ that was obtained is settled whatever happens to the call, because settling runs
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import grpc
 
 from appliance.errors import CloisterError
 from appliance.gateway.background import Background
-from appliance.gateway.control import ControlClient, ControlRefusalError
-from appliance.gateway.events import completed, finish_name, finished
-from appliance.gateway.limits import Limits
+from appliance.gateway.closing import Closing, settle_unwanted
+from appliance.gateway.control import ControlRefusalError
+from appliance.gateway.events import answer_delta, completed, finished, prompt_deltas
+from appliance.gateway.neighbours import Neighbours
+from appliance.gateway.parameters import check_min_tokens
+from appliance.gateway.quarantine import Passage, fingerprint_of
 from appliance.gateway.rows import EngineGoneError, Rows, slow_client
-from appliance.gateway.sessions import Session, Sessions
-from appliance.gateway.slots import TenantSlots
-from appliance.gateway.streams import Streams
-from appliance.gateway.texts import Texts, engine_unavailable
+from appliance.gateway.sessions import Session
+from appliance.gateway.texts import engine_unavailable
 from appliance.gateway.validation import CheckedRequest, check_length, room_for_answer
 from appliance.protos import control_pb2
 from appliance.protos import inference_pb2 as api
 from engine.protos import engine_pb2 as engine
 
-# After an abort, the worker's last word (what was computed) is waited for this long.
-LAST_WORD_S = 1.0
 # A client's deadline passes there a moment before it does here; a cancellation this close to it is the deadline.
 _DEADLINE_SLACK_S = 0.25
 
@@ -49,19 +46,6 @@ _ENGINE_REFUSALS = {
 }
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """The processes a request is walked through, and what all requests have in common."""
-
-    control: ControlClient
-    texts: Texts
-    sessions: Sessions
-    background: Background
-    streams: Streams = field(default_factory=Streams)
-    slots: TenantSlots = field(default_factory=TenantSlots)
-    limits: Limits = field(default_factory=Limits)
 
 
 class Walk:
@@ -134,16 +118,21 @@ class Walk:
     async def _walk_through(self, place: control_pb2.AuthorizeResponse) -> api.Receipt:
         near, request = self._neighbours, self._request
         prompt = list(await near.texts.prepare(place.text_socket, request.prompt))
-        max_tokens = room_for_answer(request.max_tokens, len(prompt), place.max_context_tokens)
-        session = await near.sessions.open(place.worker_socket)
-        admitted = await self._admit(place.ticket, len(prompt), max_tokens)
-        started = self._now()
-        rows = self._rows = session.submit(self._submission(admitted, prompt, max_tokens))
-        rows.interrupt = self._interrupt
-        near.streams.add(admitted.lease, rows)
-        closing = _Closing(near, session, rows, admitted.lease, len(prompt), started)
+        submit = self._submission(place, prompt)
+        fingerprint = fingerprint_of(place.model_digest, submit, request.parameters.seed_given)
+        passage = await near.quarantine.enter(place.deployment, fingerprint)
         try:
-            end = await self._deliver(admitted.lease, place.model_digest, len(prompt), rows)
+            session = await near.sessions.open(place.worker_socket)
+            started = self._now()
+            admitted = await self._admit(place.ticket, submit)
+        except BaseException:
+            passage.left()
+            raise
+        rows = self._rows = self._submit(session, submit, admitted, passage)
+        near.streams.add(admitted.lease, rows)
+        closing = Closing(near, session, rows, admitted.lease, len(prompt), started)
+        try:
+            await self._deliver(admitted.lease, place.model_digest, len(prompt), rows)
         except asyncio.CancelledError:
             near.background.spawn(closing.broken_off(*self._why_interrupted()))
             raise
@@ -151,22 +140,46 @@ class Walk:
             ended = self._ended(error)
             await _finished(near.background, closing.broken_off(self._outcome(ended), ended.code))
             raise ended from None
-        settled = await _finished(near.background, closing.completed(end))
+        settled = await _finished(near.background, closing.completed())
         return api.Receipt(
             request_id=request.request_id,
             audit_sequence=settled.audit_sequence,
             leaf_hash=settled.leaf_hash,
         )
 
-    async def _admit(self, ticket: str, prompt_tokens: int, max_tokens: int) -> control_pb2.AdmitResponse:
+    def _submission(self, place: control_pb2.AuthorizeResponse, prompt: list[int]) -> engine.Submit:
+        """What the worker is to do, but for what control says when it admits it.
+
+        Raises:
+            CloisterError: CONTEXT_OVERFLOW, or INVALID_STOP.
+        """
+        parameters = self._request.parameters
+        max_tokens = room_for_answer(parameters.max_tokens, len(prompt), place.max_context_tokens)
+        check_min_tokens(parameters.stopping.min_tokens, max_tokens)
+        return parameters.submission(place.scope, prompt, max_tokens)
+
+    def _submit(
+        self,
+        session: Session,
+        submit: engine.Submit,
+        admitted: control_pb2.AdmitResponse,
+        passage: Passage,
+    ) -> Rows:
+        submit.salt, submit.weight = admitted.salt, admitted.weight
+        rows = session.submit(submit, passage)
+        rows.interrupt = self._interrupt
+        return rows
+
+    async def _admit(self, ticket: str, submit: engine.Submit) -> control_pb2.AdmitResponse:
         """A lease; when the call is cancelled meanwhile, the lease that may still come is settled."""
         near, request = self._neighbours, self._request
         question = control_pb2.AdmitRequest(
             ticket=ticket,
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
+            prompt_tokens=len(submit.token_ids),
+            max_tokens=submit.max_tokens,
             prompt_sha256=request.prompt_sha256,
-            parameters=request.parameters(max_tokens),
+            parameters=request.parameters.recorded(submit.max_tokens),
+            answers=submit.n,
         )
         task = near.background.spawn(near.control.admit(question))
         try:
@@ -178,32 +191,12 @@ class Walk:
             raise
         except asyncio.CancelledError:
             self.admitted = True
-            near.background.spawn(_settle_unwanted(near.control, task, *self._why_interrupted()))
+            near.background.spawn(settle_unwanted(near.control, task, *self._why_interrupted()))
             raise
         self.admitted = True
         return admitted
 
-    def _submission(
-        self, admitted: control_pb2.AdmitResponse, prompt: list[int], max_tokens: int
-    ) -> engine.Submit:
-        request = self._request
-        return engine.Submit(
-            scope=admitted.scope,
-            salt=admitted.salt,
-            weight=admitted.weight,
-            token_ids=prompt,
-            temperature=request.temperature,
-            top_p=request.top_p,
-            top_k=request.top_k,
-            seed=request.seed,
-            max_tokens=max_tokens,
-            stop=request.stopping.stop,
-            stop_token_ids=request.stopping.stop_token_ids,
-            include_stop=request.stopping.include_stop,
-            ignore_eos=request.stopping.ignore_eos,
-        )
-
-    async def _deliver(self, lease: str, model_digest: str, prompt_tokens: int, rows: Rows) -> engine.End:
+    async def _deliver(self, lease: str, model_digest: str, prompt_tokens: int, rows: Rows) -> None:
         """Write everything to the client, the last event included.
 
         `Accepted` waits for the worker's first row too: what comes after it is never a refusal.
@@ -216,26 +209,36 @@ class Walk:
             request_id=self._request.request_id,
             model_digest=model_digest,
             prompt_tokens=prompt_tokens,
-            seed=self._request.seed,
+            seed=self._request.parameters.seed,
         )
         await self._send(accepted)
         self._accepted = True
-        await self._send_row(row)
-        while not row.HasField("end"):
-            row = await rows.next()
+        left = self._request.parameters.n
+        while True:
             await self._send_row(row)
+            if row.HasField("end"):
+                await self._send_end(row)
+                left -= 1
+                if not left:
+                    break
+            row = await rows.next()
+        await self._send(completed(rows.ends, prompt_tokens))
+
+    async def _send_end(self, row: engine.Row) -> None:
+        """One answer has ended: the client is told why, or the call ends with it."""
         if row.end.reason == engine.END_REASON_ERROR:
             raise _engine_error(row.end)
         if row.end.reason not in (engine.END_REASON_STOP, engine.END_REASON_LENGTH):
             raise EngineGoneError
-        await self._send(finished(row.end))
-        await self._send(completed(row.end, prompt_tokens))
-        return row.end
+        await self._send(finished(row.index, row.end))
 
     async def _send_row(self, row: engine.Row) -> None:
+        parameters = self._request.parameters
+        if parameters.prompt_logprobs is not None:
+            for delta in prompt_deltas(row):
+                await self._send(delta)
         if row.text or row.token_ids:
-            ids = row.token_ids if self._request.return_token_ids else ()
-            await self._send(api.Delta(text=row.text, token_ids=ids))
+            await self._send(answer_delta(row, parameters.return_token_ids))
 
     async def _send(self, event: Event) -> None:
         stall = asyncio.timeout(self._neighbours.limits.stall_seconds)
@@ -301,70 +304,9 @@ class Walk:
         return asyncio.get_running_loop().time()
 
 
-@dataclass(frozen=True, slots=True)
-class _Closing:
-    """Ends a lease: tells the worker, asks what it computed, and settles."""
-
-    near: Neighbours
-    session: Session
-    rows: Rows
-    lease: str
-    prompt_tokens: int
-    started: float
-
-    async def completed(self, end: engine.End) -> control_pb2.SettleResponse:
-        """The client got the whole answer."""
-        self.near.streams.discard(self.lease)
-        return await self._settle(control_pb2.OUTCOME_COMPLETED, "", finish_name(end))
-
-    async def broken_off(
-        self, outcome: control_pb2.Outcome.ValueType, reason: str
-    ) -> control_pb2.SettleResponse | None:
-        """The client did not get the whole answer; the engine is to forget the request first."""
-        self.near.streams.discard(self.lease)
-        self.rows.abort()
-        await self.rows.over(LAST_WORD_S)
-        self.session.release(self.rows)
-        try:
-            return await self._settle(outcome, reason, "")
-        except CloisterError as error:
-            log.warning("lease not settled yet", extra={"code": error.code, "outcome": reason})
-            return None
-
-    async def _settle(
-        self, outcome: control_pb2.Outcome.ValueType, reason: str, finish_reason: str
-    ) -> control_pb2.SettleResponse:
-        end, rows = self.rows.end, self.rows
-        request = control_pb2.SettleRequest(
-            lease=self.lease,
-            outcome=outcome,
-            reason=reason,
-            prompt_tokens=end.prompt_tokens if end else self.prompt_tokens if rows.completion_tokens else 0,
-            completion_tokens=end.completion_tokens if end else rows.completion_tokens,
-            finish_reason=finish_reason,
-        )
-        duration = asyncio.get_running_loop().time() - self.started
-        request.duration.FromTimedelta(timedelta(seconds=duration))
-        return await self.near.control.settle(request)
-
-
 async def _finished(background: Background, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which goes on when the caller is cancelled."""
     return await asyncio.shield(background.spawn(work))
-
-
-async def _settle_unwanted(
-    control: ControlClient,
-    admission: "asyncio.Task[control_pb2.AdmitResponse]",
-    outcome: control_pb2.Outcome.ValueType,
-    reason: str,
-) -> None:
-    """Close the lease of an admission whose call is gone, if it was granted."""
-    try:
-        admitted = await admission
-    except CloisterError:
-        return
-    await control.settle(control_pb2.SettleRequest(lease=admitted.lease, outcome=outcome, reason=reason))
 
 
 def _engine_error(end: engine.End) -> CloisterError:

@@ -114,6 +114,18 @@ class FakeText(engine_pb2_grpc.TextServiceServicer):
         length = len(request.text) or len(request.conversation.messages)
         return engine_pb2.PrepareResponse(token_ids=range(length))
 
+    async def Tokenize(self, request: Any, context: Context) -> Any:
+        self.requests.append(request)
+        if self.refuse:
+            await context.abort(*self.refuse)
+        return engine_pb2.TokenizeResponse(token_ids=map(ord, request.text))
+
+    async def Detokenize(self, request: Any, context: Context) -> Any:
+        self.requests.append(request)
+        if self.refuse:
+            await context.abort(*self.refuse)
+        return engine_pb2.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
+
 
 class FakeWorker(engine_pb2_grpc.WorkerServiceServicer):
     """Runs `script` for each request; the script sends rows, one frame each."""
@@ -139,26 +151,34 @@ class FakeWorker(engine_pb2_grpc.WorkerServiceServicer):
 
     async def _commands(self, requests: Any, frames: "asyncio.Queue[Any]") -> None:
         running: dict[int, asyncio.Task[None]] = {}
+        answers: dict[int, int] = {}
         async for command in requests:
             if command.HasField("abort"):
                 handle = command.abort.handle
                 self.aborts.append(handle)
                 if handle in running:
                     running.pop(handle).cancel()
-                    self._frame(frames, handle, "", (), end(engine_pb2.END_REASON_ABORTED, completion_tokens=2))
+                    last = end(engine_pb2.END_REASON_ABORTED, completion_tokens=2)
+                    for index in range(answers[handle]):
+                        self._frame(frames, handle, "", (), last, index=index)
                 self.aborted.set()
                 continue
             submit = command.submit
             self.submits.append(submit)
+            answers[submit.handle] = submit.n
 
-            def send(text: str = "", ids: Any = (), end: Any = None, handle: int = submit.handle) -> None:
-                self._frame(frames, handle, text, ids, end)
+            def send(
+                text: str = "", ids: Any = (), end: Any = None, handle: int = submit.handle, **more: Any
+            ) -> None:
+                self._frame(frames, handle, text, ids, end, **more)
 
             running[submit.handle] = asyncio.create_task(self.script(submit, send))
 
-    def _frame(self, frames: "asyncio.Queue[Any]", handle: int, text: str, ids: Any, end: Any) -> None:
+    def _frame(
+        self, frames: "asyncio.Queue[Any]", handle: int, text: str, ids: Any, end: Any, **more: Any
+    ) -> None:
         self._step += 1
-        row = engine_pb2.Row(handle=handle, text=text, token_ids=ids, end=end)
+        row = engine_pb2.Row(handle=handle, text=text, token_ids=ids, end=end, **more)
         frames.put_nowait(engine_pb2.SessionResponse(step=self._step, rows=[row]))
 
 

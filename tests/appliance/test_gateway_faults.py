@@ -13,6 +13,7 @@ from appliance.client import CloisterError
 from appliance.control.admission import leases
 from appliance.gateway import server
 from appliance.gateway.limits import Limits
+from appliance.gateway.quarantine import Passage, Quarantine
 from appliance.gateway.rows import MAX_PENDING_BYTES, MERGE_AFTER, EngineGoneError, Rows
 from appliance.gateway.sessions import Sessions
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
@@ -290,13 +291,13 @@ async def test_a_prompt_that_may_have_wedged_engine_text_is_not_sent_again(
 async def test_a_session_forgets_a_request_when_it_has_ended_or_was_given_up(house: House) -> None:
     sessions = Sessions()
     session = await sessions.open(str(house.home / "run" / "worker-notes.sock"))
-    rows = session.submit(engine_pb2.Submit(token_ids=[1]))
+    rows = session.submit(engine_pb2.Submit(token_ids=[1]), a_passage())
     assert session.num_running == 1
     while not (await rows.next()).HasField("end"):
         pass
     assert session.num_running == 0
     house.worker.script = silence
-    stuck = session.submit(engine_pb2.Submit(token_ids=[1]))
+    stuck = session.submit(engine_pb2.Submit(token_ids=[1]), a_passage())
     session.release(stuck)
     assert session.num_running == 0
     await sessions.close()
@@ -372,12 +373,12 @@ async def test_a_client_a_little_behind_gets_each_step_and_far_behind_gets_them_
         rows.put(a_row(str(index % 10), (index,)))
     assert (await rows.next()).text == "0"
     rows.put(a_row("a"))
-    rows.put(a_row("b", (), end()))
+    rows.put(a_row("b", (), end(completion_tokens=MERGE_AFTER + 2)))
     merged = await rows.next()
     assert merged.text == "".join(str(index % 10) for index in range(1, MERGE_AFTER)) + "ab"
     assert list(merged.token_ids) == [*range(1, MERGE_AFTER), 1]
     assert merged.HasField("end")
-    assert rows.completion_tokens == MERGE_AFTER + 1
+    assert rows.completion_tokens == MERGE_AFTER + 2, "what the worker says, an end token included"
 
 
 async def test_pending_rows_are_bounded_and_the_writer_is_interrupted() -> None:
@@ -474,6 +475,11 @@ async def test_after_a_storm_of_cancellations_every_lease_is_settled(
     outcomes = {request.outcome for request in house.control.asked("Settle")}
     assert {control_pb2.OUTCOME_COMPLETED, control_pb2.OUTCOME_CANCELLED} <= outcomes
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def a_passage() -> Passage:
+    """The way in of a request that nothing is held against."""
+    return Passage(Quarantine(), b"", None)
 
 
 async def until(condition: Any) -> None:

@@ -18,6 +18,7 @@ from appliance.errors import CloisterError
 
 OPEN = "open"
 SETTLED = "settled"
+MAX_ANSWERS = 8
 ABANDONED = "abandoned"
 """Settled by control, as no gateway did; charged is all that was reserved, the one bound that is known."""
 NEVER_STARTED = "NEVER_STARTED"
@@ -58,10 +59,11 @@ _LEDGER = insert(_TABLES["usage"])
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens of a prompt, and most tokens of its answer."""
+    """Tokens of a prompt, and most tokens of all its answers together."""
 
     prompt_tokens: int
     max_tokens: int
+    answers: int = 1
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,18 @@ class Reservation:
 
 
 def check_size(size: Size, max_context_tokens: int) -> None:
-    """Refuse what cannot fit the model.
+    """Refuse what cannot fit the model: the prompt and each answer share one context.
 
     Raises:
-        CloisterError: EMPTY_PROMPT, INVALID_MAX_TOKENS, CONTEXT_OVERFLOW.
+        CloisterError: EMPTY_PROMPT, INVALID_MAX_TOKENS, TOO_MANY_ANSWERS, CONTEXT_OVERFLOW.
     """
+    if size.answers > MAX_ANSWERS:
+        raise CloisterError("TOO_MANY_ANSWERS", f"a request has at most {MAX_ANSWERS} answers")
     if size.prompt_tokens == 0:
         raise CloisterError("EMPTY_PROMPT", "the prompt has no tokens; send some text")
     if size.max_tokens == 0:
         raise CloisterError("INVALID_MAX_TOKENS", "max_tokens is 0; ask for at least one token")
-    wanted = size.prompt_tokens + size.max_tokens
+    wanted = size.prompt_tokens + size.max_tokens // size.answers
     if wanted > max_context_tokens:
         raise CloisterError(
             "CONTEXT_OVERFLOW",

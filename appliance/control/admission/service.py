@@ -76,12 +76,15 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
 
         async def answer() -> control_pb2.AuthorizeResponse:
             self._check_open()
-            policy.rule_for(request.method, policy.Audience.TENANT)
+            rule = policy.rule_for(request.method, policy.Audience.TENANT)
             request_id = _uuid(request.request_id)
             principal, model = await self._database.run(
                 lambda s: _authorize(s, self._callers, request.caller, request.model)
             )
-            return self._ticket(request, request_id, principal, model)
+            place = self._place(principal, model)
+            if rule.audit is policy.AuditClass.REQUEST:
+                place.ticket = self._ticket(request, request_id, principal, place)
+            return place
 
         return await self._or_refuse(context, answer, request.caller, request.method, request.request_id)
 
@@ -172,23 +175,28 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
         return self._tickets.take(ticket)
 
     def _ticket(
-        self, request: control_pb2.AuthorizeRequest, request_id: str, principal: Principal, model: VisibleModel
-    ) -> control_pb2.AuthorizeResponse:
-        running = self._deployments.ready(model.deployment)
-        ticket = self._tickets.issue(
+        self,
+        request: control_pb2.AuthorizeRequest,
+        request_id: str,
+        principal: Principal,
+        place: control_pb2.AuthorizeResponse,
+    ) -> str:
+        return self._tickets.issue(
             Ticket(
                 principal=principal,
                 method=request.method,
                 request_id=request_id,
                 gateway_id=request.gateway_id,
-                model=model.alias,
-                deployment=model.deployment,
-                model_digest=running.model_digest,
-                max_context_tokens=running.max_context_tokens,
+                model=request.model,
+                deployment=place.deployment,
+                model_digest=place.model_digest,
+                max_context_tokens=place.max_context_tokens,
             )
         )
+
+    def _place(self, principal: Principal, model: VisibleModel) -> control_pb2.AuthorizeResponse:
+        running = self._deployments.ready(model.deployment)
         return control_pb2.AuthorizeResponse(
-            ticket=ticket,
             deployment=model.deployment,
             text_socket=running.text_socket,
             worker_socket=running.worker_socket,
@@ -201,7 +209,8 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def _admit(
         self, ticket: Ticket, identity: str, request: control_pb2.AdmitRequest
     ) -> control_pb2.AdmitResponse:
-        size = Size(request.prompt_tokens, request.max_tokens)
+        answers = request.answers or 1
+        size = Size(request.prompt_tokens, answers * request.max_tokens, answers)
         reservations.check_size(size, ticket.max_context_tokens)
         admitted = records.Admitted(
             identity=identity,
