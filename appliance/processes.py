@@ -71,8 +71,8 @@ def _control(settings: "Settings") -> tuple[str, ...]:
 
 def _engine_host(settings: "Settings") -> tuple[str, ...]:
     watchdog = settings.watchdog
-    limits = _options({"heard_within": watchdog.heard_seconds, "step_within": watchdog.step_seconds})
-    return ("--run", "{run}", "--store", "{store}", *limits)
+    values = {"heard_within": watchdog.heard_seconds, "step_within": watchdog.step_seconds}
+    return ("--run", "{run}", "--store", "{store}", *_options({**values, **settings.devices.model_dump()}))
 
 
 def _options(values: Mapping[str, object]) -> tuple[str, ...]:

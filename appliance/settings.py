@@ -53,6 +53,12 @@ def _host(text: str) -> str:
     return text
 
 
+def _file(text: str) -> str:
+    if text and not (Path(text).is_absolute() and Path(text).is_file()):
+        raise ValueError("not a file")
+    return text
+
+
 def _setting(default: Any, effect: str, unit: str = "", **bounds: Any) -> Any:
     """One setting: its default, what it does, its unit, and `ge` and `le` for the range."""
     return Field(default, description=effect, json_schema_extra={"unit": unit}, **bounds)
@@ -135,6 +141,33 @@ class TenantSettings(_Section):
     key_days: int = _setting(90, "Days until a key and its certificate expire.", "days", ge=1, le=825)
 
 
+class DeviceSettings(_Section):
+    """The devices that models run on."""
+
+    inventory: Annotated[str, AfterValidator(_file)] = _setting(
+        "",
+        "A recorded inventory, as `cloister gpu list --json` prints it, instead of this machine's own devices: "
+        "for planning, and shown as recorded wherever devices are shown.",
+        "the absolute path of a file",
+    )
+
+
+class WatchdogSettings(_Section):
+    """When a process that stands still is killed and started again."""
+
+    heard_seconds: float = _setting(
+        20.0, "A process that gives no sign of life for so long is killed.", "seconds", ge=2, le=3600
+    )
+    step_seconds: float = _setting(
+        120.0,
+        "A worker whose engine takes longer for one step gives no more signs of life; raise it for a model whose "
+        "steps are long on this machine.",
+        "seconds",
+        ge=2,
+        le=86_400,
+    )
+
+
 class LogSettings(_Section):
     """The processes' logs, one file each in `logs/`."""
 
@@ -153,6 +186,8 @@ class Settings(_Section):
     gateway: GatewaySettings = GatewaySettings()
     audit: AuditSettings = AuditSettings()
     tenants: TenantSettings = TenantSettings()
+    devices: DeviceSettings = DeviceSettings()
+    watchdog: WatchdogSettings = WatchdogSettings()
     logs: LogSettings = LogSettings()
 
     def with_listen(self, address: str) -> "Settings":

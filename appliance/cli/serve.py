@@ -6,13 +6,20 @@ import contextlib
 import os
 import signal
 import socket
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from appliance.cli.config import add_flags, configuration
 from appliance.cli.output import emit_line, printable
 from appliance.errors import CloisterError
-from appliance.processes import DEFAULT_LISTEN, LONGEST_SOCKET_NAME, TABLE
+from appliance.logfile import LogFile
+from appliance.processes import LONGEST_SOCKET_NAME, table
 from appliance.supervisor import Report, Supervisor, sole_supervisor
 from engine.process import Process
+
+if TYPE_CHECKING:
+    from appliance.settings import Settings
 
 MAX_SOCKET_PATH = 107
 ISOLATION = "none"
@@ -20,13 +27,7 @@ ISOLATION = "none"
 
 def register(parser: argparse.ArgumentParser) -> None:
     """The arguments of `cloister serve`."""
-    parser.add_argument(
-        "--listen",
-        default=DEFAULT_LISTEN,
-        type=_address,
-        metavar="HOST:PORT",
-        help=f"where clients connect; port 0 takes a free one (default {DEFAULT_LISTEN})",
-    )
+    add_flags(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -39,13 +40,15 @@ def _serve(args: argparse.Namespace) -> int:
     os.umask(0o077)
     home = args.home.resolve()
     _require_home(home)
+    settings = configuration(args).settings
+    os.environ["CLOISTER_LOG"] = settings.logs.level
     (home / "logs").mkdir(exist_ok=True)
     with sole_supervisor(home):
-        asyncio.run(_supervise(args, home, _usable(*args.listen)))
+        asyncio.run(_supervise(args, home, settings.with_listen(_usable(settings.gateway.listen))))
     return 0
 
 
-async def _supervise(args: argparse.Namespace, home: Path, listen: str) -> None:
+async def _supervise(args: argparse.Namespace, home: Path, settings: "Settings") -> None:
     process = Process("serve")
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -58,11 +61,14 @@ async def _supervise(args: argparse.Namespace, home: Path, listen: str) -> None:
             emit_line(args, value, f"{change.process:<12} {change.state:<9} pid {change.pid}{detail}")
 
     def all_ready() -> None:
+        listen = settings.gateway.listen
         value = {"state": "ready", "listen": listen, "home": str(home), "isolation": ISOLATION}
         emit_line(args, value, f"ready on {listen}  home: {printable(str(home))}  isolation: {ISOLATION}")
         process.ready()
 
-    await Supervisor(TABLE, home, listen, report).run(process.stopping, all_ready)
+    open_log = partial(LogFile, max_bytes=settings.logs.max_bytes, kept=settings.logs.kept)
+    supervisor = Supervisor(table(settings), home, report, open_log=open_log)
+    await supervisor.run(process.stopping, all_ready)
 
 
 def _require_home(home: Path) -> None:
@@ -80,21 +86,16 @@ def _require_home(home: Path) -> None:
         raise CloisterError("PATH_TOO_LONG", f"{home} is longer than {longest} bytes; sockets would not fit in it")
 
 
-def _address(text: str) -> tuple[str, int]:
-    """HOST:PORT, an IPv6 host in brackets."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    return host, int(port)
-
-
-def _usable(host: str, port: int) -> str:
+def _usable(address: str) -> str:
     """The address, found free before anything is started, with a port in place of 0, so that a restarted gateway
     comes back where it was.
 
     Raises:
         CloisterError: ADDRESS_UNUSABLE.
     """
+    from appliance.settings import split_address
+
+    host, port = split_address(address)
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -105,5 +106,6 @@ def _usable(host: str, port: int) -> str:
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or "no host of that name"
         raise CloisterError(
-            "ADDRESS_UNUSABLE", f"cannot listen on {host}:{port}: {why}; choose another with --listen HOST:PORT"
+            "ADDRESS_UNUSABLE",
+            f"cannot listen on {host}:{port}: {why}; choose another with --listen HOST:PORT or gateway.listen",
         ) from error

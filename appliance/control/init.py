@@ -21,6 +21,7 @@ from pathlib import Path
 
 import grpc
 
+from appliance import settings
 from appliance.control import records
 from appliance.control.audit import AuditLog, Record, make_key
 from appliance.control.db.database import Database
@@ -84,8 +85,15 @@ def initialise(plan: Plan) -> dict[str, str]:
         for name in _FOLDERS:
             _move(build / name, plan.home / name)
         build.rmdir()
+        _write_example(plan.home / settings.FILE)
         _sync(plan.home)
     return facts
+
+
+def _write_example(path: Path) -> None:
+    """The settings file, all commented out; one that is there was put there to be used."""
+    with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
+        file.write(settings.example())
 
 
 def _fill(home: Home, plan: Plan) -> dict[str, str]:

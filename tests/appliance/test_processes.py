@@ -19,9 +19,11 @@ import pytest
 
 from appliance.errors import CloisterError
 from appliance.logfile import LogFile
-from appliance.processes import LONGEST_SOCKET_NAME, TABLE, ProcessSpec, problems
+from appliance.processes import LONGEST_SOCKET_NAME, ProcessSpec, problems, table
+from appliance.settings import Settings
 from appliance.supervisor import Report, RestartPolicy, Supervisor, _pump, sole_supervisor
 
+TABLE = table(Settings())
 HASTY = RestartPolicy(first_delay=0.01, longest_delay=0.02, attempts=3)
 CHILD = """
 import os, signal, socket, sys, time
@@ -88,7 +90,7 @@ class Running:
         self.stopping = asyncio.Event()
         self.ready = asyncio.Event()
         self._changed = asyncio.Event()
-        supervisor = Supervisor(specs, home, "127.0.0.1:0", self._report, HASTY)
+        supervisor = Supervisor(specs, home, self._report, HASTY)
         self.task = asyncio.create_task(supervisor.run(self.stopping, self.ready.set))
 
     def _report(self, report: Report) -> None:
@@ -126,11 +128,12 @@ def test_a_table_with_a_need_that_comes_later_is_reported() -> None:
 
 
 def test_arguments_are_filled_in_and_the_current_directory_is_not_imported_from() -> None:
-    argv = {s.name: s.argv(Path("/srv/home"), "[::1]:1") for s in TABLE}
-    assert argv["engine-host"] == (
+    argv = {s.name: s.argv(Path("/srv/home")) for s in TABLE}
+    assert argv["engine-host"][:8] == (
         sys.executable, "-P", "-m", "engine.host", "--run", "/srv/home/run", "--store", "/srv/home/store",
     )  # fmt: skip
-    assert argv["gateway"][3:] == ("appliance.gateway", "--home", "/srv/home", "--listen", "[::1]:1")
+    assert argv["importer"][3:] == ("bundles.importer", "--home", "/srv/home")
+    assert "--listen=127.0.0.1:8443" in argv["gateway"]
 
 
 def test_a_home_of_eighty_bytes_leaves_room_for_every_socket() -> None:
@@ -194,7 +197,7 @@ def test_children_die_with_a_killed_supervisor(home: Path) -> None:
         "def report(r): print(r.state, r.pid, flush=True)\n"
         "async def main():\n"
         "    table = (ProcessSpec('child', 'stand_in', ('tied',)),)\n"
-        "    await Supervisor(table, pathlib.Path(sys.argv[1]), '', report).run(asyncio.Event(), lambda: None)\n"
+        "    await Supervisor(table, pathlib.Path(sys.argv[1]), report).run(asyncio.Event(), lambda: None)\n"
         "asyncio.run(main())\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, home], stdout=subprocess.PIPE, text=True) as supervisor:
