@@ -60,9 +60,7 @@ class TextModel:
         Raises:
             EngineError: EMPTY_PROMPT, TOKEN_OUT_OF_RANGE, CONTEXT_OVERFLOW.
         """
-        unknown = next((number for number in ids if not self.tokenizer.has(number)), None)
-        if unknown is not None:
-            raise EngineError("TOKEN_OUT_OF_RANGE", f"{unknown} is not in the vocabulary of {self.tokenizer.size}")
+        self._check_known(ids)
         return self._checked(list(ids))
 
     def from_conversation(self, messages: Sequence[Message]) -> list[int]:
@@ -83,6 +81,34 @@ class TextModel:
         marked = render_marked(self.template, messages, self.tokenizer)
         return self._checked(self.tokenizer.encode(marked, add_special_tokens=False))
 
+    def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text, as `from_text` makes them; none for an empty text without special tokens.
+
+        Raises:
+            EngineError: CONTEXT_OVERFLOW; the text is longer than any prompt may be.
+        """
+        self._check_length(len(text))
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids; control tokens are left out, broken UTF-8 is replaced by U+FFFD.
+
+        Raises:
+            EngineError: TOKEN_OUT_OF_RANGE; CONTEXT_OVERFLOW, no context holds so many tokens or so much text.
+        """
+        if len(ids) > self.max_context_tokens:
+            raise EngineError(
+                "CONTEXT_OVERFLOW", f"{len(ids)} tokens are more than a context of {self.max_context_tokens} holds"
+            )
+        self._check_known(ids)
+        self._check_length(self.tokenizer.length(ids))
+        return self.tokenizer.decode(ids)
+
+    def _check_known(self, ids: Sequence[int]) -> None:
+        unknown = next((number for number in ids if not self.tokenizer.has(number)), None)
+        if unknown is not None:
+            raise EngineError("TOKEN_OUT_OF_RANGE", f"{unknown} is not in the vocabulary of {self.tokenizer.size}")
+
     def _check_turns(self, turns: int) -> None:
         """Refuse before rendering what has more turns than tokens, however short they are."""
         limit = min(MAX_MESSAGES, self.max_context_tokens - 1)
@@ -94,7 +120,7 @@ class TextModel:
             )
 
     def _check_length(self, characters: int) -> None:
-        """Refuse before tokenising what could not fit the context in any case."""
+        """Refuse before tokenising (or after looking up tokens) what could not fit the context in any case."""
         limit = min(MAX_TEXT_CHARS, self.max_context_tokens * self.tokenizer.longest_token)
         if characters > limit:
             raise EngineError(

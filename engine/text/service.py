@@ -1,4 +1,4 @@
-"""The text service of one deployment: one preparation at a time, killed with its process when it takes too long.
+"""The text service of one deployment: one call at a time, killed with its process when it takes too long.
 
 A template or a regular expression that does not end may hold the interpreter's lock, so no thread of this
 process could end it. The kernel does: timers whose signals keep their default effect. Processor time counts, so
@@ -11,8 +11,10 @@ Source: setitimer(2).
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import assert_never
+from functools import partial
+from typing import TypeVar, assert_never
 
 import grpc
 
@@ -22,12 +24,16 @@ from engine.text.model import TextModel
 from engine.text.template import Message
 
 CPU_LIMIT_S = 2.0
-"""Seconds of processor time, of the whole process, one preparation may take."""
+"""Seconds of processor time, of the whole process, one call may take."""
 
 WALL_LIMIT_S = 10.0
-"""Seconds by the clock one preparation may take."""
+"""Seconds by the clock one call may take."""
 
 _FAILED = "TEXT_FAILED"
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+_Made = TypeVar("_Made")
 
 log = logging.getLogger(__name__)
 
@@ -49,25 +55,48 @@ class TextService(engine_pb2_grpc.TextServiceServicer):
         context: grpc.aio.ServicerContext[engine_pb2.PrepareRequest, engine_pb2.PrepareResponse],
     ) -> engine_pb2.PrepareResponse:
         """Token ids of the input; INVALID_ARGUMENT, or INTERNAL for our fault, with "CODE: message"."""
+        ids = await self._within_limits(context, partial(_prepare, self._model, request))
+        return engine_pb2.PrepareResponse(token_ids=ids)
+
+    async def Tokenize(  # noqa: N802
+        self,
+        request: engine_pb2.TokenizeRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.TokenizeRequest, engine_pb2.TokenizeResponse],
+    ) -> engine_pb2.TokenizeResponse:
+        """Token ids of a text, as Prepare makes them; statuses as of Prepare."""
+        make = partial(self._model.tokenize, request.text, request.add_special_tokens)
+        return engine_pb2.TokenizeResponse(token_ids=await self._within_limits(context, make))
+
+    async def Detokenize(  # noqa: N802
+        self,
+        request: engine_pb2.DetokenizeRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.DetokenizeRequest, engine_pb2.DetokenizeResponse],
+    ) -> engine_pb2.DetokenizeResponse:
+        """Text of token ids; statuses as of Prepare."""
+        make = partial(self._model.detokenize, request.token_ids)
+        return engine_pb2.DetokenizeResponse(text=await self._within_limits(context, make))
+
+    async def _within_limits(
+        self, context: grpc.aio.ServicerContext[_Request, _Response], make: Callable[[], _Made]
+    ) -> _Made:
+        """What `make` makes, or the call's end with "CODE: message"; the process's end when it takes too long."""
         try:
-            ids = await asyncio.get_running_loop().run_in_executor(self._worker, self._within_limit, request)
+            return await asyncio.get_running_loop().run_in_executor(self._worker, _timed, make)
         except EngineError as error:
             status = grpc.StatusCode.INTERNAL if error.code == _FAILED else grpc.StatusCode.INVALID_ARGUMENT
             await context.abort(status, str(error))
-        return engine_pb2.PrepareResponse(token_ids=ids)
 
-    def _within_limit(self, request: engine_pb2.PrepareRequest) -> list[int]:
-        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)
-        signal.setitimer(signal.ITIMER_REAL, WALL_LIMIT_S)
-        try:
-            return _prepare(self._model, request)
-        except MemoryError:
-            raise EngineError(
-                "TEXT_TOO_COSTLY", "preparing this input takes more memory than is allowed"
-            ) from None
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            signal.setitimer(signal.ITIMER_REAL, 0)
+
+def _timed(make: Callable[[], _Made]) -> _Made:
+    signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)
+    signal.setitimer(signal.ITIMER_REAL, WALL_LIMIT_S)
+    try:
+        return make()
+    except MemoryError:
+        raise EngineError("TEXT_TOO_COSTLY", "preparing this input takes more memory than is allowed") from None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _prepare(model: TextModel, request: engine_pb2.PrepareRequest) -> list[int]:

@@ -11,7 +11,7 @@ Source: the `tokenizer.json` format of Hugging Face `tokenizers`.
 import json
 import re
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -75,6 +75,15 @@ class ControlTokenizer:
         `add_special_tokens` adds what the tokenizer's post-processor adds, a begin token as a rule.
         """
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`, all of them tokens; control tokens are left out, broken UTF-8 becomes U+FFFD."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def length(self, ids: Iterable[int]) -> int:
+        """Characters of the ids' ordinary tokens as the vocabulary spells them; their text is hardly longer."""
+        controls = set(self.controls.values())
+        return sum(len(self._tokenizer.id_to_token(i) or "") for i in ids if i not in controls)
 
 
 def _longest_first(contents: Iterable[str]) -> re.Pattern[str] | None:

@@ -64,7 +64,20 @@ async def test_the_process_answers_with_tokens_or_codes_and_drains(tmp_path: Pat
                     await stub.Prepare(request)
                 assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
                 assert (refused.value.details() or "").startswith(f"{code}: ")
+            await check_both_ways(stub)
         assert await text.terminate() == 0
+
+
+async def check_both_ways(stub: engine_pb2_grpc.TextServiceStub) -> None:
+    text = "Claim <|end|> é"
+    tokens = await stub.Tokenize(engine_pb2.TokenizeRequest(text=text, add_special_tokens=True))
+    assert tokens.token_ids == (await stub.Prepare(engine_pb2.PrepareRequest(text=text))).token_ids
+    back = await stub.Detokenize(engine_pb2.DetokenizeRequest(token_ids=[1, *tokens.token_ids]))
+    assert back.text == text
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await stub.Detokenize(engine_pb2.DetokenizeRequest(token_ids=[4000]))
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert (refused.value.details() or "").startswith("TOKEN_OUT_OF_RANGE: ")
 
 
 async def test_a_wedged_template_ends_the_process_by_the_kernel(tmp_path: Path, socket_dir: Path) -> None:
