@@ -158,12 +158,14 @@ def plan_memory(model: Model, options: EngineOptions, available: int, cores: int
         model: the model.
         options: as asked for.
         available: bytes that this deployment may take.
-        cores: of the device; those of this process when None.
+        cores: for its threads by default; all but one of this process when None.
 
     Raises:
         EngineError: OPTIONS_INVALID names the option.
     """
-    options = _resolve(model, options, available, len(os.sched_getaffinity(0)) if cores is None else cores)
+    # A spinning thread that shares its core slows a step tenfold: one core is for the other processes.
+    cores = len(os.sched_getaffinity(0)) - 1 if cores is None else cores
+    options = _resolve(model, options, available, cores)
     sizes = Sizes(model.config, model.shapes, options)
     weights, kv = footprint.weights_bytes(sizes), footprint.kv_bytes(sizes)
     activations = footprint.activation_bytes(sizes)
@@ -191,5 +193,5 @@ def _resolve(model: Model, options: EngineOptions, available: int, cores: int) -
         model_context=config.max_context_tokens,
         block_bytes_per_token=footprint.block_bytes(sizes) // first.block_size,
         memory_bytes=min(left, 2 * (left - footprint.activation_bytes(sizes) - footprint.block_bytes(sizes))),
-        cores=cores - 1,  # a spinning thread that shares its core slows a step tenfold
+        cores=cores,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import grpc
 
+from engine.host.inventory import read_recorded
 from engine.host.keeper import RestartPolicy
 from engine.host.service import HostService
 from engine.process import Process, run
@@ -39,14 +40,22 @@ def main(argv: list[str] | None = None) -> int:
         metavar="SECONDS",
         help="a worker whose engine takes longer for one step gives no more signs of life (%(default)g)",
     )
+    parser.add_argument(
+        "--inventory",
+        type=Path,
+        metavar="FILE",
+        help="recorded devices in place of this machine's; see inventory.py",
+    )
     chosen = parser.parse_args(argv)
     policy = RestartPolicy(heard_within_s=chosen.heard_within, step_within_s=chosen.step_within)
-    return run(NAME, partial(_serve, chosen.run.absolute(), chosen.store.absolute(), policy), FORBIDDEN)
+    return run(NAME, partial(_serve, chosen, policy), FORBIDDEN)
 
 
-async def _serve(run_directory: Path, store: Path, policy: RestartPolicy, process: Process) -> None:
+async def _serve(chosen: argparse.Namespace, policy: RestartPolicy, process: Process) -> None:
+    run_directory, store = chosen.run.absolute(), chosen.store.absolute()
+    inventory = read_recorded(chosen.inventory.absolute()) if chosen.inventory else None
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
-    service = HostService(run_directory, store, policy)
+    service = HostService(run_directory, store, policy, inventory)
     engine_pb2_grpc.add_HostServiceServicer_to_server(service, server)
     process.listen(server, run_directory / SOCKET)
     await server.start()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import grpc
 
-from engine.host.inventory import devices
+from engine.errors import EngineError
+from engine.host.inventory import Inventory
 from engine.host.keeper import RestartPolicy
+from engine.host.planning import Planner
 from engine.host.slot import DeploymentSlot
 from engine.protos import engine_pb2, engine_pb2_grpc
 
@@ -23,12 +25,21 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         run: directory of sockets.
         store: directory of files by digest.
         policy: restarts and draining.
+        inventory: recorded devices; measured when None.
     """
 
-    def __init__(self, run: Path, store: Path, policy: RestartPolicy | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        store: Path,
+        policy: RestartPolicy | None = None,
+        inventory: Inventory | None = None,
+    ) -> None:
         self._run = run
         self._store = store
         self._policy = policy or RestartPolicy()
+        self._planner = Planner(store, inventory)
+        self._planning = asyncio.Lock()
         self._slots: dict[str, DeploymentSlot] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._version = 0
@@ -40,8 +51,25 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         request: engine_pb2.GetInventoryRequest,
         context: grpc.aio.ServicerContext[engine_pb2.GetInventoryRequest, engine_pb2.GetInventoryResponse],
     ) -> engine_pb2.GetInventoryResponse:
-        """The devices of this machine."""
-        return engine_pb2.GetInventoryResponse(devices=devices())
+        """The devices of this machine, or those of the recorded inventory."""
+        async with self._planning:
+            now = await asyncio.to_thread(self._planner.inventory, self._workers())
+        return engine_pb2.GetInventoryResponse(devices=now.devices, recorded_from=now.recorded_from, nvml=now.nvml)
+
+    async def PlanDeployment(  # noqa: N802
+        self,
+        request: engine_pb2.PlanDeploymentRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.PlanDeploymentRequest, engine_pb2.PlanDeploymentResponse],
+    ) -> engine_pb2.PlanDeploymentResponse:
+        """What a deployment would take, beside those that are promised their memory already."""
+        try:
+            async with self._planning:
+                plan = await asyncio.to_thread(
+                    self._planner.plan, request.deployment, self._workers(), request.device
+                )
+        except EngineError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        return engine_pb2.PlanDeploymentResponse(plan=plan)
 
     async def Reconcile(  # noqa: N802
         self,
@@ -60,7 +88,9 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
             )
         if self._closing:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "HOST_DRAINING: engine-host is stopping")
-        self._want(desired)
+        async with self._planning:
+            await asyncio.to_thread(self._planner.promise, desired, self._workers())
+            self._want(desired)
         return engine_pb2.ReconcileResponse()
 
     async def WatchDeployments(  # noqa: N802
@@ -85,11 +115,18 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         self._closed = True
         self._changed()
 
+    def _workers(self) -> dict[str, int]:
+        """Process ids of the workers by deployment; 0 where there is none yet. What has failed is left out."""
+        pids = {name: slot.worker_pid for name, slot in self._slots.items()}
+        return {name: pid for name, pid in pids.items() if pid is not None}
+
     def _want(self, desired: dict[str, engine_pb2.Deployment]) -> None:
         for name, slot in self._slots.items():
             slot.want(desired.get(name))
         for name in desired.keys() - self._slots.keys():
-            slot = DeploymentSlot(name, self._run, self._store, self._changed, self._policy)
+            slot = DeploymentSlot(
+                name, self._run, self._store, self._changed, self._policy, self._planner.complete
+            )
             slot.want(desired[name])
             self._slots[name] = slot
             self._lives[name] = asyncio.create_task(self._live(name, slot))

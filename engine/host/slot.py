@@ -20,21 +20,34 @@ class DeploymentSlot:
         store: directory of files by digest.
         changed: called at each change of `status()`.
         policy: restarts and draining.
+        complete: fills in, before a deployment starts, options that were planned for it.
     """
 
     def __init__(
-        self, name: str, run: Path, store: Path, changed: Callable[[], None], policy: RestartPolicy
+        self,
+        name: str,
+        run: Path,
+        store: Path,
+        changed: Callable[[], None],
+        policy: RestartPolicy,
+        complete: Callable[[engine_pb2.Deployment], engine_pb2.Deployment] = lambda deployment: deployment,
     ) -> None:
         self._name = name
         self._run = run
         self._store = store
         self._changed = changed
         self._policy = policy
+        self._complete = complete
         self._wanted: engine_pb2.Deployment | None = None
         self._current = engine_pb2.Deployment(name=name)
         self._new_wish = asyncio.Event()
         self._draining = self._runs = False
         self._worker, self._text = self._keepers()
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The worker's process id, 0 while there is none; None when the deployment has failed and gets none."""
+        return None if self._failure() is not None and not self._worker.pid else self._worker.pid
 
     def want(self, deployment: engine_pb2.Deployment | None) -> None:
         """Run this deployment, or none; the one that runs is drained first if it is another or has failed."""
@@ -105,7 +118,7 @@ class DeploymentSlot:
         return next((k.ending for k in (self._worker, self._text) if k.ending and k.ending.refused), None)
 
     def _keepers(self) -> tuple[Keeper, Keeper]:
-        deployment = self._current.SerializeToString(deterministic=True)
+        deployment = self._complete(self._current).SerializeToString(deterministic=True)
         limits = self._policy.heard_within_s, self._policy.step_within_s
         worker, text = (
             Keeper(

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from engine.host.child import ChildSpec
-from engine.host.inventory import devices
+from engine.host.inventory import cpu_device
 from engine.host.keeper import Keeper, RestartPolicy
 from engine.protos import engine_pb2, engine_pb2_grpc
 from tests.engine.processes import Running, running
@@ -207,12 +207,12 @@ async def test_the_inventory_names_this_machine(host: Host) -> None:
 
 def test_the_inventory_reads_the_kernels_files_and_honours_the_memory_limit(tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Example 9000\n")
-    (tmp_path / "meminfo").write_text("MemTotal:        2048 kB\nMemFree:          10 kB\n")
-    cpu = devices(tmp_path, tmp_path)[0]
+    (tmp_path / "meminfo").write_text("MemTotal:        2048 kB\nMemFree:          10 kB\nMemAvailable: 1024 kB\n")
+    cpu = cpu_device(tmp_path, tmp_path)
     assert (cpu.name, cpu.memory_bytes) == ("Example 9000", 2048 * 1024)
     for allowed, memory in (("4096\n", 4096), ("max\n", 2048 * 1024)):
         (tmp_path / "memory.max").write_text(allowed)
-        assert devices(tmp_path, tmp_path)[0].memory_bytes == memory
+        assert cpu_device(tmp_path, tmp_path).memory_bytes == memory
 
 
 async def test_a_process_that_is_never_ready_is_ended_for_good(
@@ -234,3 +234,17 @@ def test_restarts_back_off_and_are_forgiven_after_good_service() -> None:
     for served in (0.0, 0.0, 0.0, 0.0, 31.0, 0.0):
         delays.append(policy.delay_after(delays[-1] if delays else None, served))
     assert delays == [0.2, 0.4, 0.8, 1.0, 0.2, 0.4]
+
+
+async def test_a_plan_is_what_the_worker_then_has(host: Host, tiny_store: tuple[Path, engine_pb2.FileSet]) -> None:
+    wanted = deployment(tiny_store[1], kv_blocks=0)
+    planned = (await host.stub.PlanDeployment(engine_pb2.PlanDeploymentRequest(deployment=wanted))).plan
+    assert planned.fits
+    await host.want(wanted)
+    ready = await host.state("notes", READY)
+    async with grpc.aio.insecure_channel(f"unix:{ready.worker_socket}") as channel:
+        counters = await engine_pb2_grpc.WorkerServiceStub(channel).GetStatus(engine_pb2.GetStatusRequest())
+    assert counters.blocks_total == planned.options.kv_blocks
+    refused = engine_pb2.PlanDeploymentRequest(deployment=wanted, device="GPU-none")
+    with pytest.raises(grpc.aio.AioRpcError, match="DEVICE_NOT_FOUND"):
+        await host.stub.PlanDeployment(refused)
