@@ -19,6 +19,8 @@ NOUNS: dict[str, str] = {
     "config": "the settings file: judged, shown, explained",
     "generate": "complete a prompt, as a tenant's application",
     "chat": "send one chat message, as a tenant's application",
+    "tokenize": "a text's tokens, as a tenant's application",
+    "detokenize": "the text of tokens, as a tenant's application",
     "version": "versions of the appliance and of what it runs on",
     "trust": "signing keys and the root of trust",
     "bundle": "build, sign, verify and import model bundles",

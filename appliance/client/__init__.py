@@ -1,4 +1,6 @@
-"""Client of a Cloister appliance: chat, generate and list models over mutual TLS. Needs grpcio and protobuf only.
+"""Client of a Cloister appliance: chat, generate, tokenize and list models over mutual TLS.
+
+Needs grpcio and protobuf only.
 
 Example:
     >>> from appliance.client import Client
@@ -11,13 +13,17 @@ from appliance.client.aio import AsyncClient, AsyncStream
 from appliance.client.requests import Options
 from appliance.client.results import (
     Accepted,
+    Choice,
     Completed,
     Completion,
+    Delta,
     Finished,
     Message,
     Model,
     Receipt,
     Timings,
+    TokenLogprob,
+    TopLogprob,
     Usage,
 )
 from appliance.client.sync import Client, Stream
@@ -27,10 +33,12 @@ __all__ = [
     "Accepted",
     "AsyncClient",
     "AsyncStream",
+    "Choice",
     "Client",
     "CloisterError",
     "Completed",
     "Completion",
+    "Delta",
     "Finished",
     "Message",
     "Model",
@@ -38,5 +46,7 @@ __all__ = [
     "Receipt",
     "Stream",
     "Timings",
+    "TokenLogprob",
+    "TopLogprob",
     "Usage",
 ]

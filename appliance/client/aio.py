@@ -9,8 +9,8 @@ from typing import Self, Unpack
 import grpc
 
 from appliance.client.connection import OPTIONS, Connection, connection, connection_from
-from appliance.client.requests import DEFAULT_TIMEOUT_S, Options, chat_request, generate_request
-from appliance.client.results import Completion, Message, Model, read_models
+from appliance.client.requests import DEFAULT_TIMEOUT_S, Options, answers_of, chat_request, generate_request
+from appliance.client.results import Completion, Delta, Message, Model, read_models
 from appliance.client.transcript import Transcript
 from appliance.errors import CloisterError, from_rpc_error
 from appliance.protos import inference_pb2 as api
@@ -23,17 +23,22 @@ _Call = (
 
 
 class AsyncStream(Transcript, AsyncIterator[str]):
-    """One answer: an asynchronous iterator of text as it is generated, then its facts.
+    """The answer to one request: an asynchronous iterator of its text as it is generated, then its facts.
+
+    With several answers (`n`), or to see token ids and log probabilities as they come, iterate over `deltas()`.
 
     Example:
         >>> stream = client.chat("notes", [{"role": "user", "content": "Hello"}])
         >>> async for text in stream:
         ...     print(text, end="", flush=True)
         >>> stream.usage.completion_tokens, stream.receipt.audit_sequence
+        >>> several = client.generate("notes", "Once upon a time", n=3, max_tokens=32)
+        >>> async for delta in several.deltas():
+        ...     print(delta.index, delta.text)
     """
 
-    def __init__(self, call: _Call) -> None:
-        super().__init__()
+    def __init__(self, call: _Call, answers: int) -> None:
+        super().__init__(answers)
         self._call = call
         self._cancelled = False
 
@@ -42,12 +47,30 @@ class AsyncStream(Transcript, AsyncIterator[str]):
 
         Raises:
             CloisterError: the request was refused, failed, or was cancelled with `cancel`.
+            ValueError: there are several answers; use `deltas()`.
             StopAsyncIteration: the answer is complete, and so are the stream's facts.
         """
+        self._check_single()
+        while (delta := await self._next_delta()) is not None:
+            if delta.text:
+                return delta.text
+        raise StopAsyncIteration
+
+    async def deltas(self) -> AsyncIterator[Delta]:
+        """What each step brought, of any answer: its index, text, token ids and log probabilities.
+
+        Raises:
+            CloisterError: the request was refused, failed, or was cancelled with `cancel`.
+        """
+        while (delta := await self._next_delta()) is not None:
+            yield delta
+
+    async def _next_delta(self) -> Delta | None:
+        """The next delta; None when the answer is complete."""
         try:
             async for event in self._call:
-                if text := self._take(event):
-                    return text
+                if (delta := self._take(event)) is not None:
+                    return delta
             self._take_trailers(await self._call.trailing_metadata() or ())
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from None
@@ -56,11 +79,11 @@ class AsyncStream(Transcript, AsyncIterator[str]):
                 self._call.cancel()
                 raise
             raise CloisterError("CANCELLED", "the stream was cancelled", grpc.StatusCode.CANCELLED) from None
-        raise StopAsyncIteration
+        return None
 
     async def result(self) -> Completion:
-        """The whole answer, once it is there."""
-        async for _ in self:
+        """All answers, once they are there."""
+        async for _ in self.deltas():
             pass
         return self._completion()
 
@@ -129,7 +152,7 @@ class AsyncClient:
         call = self._stub(options).Chat(
             request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
         )
-        return AsyncStream(call)
+        return AsyncStream(call, answers_of(options))
 
     def generate(
         self,
@@ -150,7 +173,71 @@ class AsyncClient:
         call = self._stub(options).Generate(
             request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
         )
-        return AsyncStream(call)
+        return AsyncStream(call, answers_of(options))
+
+    async def tokenize(
+        self,
+        model: str,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        retry: bool = True,
+    ) -> tuple[int, ...]:
+        """The tokens that `generate` would make of a text; control tokens in it are ordinary text. Costs nothing.
+
+        Args:
+            model: an alias, from `list_models`.
+            text: at most what the model's context can hold.
+            add_special_tokens: add the model's usual special tokens, as `generate` does.
+            timeout: seconds.
+            retry: send again while the appliance is not available, or says when.
+
+        Raises:
+            CloisterError: the appliance refused, or is not there.
+
+        Example:
+            >>> await client.tokenize("notes", "Hello")
+            (1, 284, 119)
+        """
+        request = api.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
+        stub = self._stub({"retry": retry})
+        try:
+            response = await stub.Tokenize(request, timeout=timeout, metadata=self._connection.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        return tuple(response.token_ids)
+
+    async def detokenize(
+        self,
+        model: str,
+        token_ids: Iterable[int],
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        retry: bool = True,
+    ) -> str:
+        """The text of tokens; control tokens are left out, broken UTF-8 is replaced by U+FFFD. Costs nothing.
+
+        Args:
+            model: an alias, from `list_models`.
+            token_ids: of its vocabulary, at most as many as its context holds.
+            timeout: seconds.
+            retry: send again while the appliance is not available, or says when.
+
+        Raises:
+            CloisterError: the appliance refused, or is not there.
+
+        Example:
+            >>> await client.detokenize("notes", [284, 119])
+            'Hello'
+        """
+        request = api.DetokenizeRequest(model=model, token_ids=token_ids)
+        stub = self._stub({"retry": retry})
+        try:
+            response = await stub.Detokenize(request, timeout=timeout, metadata=self._connection.metadata)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+        return response.text
 
     async def list_models(self, timeout: float | None = DEFAULT_TIMEOUT_S) -> tuple[Model, ...]:
         """The models that this application may use, by name.

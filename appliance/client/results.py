@@ -33,8 +33,52 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One of the likeliest tokens, and the natural logarithm of its probability."""
+
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """What the model thought of one token, before bias, penalties, temperature and truncation.
+
+    Attributes:
+        token_id: the token that stands there.
+        logprob: natural logarithm of its probability.
+        rank: 1 for the likeliest token.
+        top: the likeliest tokens, as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[TopLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one step brought.
+
+    Attributes:
+        index: which of the n answers.
+        text: whole characters; empty while one, or a possible stop string, is incomplete.
+        token_ids: only with `return_token_ids`.
+        logprobs: of the tokens of this delta; only with `logprobs`.
+        prompt_logprobs: of the prompt's tokens from the second on, before any answer; only with `prompt_logprobs`.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """Why the generation ended.
+    """Why an answer ended.
 
     Attributes:
         reason: stop or length.
@@ -49,20 +93,38 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Token counts: the prompt with its template, and what was generated, the end token included."""
+    """Token counts; prompt and completion are what is charged.
+
+    Attributes:
+        prompt_tokens: template included; counted once, however many answers there are.
+        completion_tokens: generated in all answers, end tokens included.
+        cached_prompt_tokens: those of the prompt that were taken from the tenant's prefix cache.
+        recomputed_tokens: computed again because their memory was needed meanwhile; never charged.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_prompt_tokens: int = 0
+    recomputed_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Times as the engine measured them."""
+    """Times of the first answer as the engine measured them.
+
+    Attributes:
+        queue: submitted to first scheduled.
+        prefill: first scheduled to first token.
+        decode: first to last token.
+        time_to_first_token: submitted to the first token of any answer.
+        preemptions: times the request had to give up its memory and begin again.
+    """
 
     queue: timedelta
     prefill: timedelta
     decode: timedelta
     time_to_first_token: timedelta
+    preemptions: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,15 +151,50 @@ class Receipt:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer, collected."""
+class Choice:
+    """One whole answer."""
 
+    index: int
     text: str
     token_ids: tuple[int, ...]
-    accepted: Accepted
+    logprobs: tuple[TokenLogprob, ...]
     finished: Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """All answers to one request, collected.
+
+    Attributes:
+        choices: the n answers by index; `text`, `token_ids`, `logprobs` and `finished` are those of the first.
+        prompt_logprobs: of the prompt's tokens from the second on; only with `prompt_logprobs`.
+    """
+
+    choices: tuple[Choice, ...]
+    prompt_logprobs: tuple[TokenLogprob, ...]
+    accepted: Accepted
     completed: Completed
     receipt: Receipt
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Its tokens; only with `return_token_ids`."""
+        return self.choices[0].token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        """One for each of its tokens; only with `logprobs`."""
+        return self.choices[0].logprobs
+
+    @property
+    def finished(self) -> Finished:
+        """Why it ended."""
+        return self.choices[0].finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +224,22 @@ def read_accepted(event: api.Accepted) -> Accepted:
     return Accepted(event.request_id, event.model_digest, event.prompt_tokens, event.seed)
 
 
+def read_delta(event: api.Delta) -> Delta:
+    """The event as a value."""
+    return Delta(
+        event.index,
+        event.text,
+        tuple(event.token_ids),
+        tuple(map(_read_logprob, event.logprobs)),
+        tuple(map(_read_logprob, event.prompt_logprobs)),
+    )
+
+
+def _read_logprob(of: api.TokenLogprob) -> TokenLogprob:
+    top = tuple(TopLogprob(one.token_id, one.logprob) for one in of.top)
+    return TokenLogprob(of.token_id, of.logprob, of.rank, top)
+
+
 def read_finished(event: api.Finished) -> Finished:
     """The event as a value; a reason newer than this client is `unknown`."""
     matched = event.WhichOneof("matched")
@@ -139,14 +252,15 @@ def read_finished(event: api.Finished) -> Finished:
 
 def read_completed(event: api.Completed) -> Completed:
     """The event as a value."""
-    times = event.timings
+    usage, times = event.usage, event.timings
     return Completed(
-        Usage(event.usage.prompt_tokens, event.usage.completion_tokens),
+        Usage(usage.prompt_tokens, usage.completion_tokens, usage.cached_prompt_tokens, usage.recomputed_tokens),
         Timings(
             times.queue.ToTimedelta(),
             times.prefill.ToTimedelta(),
             times.decode.ToTimedelta(),
             times.time_to_first_token.ToTimedelta(),
+            times.preemptions,
         ),
     )
 

@@ -8,8 +8,8 @@ from typing import Protocol, Self, Unpack
 import grpc
 
 from appliance.client.connection import OPTIONS, Connection, connection, connection_from
-from appliance.client.requests import DEFAULT_TIMEOUT_S, Options, chat_request, generate_request
-from appliance.client.results import Completion, Message, Model, read_models
+from appliance.client.requests import DEFAULT_TIMEOUT_S, Options, answers_of, chat_request, generate_request
+from appliance.client.results import Completion, Delta, Message, Model, read_models
 from appliance.client.transcript import Transcript
 from appliance.errors import from_rpc_error
 from appliance.protos import inference_pb2 as api
@@ -27,17 +27,22 @@ class _Call(Protocol):
 
 
 class Stream(Transcript, Iterator[str]):
-    """One answer: an iterator of text as it is generated, then its facts.
+    """The answer to one request: an iterator of its text as it is generated, then its facts.
+
+    With several answers (`n`), or to see token ids and log probabilities as they come, iterate over `deltas()`.
 
     Example:
         >>> stream = client.chat("notes", [{"role": "user", "content": "Hello"}])
         >>> for text in stream:
         ...     print(text, end="", flush=True)
         >>> stream.usage.completion_tokens, stream.receipt.audit_sequence
+        >>> several = client.generate("notes", "Once upon a time", n=3, max_tokens=32)
+        >>> for delta in several.deltas():
+        ...     print(delta.index, delta.text)
     """
 
-    def __init__(self, call: _Call) -> None:
-        super().__init__()
+    def __init__(self, call: _Call, answers: int) -> None:
+        super().__init__(answers)
         self._call = call
 
     def __next__(self) -> str:
@@ -45,20 +50,38 @@ class Stream(Transcript, Iterator[str]):
 
         Raises:
             CloisterError: the request was refused, failed, or was cancelled.
+            ValueError: there are several answers; use `deltas()`.
             StopIteration: the answer is complete, and so are the stream's facts.
         """
+        self._check_single()
+        while (delta := self._next_delta()) is not None:
+            if delta.text:
+                return delta.text
+        raise StopIteration
+
+    def deltas(self) -> Iterator[Delta]:
+        """What each step brought, of any answer: its index, text, token ids and log probabilities.
+
+        Raises:
+            CloisterError: the request was refused, failed, or was cancelled.
+        """
+        while (delta := self._next_delta()) is not None:
+            yield delta
+
+    def _next_delta(self) -> Delta | None:
+        """The next delta; None when the answer is complete."""
         try:
             for event in self._call:
-                if text := self._take(event):
-                    return text
+                if (delta := self._take(event)) is not None:
+                    return delta
             self._take_trailers(self._call.trailing_metadata() or ())
         except grpc.RpcError as error:
             raise from_rpc_error(error) from None
-        raise StopIteration
+        return None
 
     def result(self) -> Completion:
-        """The whole answer, once it is there."""
-        for _ in self:
+        """All answers, once they are there."""
+        for _ in self.deltas():
             pass
         return self._completion()
 
@@ -126,7 +149,7 @@ class Client:
         call = self._stub(options).Chat(
             request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
         )
-        return Stream(call)
+        return Stream(call, answers_of(options))
 
     def generate(
         self,
@@ -147,7 +170,71 @@ class Client:
         call = self._stub(options).Generate(
             request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
         )
-        return Stream(call)
+        return Stream(call, answers_of(options))
+
+    def tokenize(
+        self,
+        model: str,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        retry: bool = True,
+    ) -> tuple[int, ...]:
+        """The tokens that `generate` would make of a text; control tokens in it are ordinary text. Costs nothing.
+
+        Args:
+            model: an alias, from `list_models`.
+            text: at most what the model's context can hold.
+            add_special_tokens: add the model's usual special tokens, as `generate` does.
+            timeout: seconds.
+            retry: send again while the appliance is not available, or says when.
+
+        Raises:
+            CloisterError: the appliance refused, or is not there.
+
+        Example:
+            >>> client.tokenize("notes", "Hello")
+            (1, 284, 119)
+        """
+        request = api.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
+        stub = self._stub({"retry": retry})
+        try:
+            response = stub.Tokenize(request, timeout=timeout, metadata=self._connection.metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return tuple(response.token_ids)
+
+    def detokenize(
+        self,
+        model: str,
+        token_ids: Iterable[int],
+        *,
+        timeout: float | None = DEFAULT_TIMEOUT_S,
+        retry: bool = True,
+    ) -> str:
+        """The text of tokens; control tokens are left out, broken UTF-8 is replaced by U+FFFD. Costs nothing.
+
+        Args:
+            model: an alias, from `list_models`.
+            token_ids: of its vocabulary, at most as many as its context holds.
+            timeout: seconds.
+            retry: send again while the appliance is not available, or says when.
+
+        Raises:
+            CloisterError: the appliance refused, or is not there.
+
+        Example:
+            >>> client.detokenize("notes", [284, 119])
+            'Hello'
+        """
+        request = api.DetokenizeRequest(model=model, token_ids=token_ids)
+        stub = self._stub({"retry": retry})
+        try:
+            response = stub.Detokenize(request, timeout=timeout, metadata=self._connection.metadata)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return response.text
 
     def list_models(self, timeout: float | None = DEFAULT_TIMEOUT_S) -> tuple[Model, ...]:
         """The models that this application may use, by name.
