@@ -75,36 +75,36 @@ _MODELS, _TENANTS, _AUDIT = (Page.MODELS,), (Page.TENANTS,), (Page.AUDIT,)
 
 ACTIONS: tuple[Action, ...] = (
     Action(
-        "page.dashboard", ("1",), "Dashboard: deployments, tenants, alerts", twin=("status",),
+        "page.dashboard", ("1",), "Dashboard", twin=("status",),
         calls=(_ADMIN + "SystemService/GetStatus",), shows=Page.DASHBOARD,
     ),
     Action(
-        "page.tenants", ("2",), "Tenants: limits, models, tokens, keys", twin=("tenant", "list"),
+        "page.tenants", ("2",), "Tenants: limits, tokens, models, keys", twin=("tenant", "list"),
         calls=(_ADMIN + "TenantService/ListTenants",), shows=Page.TENANTS,
     ),
     Action(
-        "page.models", ("3",), "Models: versions, deployments, aliases, imports", twin=("bundle", "list"),
+        "page.models", ("3",), "Models: versions, deployments, imports", twin=("bundle", "list"),
         calls=(_ADMIN + "ModelService/ListModelVersions",), shows=Page.MODELS,
     ),
     Action(
         "page.audit", ("5",), "Audit: the log, newest first", twin=("audit", "tail"),
         calls=(_ADMIN + "AuditService/QueryAudit",), shows=Page.AUDIT,
     ),
-    Action("detail", ("enter",), "Open the selected row; again: all of the screen", "open"),
+    Action("detail", ("enter",), "Open the chosen row; again: full screen", "open"),
     Action(
-        "tenant.keys", ("i",), "Keys of the selected tenant, in its detail", "keys", _TENANTS,
+        "tenant.keys", ("i",), "Keys of the chosen tenant, in its detail", "keys", _TENANTS,
         ("key", "list", "--tenant", "TENANT"), (_ADMIN + "TenantService/ListKeys",),
     ),
     Action(
-        "model.aliases", ("a",), "Aliases of the selected version, in its detail", "aliases", _MODELS,
+        "model.aliases", ("a",), "Aliases of the chosen version, in detail", "aliases", _MODELS,
         ("alias", "list"), (_ADMIN + "ModelService/ListAliases",),
     ),
     Action(
-        "model.import", ("I",), "Import a bundle; a path that is being imported is joined",
+        "model.import", ("I",), "Import a bundle, or join its import",
         "import", _MODELS, ("bundle", "import", "BUNDLE"), (_ADMIN + "ModelService/ImportBundle",),
     ),
     Action(
-        "audit.filter", ("slash",), "Filter by kind:, tenant:, actor:, decision:, request:", "filter", _AUDIT,
+        "audit.filter", ("slash",), "Filter by kind, tenant, actor and more", "filter", _AUDIT,
         ("audit", "tail", "--json"), (_ADMIN + "AuditService/QueryAudit",),
     ),
     Action(
@@ -116,19 +116,19 @@ ACTIONS: tuple[Action, ...] = (
         ("audit", "tail", "-n", "COUNT"), (_ADMIN + "AuditService/QueryAudit",),
     ),
     Action(
-        "audit.verify", ("v",), "Verify every record against the signed head", "verify", _AUDIT,
+        "audit.verify", ("v",), "Verify every record of the log", "verify", _AUDIT,
         ("audit", "verify"), (_ADMIN + "AuditService/VerifyAudit",),
     ),
     Action(
         "refresh", ("r",), "Ask again now", "", (), ("status",), (_ADMIN + "SystemService/GetStatus",)
     ),
-    Action("sort", ("s",), "Sort by the next column; again: the other way", "sort"),
-    Action("freeze", ("space",), "Freeze the rows as they are; again: go on", "freeze"),
+    Action("sort", ("s",), "Sort by the next column, up, then down", "sort"),
+    Action("freeze", ("space",), "Freeze the rows; again: go on", "freeze"),
     Action("focus", ("tab",), "Next table"),
     Action("palette", ("colon",), "Find a command by its name", "commands"),
     Action("help", ("question_mark",), "This help", "help"),
-    Action("back", ("escape",), "Back: close what was opened, then to the dashboard"),
-    Action("quit", ("q", "ctrl+c", "ctrl+q"), "Quit; what runs on the appliance runs on", "quit"),
+    Action("back", ("escape",), "Back, in the end to the dashboard"),
+    Action("quit", ("q", "ctrl+c", "ctrl+q"), "Quit; what runs, runs on", "quit"),
 )  # fmt: skip
 
 MOVES = "arrows or j k move, g G go to the first and last row, PgUp PgDn by pages"
@@ -152,7 +152,7 @@ def keys_as_text() -> str:
     """The table for `cloister console --keys`: per key what it does, and the command that does the same."""
     lines = []
     for heading, chosen in _sections():
-        lines += [heading, *(f"  {a.key:<6} {a.title:<70}  {a.command}".rstrip() for a in chosen), ""]
+        lines += [heading, *(f"  {a.key:<6} {a.title:<42}  {a.command}".rstrip() for a in chosen), ""]
     return "\n".join([*lines, MOVES])
 
 

@@ -22,7 +22,7 @@ from admin_tui.drain import TerminalDriver
 from admin_tui.errand import ask
 from admin_tui.pages import PAGES
 from admin_tui.port import Port
-from admin_tui.state import Event, Noted, State, next_interval, reduce
+from admin_tui.state import Event, ImportSeen, Noted, State, next_interval, reduce
 from admin_tui.views import chrome
 from admin_tui.widgets import colours
 from admin_tui.widgets.detail import Detail
@@ -54,7 +54,7 @@ class ConsoleApp(App[None]):
     CSS_PATH = "console.tcss"
     ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding(",".join(a.keys), f"do('{a.id}')", show=False, priority=a.id in ("focus",)) for a in ACTIONS
+        Binding(",".join(a.keys), f"do('{a.id}')", show=False) for a in ACTIONS
     ]
 
     def __init__(
@@ -150,7 +150,7 @@ class ConsoleApp(App[None]):
         if not self.is_running or not self.size.width:
             return
         symbols, width = self.symbols, self.size.width
-        self._line("status", chrome.status_line(self.state, width))
+        self._line("status", chrome.status_line(self.state, width, symbols))
         self._line("tabs", chrome.tabs_line(self.page, self._standing(), self.home, width, symbols))
         self._line("note", chrome.note_line(self.state, width, symbols))
         self._line("keys", chrome.keys_line(self.page, width, symbols))
@@ -265,6 +265,8 @@ class ConsoleApp(App[None]):
             self._last_table().focus()
         elif pane.display:
             self._close_detail()
+        elif self.page is Page.MODELS and self.state.importing and not self.state.importing.running:
+            self.take(ImportSeen())
         else:
             self.show_page(Page.DASHBOARD)
         self.call_after_refresh(self.repaint)

@@ -172,6 +172,11 @@ class ImportTold:
 
 
 @dataclass(frozen=True, slots=True)
+class ImportSeen:
+    """The operator has seen how it ended."""
+
+
+@dataclass(frozen=True, slots=True)
 class ImportLost:
     """The stream ended before the import did, or the import was refused at the door."""
 
@@ -180,7 +185,7 @@ class ImportLost:
 
 Event = (
     StatusRead | TenantsRead | ModelsRead | AuditPage | Unreached | Noted
-    | Verifying | Verified | ImportBegan | ImportTold | ImportLost
+    | Verifying | Verified | ImportBegan | ImportTold | ImportLost | ImportSeen
 )  # fmt: skip
 
 
@@ -205,7 +210,7 @@ def reduce(state: State, event: Event) -> State:
             return replace(state, verifying=True, verdict=None)
         case Verified():
             return replace(state, verifying=False, verdict=event.verdict)
-        case ImportBegan() | ImportTold() | ImportLost():
+        case ImportBegan() | ImportSeen() | ImportTold() | ImportLost():
             return replace(state, importing=_imported(state.importing, event))
 
 
@@ -229,10 +234,10 @@ def _sampled(samples: Mapping[str, tuple[Sample, ...]], event: StatusRead) -> di
     return found
 
 
-def _imported(before: Import | None, event: ImportBegan | ImportTold | ImportLost) -> Import | None:
+def _imported(before: Import | None, event: "ImportBegan | ImportTold | ImportLost | ImportSeen") -> Import | None:
     if isinstance(event, ImportBegan):
         return Import(event.path, event.at)
-    if before is None:
+    if before is None or isinstance(event, ImportSeen):
         return None
     if isinstance(event, ImportLost):
         return replace(before, lost=str(event.error))

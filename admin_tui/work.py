@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 _KEPT = "Every byte is verified before it is kept; a version that was imported stays."
 
+# A line cannot be read that changes more often; and it costs bytes.
+_SHOW_EVERY_S = 0.25
+
 
 class Work:
     """Actions that wait for an answer; each ends in a note, never in a traceback.
@@ -134,8 +137,14 @@ class Work:
         self._app.push_screen(Confirm("Import this bundle?", path, _KEPT, "Import"), answered)
 
     async def _import(self, path: str) -> None:
+        shown, state = -_SHOW_EVERY_S, ""
+
         def told(progress: admin_pb2.ImportBundleResponse) -> None:
-            self._app.take(ImportTold(progress, self._app.clock()))
+            nonlocal shown, state
+            now = self._app.clock()
+            if progress.state != state or now - shown >= _SHOW_EVERY_S:
+                shown, state = now, progress.state
+                self._app.take(ImportTold(progress, now))
 
         try:
             await listen(lambda: self._app.port.import_bundle(path), told)
@@ -143,5 +152,5 @@ class Work:
             self._app.take(ImportLost(error))
         self._app.ask_soon()
         importing = self._app.state.importing
-        if importing is not None:
+        if importing is not None and self._app.page is not Page.MODELS:
             self._app.say(*models.ended(importing))

@@ -105,7 +105,7 @@ def position(state: State) -> str:
     """Which records these are, of how many, and how many came since."""
     page = state.audit
     if page is None:
-        return "reading ..."
+        return "no records were read yet; r asks"
     size = page.answer.log_size
     shown = [r.sequence for r in page.answer.records]
     span = f"{shown[-1]:,}..{shown[0]:,} of {size:,}" if shown else f"0 of {size:,}"

@@ -7,12 +7,14 @@ from admin_tui.cells import Line, Part, Symbols, Tone, fit, literal
 from admin_tui.state import State
 from admin_tui.views.figures import short
 
+_MOST_OPERATOR = 24
+_ALWAYS = ("help", "quit", "palette")
 _DIGITS = {Page.DASHBOARD: "1", Page.TENANTS: "2", Page.MODELS: "3", Page.AUDIT: "5"}
 
 
-def status_line(state: State, width: int) -> Line:
+def status_line(state: State, width: int, symbols: Symbols) -> Line:
     """What is connected, how long the chain is, who asks, and when control was heard last."""
-    left, right = _connections(state)
+    left, right = _connections(state, symbols)
     name: Part = (" CLOISTER", Tone.HEAD)
     used = sum(cell_len(text) for text, _ in (name, *left, *right))
     return (name, *left, (" " * max(1, width - used), Tone.PLAIN), *right)
@@ -44,16 +46,16 @@ def note_line(state: State, width: int, symbols: Symbols) -> Line:
 
 
 def keys_line(page: Page, width: int, symbols: Symbols) -> Line:
-    """The keys of this page, its own first."""
-    chosen = sorted((a for a in offered(page) if a.hint), key=lambda a: not a.pages)
+    """The keys of this page, its own first; where they do not all fit, the way out and the help stay."""
+    hinted = sorted((a for a in offered(page) if a.hint), key=lambda a: not a.pages)
+    kept, room = [], width - 1
+    for entry in sorted(hinted, key=lambda a: a.id not in _ALWAYS):
+        room -= len(entry.key) + len(entry.hint) + 3
+        if room >= -2:
+            kept.append(entry)
     parts: list[Part] = [(" ", Tone.PLAIN)]
-    used = 1
-    for entry in chosen:
-        text = f" {entry.hint}  "
-        used += cell_len(entry.key) + cell_len(text)
-        if used > width:
-            break
-        parts += [(entry.key, Tone.STRONG), (text, Tone.DIM)]
+    for entry in (a for a in hinted if a in kept):
+        parts += [(entry.key, Tone.STRONG), (f" {entry.hint}  ", Tone.DIM)]
     return tuple(parts)
 
 
@@ -66,7 +68,7 @@ def _end_of(path: str, room: int, symbols: Symbols) -> str:
     return symbols.ellipsis + path
 
 
-def _connections(state: State) -> tuple[list[Part], list[Part]]:
+def _connections(state: State, symbols: Symbols) -> tuple[list[Part], list[Part]]:
     """What is connected and how long the chain is; who asks, and when control was heard."""
     if state.status is None:
         return [("  NOT REACHABLE", Tone.CRIT) if state.trouble else ("  asking ...", Tone.DIM)], []
@@ -76,13 +78,18 @@ def _connections(state: State) -> tuple[list[Part], list[Part]]:
     status = state.status
     parts = [_word("GATEWAY", bool(status.gateway_address))]
     names = {"engine-host": "ENGINE", "importer": "IMPORTER"}
-    parts += [_word(names.get(peer.name, peer.name.upper()), peer.connected) for peer in status.peers]
+    parts += [
+        _word(names.get(peer.name, literal(peer.name, symbols).upper()), peer.connected) for peer in status.peers
+    ]
     chain = (
         ("  CHAIN BLOCKED", Tone.CRIT)
         if status.audit_blocked
         else (f"  CHAIN {short(status.audit_size)}", Tone.PLAIN)
     )
-    return [*parts, chain], [(status.operator, Tone.PLAIN), (f"  {heard} ", Tone.DIM)]
+    return [*parts, chain], [
+        (literal(status.operator, symbols)[:_MOST_OPERATOR], Tone.PLAIN),
+        (f"  {heard} ", Tone.DIM),
+    ]
 
 
 def _word(name: str, fine: bool) -> Part:

@@ -27,7 +27,7 @@ TENANTS = (
     Column("AT ONCE", 7, right=True),
     Column("MODELS", 12, grows=3),
 )
-ALERTS = (Column("ALERTS", 5), Column("", 20, grows=1), Column("", 40, grows=4))
+ALERTS = (Column("ALERTS", 6), Column("", 16, grows=1), Column("", 40, grows=5))
 NO_DEPLOYMENTS = "no deployments yet: cloister model load MODEL --as NAME"
 NO_TENANTS = "no tenants yet: cloister tenant add NAME --models ALIAS"
 NO_ALERTS = "none"

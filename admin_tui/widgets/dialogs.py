@@ -16,14 +16,15 @@ from admin_tui.widgets.lines import Lines
 from admin_tui.widgets.live_table import LiveTable
 
 LEAST = (80, 24)
-_HELP = (Column("KEY", 6), Column("WHAT IT DOES", 36, grows=1), Column("COMMAND THAT DOES THE SAME", 30))
-_COMMANDS = (Column("KEY", 6), Column("COMMAND", 40, grows=1), Column("", 26))
+_HELP = (Column("KEY", 6), Column("WHAT IT DOES", 40, grows=1), Column("THE SAME BY cloister ...", 24))
+_COMMANDS = (Column("KEY", 6), Column("COMMAND", 40, grows=1), Column("THE SAME BY cloister ...", 24))
 
 
 def action_rows(actions: Sequence[Action]) -> tuple[Row, ...]:
     """Actions as rows of help and palette."""
     return tuple(
-        Row(a.id, (Cell(a.key, Tone.STRONG), Cell(a.title), Cell(a.command or "-", Tone.DIM))) for a in actions
+        Row(a.id, (Cell(a.key, Tone.STRONG), Cell(a.title), Cell(" ".join(a.twin) or "-", Tone.DIM)))
+        for a in actions
     )
 
 
@@ -179,7 +180,8 @@ class Confirm(Dialog):
         block = self.query_one(".what", Lines)
         room = max(20, block.size.width)
         what: list[Line] = [((line, Tone.PLAIN),) for line in wrap(self._what, room, block.symbols)[:3]]
-        block.show([((self._title, Tone.STRONG),), *what, ((self._consequence, Tone.DIM),)])
+        block.styles.height = len(what) + 4
+        block.show([((self._title, Tone.STRONG),), (), *what, ((self._consequence, Tone.DIM),)])
         self._show_answers()
 
     def action_other(self) -> None:

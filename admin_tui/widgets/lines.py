@@ -1,15 +1,37 @@
 """Lines of text on the screen: only those that changed are painted again."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
+from rich.cells import cell_len
 from rich.segment import Segment
 from rich.style import Style
 from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from admin_tui.cells import ASCII, UTF8, Line, Symbols, Tone
+from admin_tui.cells import ASCII, UTF8, Line, Symbols, Tone, literal
 from admin_tui.widgets import colours
+
+# Cells between two changes that cost less to paint again than to jump over.
+_JUMP = 10
+
+
+def differing(old: Line, new: Line, width: int) -> list[tuple[int, int]]:
+    """Where two lines differ: (first cell, cells) of each stretch; all where a character is not one cell wide."""
+    if any(cell_len(text) != len(text) for text, _ in (*old, *new)):
+        return [(0, width)]
+    cells = [[(character, tone) for text, tone in line for character in text] for line in (old, new)]
+    blank = (" ", Tone.PLAIN)
+    spans: list[tuple[int, int]] = []
+    for x, (before, after) in enumerate(zip_longest(*cells, fillvalue=blank)):
+        if x >= width or before == after:
+            continue
+        if spans and x - sum(spans[-1]) < _JUMP:
+            spans[-1] = (spans[-1][0], x + 1 - spans[-1][0])
+        else:
+            spans.append((x, 1))
+    return spans or [(0, width)]
 
 
 class Lines(Widget, can_focus=False):
@@ -38,8 +60,10 @@ class Lines(Widget, can_focus=False):
         """Show these; paint those that differ from what is there."""
         before, self._lines = self._lines, tuple(lines)
         for y in range(max(len(before), len(self._lines))):
-            if self._at(before, y) != self._at(self._lines, y):
-                self.refresh(Region(0, y, self.size.width, 1))
+            old, new = self._at(before, y), self._at(self._lines, y)
+            if old != new:
+                spans = differing(old, new, self.size.width)
+                self.refresh(*(Region(x, y, width, 1) for x, width in spans))
 
     def text(self) -> str:
         """What is shown, for tests and for those who copy."""
@@ -50,11 +74,17 @@ class Lines(Widget, can_focus=False):
         return self.paint(self._at(self._lines, y))
 
     def paint(self, line: Line, over: Style | None = None) -> Strip:
-        """A line in the colours of the terminal; `over` goes over all of it."""
+        """A line in the colours of the terminal; `over` goes over all of it.
+
+        Whatever came here is made literal, whether its maker thought of it or not: this is the only way to the
+        screen for text that is not our own, but for what an operator types.
+        """
         styles = colours.ANSI if self.app.native_ansi_color else colours.TRUECOLOUR
         base = self.rich_style
-        segments = [Segment(text, base + styles[tone] + (over or Style())) for text, tone in line]
-        return Strip(segments).adjust_cell_length(self.size.width, base + (over or Style()))
+        segments = [
+            Segment(literal(text, self.symbols), base + styles[tone] + (over or Style())) for text, tone in line
+        ]
+        return Strip(segments).simplify().adjust_cell_length(self.size.width, base + (over or Style()))
 
     def selected(self) -> Style:
         """How the line under the cursor differs."""

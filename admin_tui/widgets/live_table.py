@@ -70,7 +70,7 @@ class LiveTable(Lines, can_focus=True):
     def span(self) -> str:
         """Which rows are seen, of how many; nothing when all are."""
         room = self._room
-        if len(self._rows) <= room:
+        if not room or len(self._rows) <= room:
             return ""
         return f"{self._top + 1}-{min(len(self._rows), self._top + room)} of {len(self._rows)}{self.more}"
 

@@ -14,6 +14,13 @@ from appliance.errors import DETAILS_TRAILER, CloisterError, from_rpc_error
 from appliance.protos import admin_pb2_grpc
 
 SESSION_METADATA = "cloister-session"
+# A console that outlives control finds the next one within a second; grpc by itself waits up to two minutes.
+_OPTIONS = (
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 # A session this close to its end is not used for a new call.
 _MARGIN = timedelta(seconds=5)
 
@@ -45,7 +52,7 @@ class AdminClient:
         self._socket = run / "admin.sock"
         self._session: OperatorSession | None = None
         self._lock = threading.Lock()
-        self._channel = grpc.insecure_channel(f"unix:{self._socket}", options=(("grpc.enable_retries", 0),))
+        self._channel = grpc.insecure_channel(f"unix:{self._socket}", options=_OPTIONS)
         channel = grpc.intercept_channel(self._channel, _Sessions(self))
         self.system = admin_pb2_grpc.SystemServiceStub(channel)
         self.models = admin_pb2_grpc.ModelServiceStub(channel)
