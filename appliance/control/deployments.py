@@ -5,6 +5,7 @@ of them; its watch then says how each one is. While it is not reached, nothing c
 """
 
 import asyncio
+import contextlib
 import logging
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,8 @@ from engine.protos import engine_pb2, engine_pb2_grpc
 
 WAITING = "waiting for engine-host"
 _TELL_LIMIT_S = 5.0
+_ASK_LIMIT_S = 5.0
+_REACH_LIMIT_S = 2.0
 _PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 """Between two tries of what fails for a reason that control does not know."""
@@ -48,6 +51,7 @@ class Deployments:
         self._desired: dict[str, str] = {}
         self._running: dict[str, engine_pb2.DeploymentStatus] = {}
         self._host: engine_pb2_grpc.HostServiceAsyncStub | None = None
+        self._reached = asyncio.Event()
         self._telling = asyncio.Lock()
         self._told = False
         self._changing: set[str] = set()
@@ -90,6 +94,44 @@ class Deployments:
             )
         return self.status(name)
 
+    def worker_socket(self, name: str) -> str:
+        """Where its worker listens; empty while there is none that does."""
+        status = self.status(name) if self.connected else engine_pb2.DeploymentStatus()
+        return status.worker_socket if status.state in (_READY, engine_pb2.DEPLOYMENT_STATE_DRAINING) else ""
+
+    async def inventory(self) -> engine_pb2.GetInventoryResponse:
+        """The devices, as engine-host finds them now.
+
+        Raises:
+            CloisterError: ENGINE_HOST_UNAVAILABLE.
+        """
+        host = await self._reachable()
+        try:
+            return await host.GetInventory(engine_pb2.GetInventoryRequest(), timeout=_ASK_LIMIT_S)
+        except grpc.aio.AioRpcError as error:
+            raise _refusal(error) from error
+
+    async def plan(self, deployment: engine_pb2.Deployment, device: str = "") -> engine_pb2.MemoryPlan:
+        """What a deployment would take, as engine-host computes it from the model's files.
+
+        Raises:
+            CloisterError: ENGINE_HOST_UNAVAILABLE, or engine-host's reason.
+        """
+        host = await self._reachable()
+        request = engine_pb2.PlanDeploymentRequest(deployment=deployment, device=device)
+        try:
+            return (await host.PlanDeployment(request, timeout=_ASK_LIMIT_S)).plan
+        except grpc.aio.AioRpcError as error:
+            raise _refusal(error) from error
+
+    async def _reachable(self) -> "engine_pb2_grpc.HostServiceAsyncStub":
+        """engine-host, waited for a moment as it may just be starting."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._reached.wait(), _REACH_LIMIT_S)
+        if self._host is None:
+            raise _unavailable()
+        return self._host
+
     async def changed(self, name: str | None = None) -> None:
         """Tell engine-host what is desired now, `name` having changed; or as soon as it is reached."""
         if name is not None:
@@ -121,12 +163,14 @@ class Deployments:
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             finally:
                 self._host, self._running = None, {}
+                self._reached.clear()
             await asyncio.sleep(pause)
 
     async def _follow(self, host: "engine_pb2_grpc.HostServiceAsyncStub") -> None:
         """Tell all, then listen until the stream breaks."""
         log.info("engine-host is reached")
         self._host = host
+        self._reached.set()
         await self.changed()
         async for update in host.WatchDeployments(engine_pb2.WatchDeploymentsRequest()):
             self._running = {status.name: status for status in update.deployments}
@@ -144,17 +188,36 @@ class Deployments:
             log.warning("engine-host was not told", extra={"status": error.code().name})
 
 
+def _unavailable() -> CloisterError:
+    return CloisterError(
+        "ENGINE_HOST_UNAVAILABLE",
+        "engine-host is not reached, and it alone knows devices and memory; try again, then look at its log",
+        grpc.StatusCode.UNAVAILABLE,
+        retry_after=timedelta(seconds=1),
+    )
+
+
+def _refusal(error: grpc.aio.AioRpcError) -> CloisterError:
+    """engine-host's own refusal, which begins with its code; its absence by name."""
+    code, colon, message = (error.details() or "").partition(": ")
+    if error.code() is grpc.StatusCode.FAILED_PRECONDITION and colon and code.replace("_", "").isupper():
+        return CloisterError(code, message, grpc.StatusCode.FAILED_PRECONDITION)
+    log.warning("engine-host did not answer", extra={"status": error.code().name})
+    return _unavailable()
+
+
 def _all(session: Session) -> list[Deployment]:
     return list(session.scalars(select(Deployment).order_by(Deployment.name)))
 
 
 def _reconcile_request(rows: list[Deployment]) -> engine_pb2.ReconcileRequest:
-    deployments = [
-        engine_pb2.Deployment(
-            name=row.name,
-            files=engine_pb2.FileSet.FromString(row.files),
-            options=engine_pb2.DeploymentOptions.FromString(row.options),
-        )
-        for row in rows
-    ]
-    return engine_pb2.ReconcileRequest(deployments=deployments)
+    return engine_pb2.ReconcileRequest(deployments=map(as_engine_has_it, rows))
+
+
+def as_engine_has_it(row: Deployment) -> engine_pb2.Deployment:
+    """A desired deployment in the engine's words."""
+    return engine_pb2.Deployment(
+        name=row.name,
+        files=engine_pb2.FileSet.FromString(row.files),
+        options=engine_pb2.DeploymentOptions.FromString(row.options),
+    )

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from appliance import policy
 from appliance.control import records, recovery
 from appliance.control.admin.audit_service import AuditService
+from appliance.control.admin.devices import DeviceService
 from appliance.control.admin.gate import Gate
 from appliance.control.admin.models import ModelService
 from appliance.control.admin.system import SystemService
@@ -130,6 +131,8 @@ class ControlPlane:
         admin_pb2_grpc.add_SystemServiceServicer_to_server(system, server)
         admin_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         admin_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
+        devices = DeviceService(self.database, self.imports, self.deployments)
+        admin_pb2_grpc.add_DeviceServiceServicer_to_server(devices, server)
         admin_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(self.journal.log, self.home), server)
         return server
 

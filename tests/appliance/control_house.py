@@ -40,11 +40,20 @@ class Host(engine_pb2_grpc.HostServiceServicer):
 
     def __init__(self) -> None:
         self.state = engine_pb2.DEPLOYMENT_STATE_READY
+        self.plan = engine_pb2.MemoryPlan(
+            device="cpu", total_bytes=1, available_bytes=2, fits=True, summary="needs 1"
+        )
+        self.planned: list[engine_pb2.PlanDeploymentRequest] = []
         self.told: list[engine_pb2.ReconcileRequest] = []
         self.changed = asyncio.Condition()
 
     async def GetInventory(self, request: Any, context: Any) -> engine_pb2.GetInventoryResponse:
-        return engine_pb2.GetInventoryResponse()
+        cpu = engine_pb2.Device(id="cpu", kind="cpu", name="Example", memory_bytes=2, memory_available_bytes=1)
+        return engine_pb2.GetInventoryResponse(devices=[cpu], nvml="none here")
+
+    async def PlanDeployment(self, request: Any, context: Any) -> engine_pb2.PlanDeploymentResponse:
+        self.planned.append(request)
+        return engine_pb2.PlanDeploymentResponse(plan=self.plan)
 
     async def Reconcile(self, request: engine_pb2.ReconcileRequest, context: Any) -> engine_pb2.ReconcileResponse:
         self.told.append(request)
@@ -122,6 +131,7 @@ class House:
     system: Any = None
     models: Any = None
     tenants: Any = None
+    devices: Any = None
     audit: Any = None
     gateway_id: str = "gateway-1"
 
@@ -286,6 +296,7 @@ async def running(home: Home, house: House | None = None, begin: bool = True) ->
     house.system = admin_pb2_grpc.SystemServiceStub(admin)
     house.models = admin_pb2_grpc.ModelServiceStub(admin)
     house.tenants = admin_pb2_grpc.TenantServiceStub(admin)
+    house.devices = admin_pb2_grpc.DeviceServiceStub(admin)
     house.audit = admin_pb2_grpc.AuditServiceStub(admin)
     try:
         yield house

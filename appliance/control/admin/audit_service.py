@@ -6,12 +6,17 @@ from typing import Any
 
 from appliance.control.admin.views import timestamp
 from appliance.control.audit import AuditLog, StoredRecord
+from appliance.control.audit.query import Filter
 from appliance.control.audit.verification import verify
 from appliance.control.home import Home
+from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc
 
 _DEFAULT_LIMIT = 100
 _AT_ONCE = 500
+_MOST_IN_A_PAGE = 200
+_LONGEST_FILTER = 1024
+_HIGHEST_SEQUENCE = 2**63 - 1
 _LOOK_AGAIN_S = 0.2
 
 # grpc.aio gives servicers a context whose type the generated stubs keep private.
@@ -47,6 +52,31 @@ class AuditService(admin_pb2_grpc.AuditServiceServicer):
                 return
             if not found:
                 await asyncio.sleep(_LOOK_AGAIN_S)
+
+    async def QueryAudit(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.QueryAuditRequest, context: Context
+    ) -> admin_pb2.QueryAuditResponse:
+        """One page of what matches, newest first."""
+        for name in ("kind_prefix", "tenant", "actor", "decision", "request_id"):
+            if len(getattr(request, name)) > _LONGEST_FILTER:
+                message = f"a filter has at most {_LONGEST_FILTER} characters"
+                raise CloisterError("INVALID_FILTER", message, field=name)
+        if request.before_sequence > _HIGHEST_SEQUENCE:
+            raise CloisterError("INVALID_FILTER", "no record has such a number", field="before_sequence")
+        wanted = Filter(
+            kind_prefix=request.kind_prefix,
+            tenant=request.tenant,
+            actor=request.actor,
+            decision=request.decision,
+            request_id=request.request_id,
+            since_ns=request.since.ToNanoseconds() if request.HasField("since") else None,
+            until_ns=request.until.ToNanoseconds() if request.HasField("until") else None,
+        )
+        limit = min(request.limit or _DEFAULT_LIMIT, _MOST_IN_A_PAGE)
+        page = await asyncio.to_thread(self._log.query, wanted, request.before_sequence, limit)
+        return admin_pb2.QueryAuditResponse(
+            records=map(_view, page.records), next_before_sequence=page.next_before, log_size=self._log.size
+        )
 
     async def VerifyAudit(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.VerifyAuditRequest, context: Context

@@ -1,5 +1,6 @@
 """ModelService: bundles imported, versions deployed, aliases pointed at deployments."""
 
+import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -8,11 +9,12 @@ import grpc
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from appliance.control import counters
 from appliance.control.admin import gate
-from appliance.control.admin.views import deployment_view, engine_options, progress_view, version_view
+from appliance.control.admin.views import deployment_view, engine_options, plan_view, progress_view, version_view
 from appliance.control.db.database import Database
 from appliance.control.db.models import Alias, Deployment
-from appliance.control.deployments import Deployments
+from appliance.control.deployments import Deployments, as_engine_has_it
 from appliance.control.imports import Imports
 from appliance.control.names import LONGEST_DEPLOYMENT, check_name
 from appliance.errors import CloisterError
@@ -43,6 +45,7 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
         self._database = database
         self._imports = imports
         self._deployments = deployments
+        self._loading = asyncio.Lock()
 
     async def ImportBundle(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.ImportBundleRequest, context: Context
@@ -69,23 +72,18 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
     ) -> admin_pb2.LoadModelResponse:
         """Keeps the deployment and tells engine-host; it becomes ready later."""
         name = check_name(request.name, "name", LONGEST_DEPLOYMENT)
-        _check_options(request.options)
-        if not 0 < len(request.model_version) <= _LONGEST_REFERENCE:
-            raise CloisterError("INVALID_REFERENCE", "name a model version", field="model_version")
-        version = await self._imports.version(request.model_version)
-        if version.kind != "model":
-            raise CloisterError(
-                "NOT_A_MODEL",
-                "this bundle is no model of its own; load the model it belongs to",
-                grpc.StatusCode.FAILED_PRECONDITION,
-                {"kind": version.kind},
-                field="model_version",
-            )
+        check_options(request.options)
+        version = await model_named(self._imports, request.model_version)
         row = _deployment(name, version, request.options)
-        await self._database.run(lambda s: _keep(s, row))
-        gate.note(model_version=row.model_version, model_digest=row.model_digest)
-        await self._deployments.changed(name)
-        return admin_pb2.LoadModelResponse(deployment=deployment_view(row, self._deployments))
+        async with self._loading:  # engine-host knows what one load is promised before it plans the next
+            plan = await self._deployments.plan(as_engine_has_it(row))
+            _require_fit(plan)
+            await self._database.run(lambda s: _keep(s, row))
+            gate.note(model_version=row.model_version, model_digest=row.model_digest)
+            await self._deployments.changed(name)
+        return admin_pb2.LoadModelResponse(
+            deployment=deployment_view(row, self._deployments), plan=plan_view(plan)
+        )
 
     async def UnloadModel(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.UnloadModelRequest, context: Context
@@ -104,7 +102,8 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
     async def deployments(self) -> list[admin_pb2.Deployment]:
         """Every deployment as operators see it, by name."""
         rows = await self._database.run(lambda s: s.scalars(select(Deployment).order_by(Deployment.name)).all())
-        return [deployment_view(row, self._deployments) for row in rows]
+        told = await counters.ask({row.name: self._deployments.worker_socket(row.name) for row in rows})
+        return [deployment_view(row, self._deployments, told.get(row.name)) for row in rows]
 
     async def SetAlias(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.SetAliasRequest, context: Context
@@ -131,7 +130,48 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
         )
 
 
-def _check_options(options: admin_pb2.DeploymentOptions) -> None:
+async def model_named(imports: Imports, reference: str) -> importer_pb2.ModelVersion:
+    """The model version that `reference` names.
+
+    Raises:
+        CloisterError: INVALID_REFERENCE, VERSION_NOT_FOUND, NOT_A_MODEL, IMPORTER_UNAVAILABLE.
+    """
+    if not 0 < len(reference) <= _LONGEST_REFERENCE:
+        raise CloisterError("INVALID_REFERENCE", "name a model version", field="model_version")
+    version = await imports.version(reference)
+    if version.kind != "model":
+        raise CloisterError(
+            "NOT_A_MODEL",
+            "this bundle is no model of its own; load the model it belongs to",
+            grpc.StatusCode.FAILED_PRECONDITION,
+            {"kind": version.kind},
+            field="model_version",
+        )
+    return version
+
+
+def _require_fit(plan: engine_pb2.MemoryPlan) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        CloisterError: OUT_OF_MEMORY, with the numbers.
+    """
+    if not plan.fits:
+        raise CloisterError(
+            "OUT_OF_MEMORY",
+            f"{plan.summary}; {plan.advice}",
+            grpc.StatusCode.FAILED_PRECONDITION,
+            {"total_bytes": str(plan.total_bytes), "available_bytes": str(plan.available_bytes)},
+            field="options",
+        )
+
+
+def check_options(options: admin_pb2.DeploymentOptions) -> None:
+    """Refuse a backend or a number type that there is not.
+
+    Raises:
+        CloisterError: INVALID_OPTION.
+    """
     for field, value, known in (("backend", options.backend, _BACKENDS), ("dtype", options.dtype, _DTYPES)):
         if value not in known:
             choices = ", ".join(filter(None, known))
@@ -140,13 +180,18 @@ def _check_options(options: admin_pb2.DeploymentOptions) -> None:
             )
 
 
-def _deployment(name: str, version: importer_pb2.ModelVersion, options: admin_pb2.DeploymentOptions) -> Deployment:
+def files_of(version: importer_pb2.ModelVersion) -> engine_pb2.FileSet:
+    """The files of a version as the engine has them."""
     files = [engine_pb2.File(path=f.path, size=f.size, sha256=f.sha256) for f in version.files]
+    return engine_pb2.FileSet(model_digest=version.model_digest, files=files)
+
+
+def _deployment(name: str, version: importer_pb2.ModelVersion, options: admin_pb2.DeploymentOptions) -> Deployment:
     return Deployment(
         name=name,
         model_version=f"{version.name}@{version.version}",
         model_digest=version.model_digest,
-        files=engine_pb2.FileSet(model_digest=version.model_digest, files=files).SerializeToString(),
+        files=files_of(version).SerializeToString(),
         options=engine_options(options).SerializeToString(),
         created_ns=time.time_ns(),
     )

@@ -1,5 +1,8 @@
 """Rows of control.db and states of the engine as the admin protocol shows them."""
 
+from typing import TypeVar
+
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -10,6 +13,8 @@ from appliance.control.deployments import Deployments
 from appliance.protos import admin_pb2
 from bundles.protos import importer_pb2
 from engine.protos import engine_pb2
+
+_View = TypeVar("_View", bound=Message)
 
 
 def timestamp(nanoseconds: int) -> Timestamp:
@@ -48,8 +53,10 @@ def key_view(key: ApiKey, now_ns: int) -> admin_pb2.Key:
     )
 
 
-def deployment_view(row: Deployment, deployments: Deployments) -> admin_pb2.Deployment:
-    """A deployment as desired, and how it is."""
+def deployment_view(
+    row: Deployment, deployments: Deployments, counters: engine_pb2.GetStatusResponse | None = None
+) -> admin_pb2.Deployment:
+    """A deployment as desired, how it is, and what its engine counts."""
     status = deployments.status(row.name)
     return admin_pb2.Deployment(
         name=row.name,
@@ -63,12 +70,34 @@ def deployment_view(row: Deployment, deployments: Deployments) -> admin_pb2.Depl
         max_context_tokens=status.max_context_tokens,
         worker_pid=status.worker_pid,
         runs_as=status.runs_as,
+        engine=None if counters is None else _shared(counters, admin_pb2.EngineCounters()),
     )
 
 
+def device_view(device: engine_pb2.Device, deployments: list[str]) -> admin_pb2.Device:
+    """A device and the deployments on it."""
+    view = _shared(device, admin_pb2.Device())
+    view.deployments.extend(deployments)
+    return view
+
+
+def plan_view(plan: engine_pb2.MemoryPlan) -> admin_pb2.MemoryPlan:
+    """A memory plan in the operators' words, which are the engine's."""
+    view = _shared(plan, admin_pb2.MemoryPlan())
+    view.options.CopyFrom(_shared(plan.options, admin_pb2.DeploymentOptions()))
+    return view
+
+
+def _shared(source: Message, target: _View) -> _View:
+    """`target` with every plain field of `source` that it has under the same name."""
+    for field, value in source.ListFields():
+        if field.name in target.DESCRIPTOR.fields_by_name and field.message_type is None:
+            setattr(target, field.name, value)
+    return target
+
+
 def _admin_options(stored: bytes) -> admin_pb2.DeploymentOptions:
-    options = engine_pb2.DeploymentOptions.FromString(stored)
-    return admin_pb2.DeploymentOptions(**{field.name: value for field, value in options.ListFields()})
+    return _shared(engine_pb2.DeploymentOptions.FromString(stored), admin_pb2.DeploymentOptions())
 
 
 def engine_options(options: admin_pb2.DeploymentOptions) -> engine_pb2.DeploymentOptions:

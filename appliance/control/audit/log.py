@@ -17,6 +17,7 @@ from appliance.control.audit.clock import Clock, SystemClock
 from appliance.control.audit.errors import blocked, exists, in_use
 from appliance.control.audit.head import Signer, load_signer
 from appliance.control.audit.ledger import Ledger, Place
+from appliance.control.audit.query import Filter, Page, query
 from appliance.control.audit.record import Receipt, Record, StoredRecord, draft
 from appliance.control.audit.writer import Writer
 
@@ -160,6 +161,14 @@ class AuditLog:
         """
         with closing(store.connect_reader(self._db)) as connection:
             return store.records(store.read_rows(connection, after, limit))
+
+    def query(self, wanted: Filter, before: int, limit: int) -> Page:
+        """The newest records before a sequence number (0: of all) that match; see `query.query`.
+
+        Raises:
+            sqlite3.Error: the database cannot be read.
+        """
+        return query(self._db, wanted, before, limit)
 
     def open_intents(self, after: int = 0) -> list[StoredRecord]:
         """Intents after `after` without an outcome of the same request, in order.
