@@ -57,6 +57,7 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
         self._max_pending_tokens = max_pending_tokens
         self._routes: dict[int, _Route] = {}
         self._numbers = itertools.count(1)
+        self._sessions: set[_Session] = set()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -68,12 +69,14 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[engine_pb2.SessionResponse]:
         """Requests and aborts up, one frame per step down; the end of the stream aborts its requests."""
         session = _Session(self._max_pending_tokens)
+        self._sessions.add(session)
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
             while (frame := await session.outbox.take()) is not None:
                 yield frame
         finally:
             reader.cancel()
+            self._sessions.discard(session)
             self._abort_all(session)
 
     async def GetStatus(  # noqa: N802
@@ -85,10 +88,15 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
         return engine_pb2.GetStatusResponse(**self._engine.status()._asdict(), backend=self._backend)
 
     async def drain(self, grace_s: float) -> None:
-        """Take nothing new; return when nothing runs, or after `grace_s` seconds."""
+        """Take nothing new; return when nothing runs, or after `grace_s` seconds.
+
+        The sessions end in order, which tells a gateway that this worker has not died over what it still had.
+        """
         self._draining = True
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), grace_s)
+        for session in self._sessions:
+            session.outbox.close()
 
     async def _read(self, session: _Session, commands: AsyncIterator[engine_pb2.SessionRequest]) -> None:
         """Carry out a session's commands until it sends no more."""

@@ -209,6 +209,8 @@ async def test_sigterm_finishes_what_runs_and_refuses_what_is_new(worker: Worker
     assert codes[-1] == "WORKER_DRAINING"
     finished = await session.finish(1)
     assert len(finished.token_ids) == 200
+    assert await session.call.read() is grpc.aio.EOF
+    assert await session.call.code() is grpc.StatusCode.OK, "in order: this worker has not died over a request"
     assert await ending == 0
 
 
