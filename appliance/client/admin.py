@@ -38,6 +38,7 @@ class AdminClient:
         system: the appliance as a whole.
         models: bundles, versions, deployments, aliases.
         tenants: tenants and keys.
+        devices: devices and memory plans.
         audit: the audit log.
 
     Example:
@@ -57,6 +58,7 @@ class AdminClient:
         self.system = admin_pb2_grpc.SystemServiceStub(channel)
         self.models = admin_pb2_grpc.ModelServiceStub(channel)
         self.tenants = admin_pb2_grpc.TenantServiceStub(channel)
+        self.devices = admin_pb2_grpc.DeviceServiceStub(channel)
         self.audit = admin_pb2_grpc.AuditServiceStub(channel)
 
     @property
