@@ -27,6 +27,14 @@ DEMO_MODEL = ROOT / "demo" / "demo-notes-s"
 CLOISTER = Path(sys.executable).with_name("cloister")
 ALIAS = "notes"
 START_LIMIT_S = 60
+MODULES = {
+    "control": "appliance.control",
+    "importer": "bundles.importer",
+    "engine-host": "engine.host",
+    "gateway": "appliance.gateway",
+    "worker": "engine.worker",
+    "text": "engine.text",
+}
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,21 @@ class Appliance:
         """KV pages that requests own at present, as the worker itself counts them."""
         with grpc.insecure_channel(f"unix:{self.home}/run/worker-{ALIAS}.sock") as channel:
             counters = WorkerServiceStub(channel).GetStatus(GetStatusRequest(), timeout=10)
-        return counters.blocks_total - counters.blocks_free
+        return counters.blocks_total - counters.blocks_free - counters.blocks_cached
+
+    def pid_of(self, process: str, deployment: str = ALIAS) -> int:
+        """The process id of one process of this home, or of one deployment, found by what it was started as."""
+        module = MODULES[process]
+        place = f"run/{process}-{deployment}.sock" if process in ("worker", "text") else ""
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                try:
+                    argv = (entry / "cmdline").read_bytes().decode().split("\0")
+                except OSError:
+                    continue
+                if module in argv and any(f"{self.home}/{place}" in f"{argument}/" for argument in argv):
+                    return int(entry.name)
+        raise AssertionError(f"{process} is not running")
 
     def client(self) -> Client:
         """A tenant's client, over mutual TLS."""

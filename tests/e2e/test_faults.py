@@ -4,7 +4,6 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
@@ -13,6 +12,7 @@ from appliance.client import CloisterError, Stream
 from tests.e2e.appliance import ALIAS, Appliance, build_bundle, eventually, running_appliance
 
 CANARY = "zebra-canary-4711"
+STREAMS = 4
 LONG = {"temperature": 0.0, "ignore_eos": True, "max_tokens": 900}
 
 
@@ -82,37 +82,28 @@ def test_a_client_that_goes_away_frees_its_pages_and_is_recorded_as_cancelled(vi
         ("control", None),  # leases survive it: the answer is completed and settled
         ("importer", None),  # nothing of a request passes through it
         ("engine-host", grpc.StatusCode.ABORTED),  # its workers die with it
+        ("worker", grpc.StatusCode.ABORTED),  # the requests were in its memory
+        ("text", None),  # they have been prepared
     ],
 )
 def test_any_process_killed_under_load_is_started_again_and_nothing_leaks(
     victim: Appliance, process: str, end: grpc.StatusCode | None
 ) -> None:
-    pid = pid_of(victim, process)
+    pid = victim.pid_of(process)
     with victim.client() as client:
-        stream = client.generate(ALIAS, text="hello", **LONG)
-        next(stream)
+        streams = [client.generate(ALIAS, text="hello", **LONG) for _ in range(STREAMS)]
+        for stream in streams:
+            next(stream)
         os.kill(pid, signal.SIGKILL)
-        assert end_of(stream) is end
+        ends = [end_of(stream) for stream in streams]
+    assert ends[-1] is end  # it had just begun
+    assert set(ends) <= {end, None}
     eventually(lambda: answers(victim), f"an answer after {process} was killed")
     eventually(lambda: victim.status()["open_leases"] == 0, "every lease is closed")
     eventually(lambda: victim.owned_pages() == 0, "every page is free")
+    assert victim.status()["reserved_tokens"] == 0
     verdict = victim.json("audit", "verify")
     assert (verdict["intact"], verdict["open_intents"]) == (True, 0)
-
-
-def pid_of(appliance: Appliance, process: str) -> int:
-    """The process id of one process of this home, found by what it was started as."""
-    module = {"gateway": "appliance.gateway", "control": "appliance.control", "importer": "bundles.importer",
-              "engine-host": "engine.host"}[process]  # fmt: skip
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                argv = (entry / "cmdline").read_bytes().decode().split("\0")
-            except OSError:
-                continue
-            if module in argv and any(str(appliance.home) in argument for argument in argv):
-                return int(entry.name)
-    raise AssertionError(f"{process} is not running")
 
 
 def answers(appliance: Appliance) -> bool:
