@@ -2,10 +2,10 @@
 
 Run: python -m benchmarks.serving [--model demo-notes-m] [--dtype bfloat16] [--streams 16] [--rounds 5]
 
-Ours: a fresh appliance, signed bundle and all; N streams at once through mutual TLS, admission, ledger and audit log.
-The peer: a loop of `model.generate`, one request after another as a program without a serving engine has them, in this
-process, on all cores, with no network, no bill and no record. Both greedy, of equal length, over notes that no round
-has seen, so that no prefix cache helps. Rounds alternate; medians and their ratio are printed.
+Ours: a fresh appliance, signed bundle and all; N streams at once through mutual TLS, admission, ledger and
+audit log. The peer: a loop of `model.generate`, one request after another as a program without a serving engine
+has them, in this process, on all cores, with no network, no bill and no record. Both greedy, of equal length, over
+notes that no round has seen, so that no prefix cache helps. Rounds alternate; medians and their ratio are printed.
 """
 
 import argparse
