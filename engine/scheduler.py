@@ -218,10 +218,15 @@ class Scheduler:
             )
 
     def _admit(self) -> None:
-        """Admit requests, fairly, as long as they fit."""
+        """Admit requests, fairly, as long as they fit and the step has tokens left for them.
+
+        So a request that is not computed now is not committed to its place yet, and meanwhile its prefix may come
+        into the cache.
+        """
         promised = sum(map(self._promised, self._running.values()))
+        tokens = self._step_tokens - sum(request.num_pending for request in self._running.values())
         most = max(1, self._step_tokens - self.pool.block_size)
-        while self._waiting and self._slots and len(self._running) < most:
+        while self._waiting and self._slots and tokens > 0 and len(self._running) < most:
             request = self._waiting.peek()
             request.blocks = list(self._cached_prefix(request))
             self.pool.share(request.blocks)
@@ -231,6 +236,7 @@ class Scheduler:
                 request.blocks = []
                 return  # nobody overtakes, or a large request would wait for ever
             self._start(request)
+            tokens -= request.num_pending
 
     def _cached_prefix(self, request: Request) -> tuple[int, ...]:
         """Pages that hold the beginning of `request` already; at least its last token is left to be computed.

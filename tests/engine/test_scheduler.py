@@ -65,7 +65,7 @@ def test_with_whole_blocks_prompts_are_cut_only_at_page_borders() -> None:
 
 
 def test_a_request_waits_until_its_prompt_and_some_growth_fit_beside_the_others() -> None:
-    s = scheduler()
+    s = scheduler(max_step_tokens=64)
     requests = {i: request(i, [1] * n, max_tokens=10) for i, n in enumerate([24, 20, 1])}
     for one in requests.values():
         s.submit(one)

@@ -1,0 +1,285 @@
+"""Whatever happens in whatever order, a request gets the answer it gets alone, from pages of its own scope only.
+
+A Hypothesis state machine drives a real model with real KV pages through submissions, continued conversations,
+groups of answers to one prompt, aborts, steps, and steps that run out of memory, in a pool so small that prefix
+hits, evictions and preemptions happen by themselves. Every page that nobody keeps is filled with NaN.
+"""
+
+import logging
+import math
+from collections import Counter
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from engine.block_pool import BlockPool
+from engine.detokenizer import Vocabulary
+from engine.loop import EngineLoop
+from engine.plan import StepPlan, StepResult
+from engine.request import EndReason, Request
+from engine.runner import ModelRunner
+from engine.scheduler import Limits, Scheduler
+from tests.engine.tiny import Answer, engine, request, save_llama
+
+BLOCKS, SIZE, RUNNING, STEP, LONGEST = 12, 4, 5, 24, 16
+STREAMS = [[40 + (i * step) % 200 for i in range(40)] for step in (7, 11)]
+OWNERS = [("a", b"salt"), ("b", b"salt"), ("a", b"other"), ("b", b"")]
+Owner = tuple[str, bytes]
+
+
+class Watch:
+    """A runner over pages of its own, full of NaN at first; it sees what each plan reads, and what it scrubs."""
+
+    def __init__(self, model: ModelRunner, blocks: int) -> None:
+        spec = model._kv.spec._replace(num_blocks=blocks)
+        self.runner = ModelRunner(model._model, model._ops, spec, RUNNING)
+        self.requests: dict[int, Request] = {}
+        self.written_by: dict[int, str] = {}  # the scope whose numbers a page holds
+        self.raising = 0
+        self.wrong: list[str] = []  # the loop takes whatever a runner raises for a fault of a request
+        self.poison(range(blocks))
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        tables = {row.handle: row.block_tables[0].blocks for row in plan.rows}
+        self.look(tables, set(plan.scrub))
+        if self.raising:
+            self.raising -= 1
+            raise MemoryError
+        result = self.runner.execute(plan)
+        for page in plan.scrub:
+            self.written_by.pop(page, None)
+        self.written_by |= {page: self.requests[handle].scope for handle in tables for page in tables[handle]}
+        return result
+
+    def look(self, tables: dict[int, tuple[int, ...]], scrubbed: set[int]) -> None:
+        """Note each page that is in tables of two owners, or comes to a scope as another has left it."""
+        owners: dict[int, Owner] = {}
+        for handle, table in tables.items():
+            one = self.requests[handle]
+            for page in table:
+                if owners.setdefault(page, owner_of(one)) != owner_of(one):
+                    self.wrong.append(f"page {page} is in tables of two owners")
+                if self.written_by.get(page, one.scope) != one.scope and page not in scrubbed:
+                    self.wrong.append(f"page {page} comes to another scope as it is")
+
+    def poison(self, pages: Any) -> None:
+        """Whoever reads these from now on computes nonsense."""
+        self.runner._kv.pages[:, :, list(pages)] = math.nan
+
+
+def owner_of(one: Request) -> Owner:
+    """Scope and salt; without a salt a request shares with those alone that follow the same one."""
+    return one.scope, one.salt or str(one.handle if one.follows is None else one.follows).encode()
+
+
+def loop_over(watch: Watch, model: EngineLoop, blocks: int) -> EngineLoop:
+    pool = BlockPool(blocks, SIZE)
+    limits = Limits(STEP, RUNNING, model.max_context_tokens, whole_blocks=True)
+    vocabulary: Vocabulary = model._vocabulary
+    return EngineLoop(watch, Scheduler(pool, limits, "digest"), vocabulary, (), model.options)
+
+
+class Live(NamedTuple):
+    """A request that has not ended."""
+
+    request: Request
+    answer: Answer
+
+
+class Machine(RuleBasedStateMachine):
+    """All requests of one small deployment."""
+
+    model: EngineLoop
+    alone: dict[tuple[tuple[int, ...], float], list[int]]
+    happened: Counter[str]
+
+    def __init__(self) -> None:
+        super().__init__()
+        runner: Any = self.model._runner
+        self.watch = Watch(runner, BLOCKS)
+        self.loop = loop_over(self.watch, self.model, BLOCKS)
+        self.live: dict[int, Live] = {}
+        self.computed: list[tuple[Owner, list[int]]] = []  # whose tokens have been in pages
+        self.turns: list[list[int]] = []
+        self.next = 0
+
+    @rule(
+        stream=st.sampled_from(STREAMS),
+        shared=st.integers(0, 22),
+        own=st.lists(st.integers(2, 250), min_size=1, max_size=3),
+        answer=st.integers(1, LONGEST),
+        owner=st.sampled_from(OWNERS),
+        penalty=st.sampled_from([1.0, 1.0, 1.3]),
+        count=st.sampled_from([1, 1, 1, 3]),
+        judged=st.sampled_from([None, None, None, 1]),
+    )
+    def submit(
+        self,
+        stream: list[int],
+        shared: int,
+        own: list[int],
+        owner: Owner,
+        count: int,
+        answer: int,
+        penalty: float,
+        judged: int | None,
+    ) -> None:
+        first = self.next
+        for i in range(count):
+            rest = {"repetition_penalty": penalty, "prompt_logprobs": None if i else judged}
+            self.add([*stream[:shared], *own], max(1, answer - i), owner, follows=first if i else None, **rest)
+
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data(), owner=st.sampled_from(OWNERS), answer=st.integers(1, 6))
+    def continue_a_conversation(self, data: st.DataObject, owner: Owner, answer: int) -> None:
+        self.add([*data.draw(st.sampled_from(self.turns)), 9], answer, owner)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        handle = data.draw(st.sampled_from(sorted(self.live)))
+        self.loop.abort(handle)
+        self.step()
+        assert handle not in self.live
+
+    @precondition(lambda self: self.live)
+    @rule(times=st.integers(1, 4))
+    def steps(self, times: int) -> None:
+        for _ in range(times):
+            self.step()
+
+    @precondition(lambda self: self.loop.status().running > 1)
+    @rule(times=st.integers(1, 3))
+    def step_without_memory(self, times: int) -> None:
+        self.watch.raising = times
+        self.step()
+        self.watch.raising = 0
+
+    def add(self, prompt: list[int], answer: int, owner: Owner, **rest: Any) -> None:
+        one = request(self.next, prompt, answer, owner[0], salt=owner[1], ignore_eos=True, **rest)
+        self.live[self.next] = Live(one, Answer())
+        self.watch.requests[self.next] = one
+        self.loop.submit(one)
+        self.next += 1
+
+    def step(self) -> None:
+        for row in self.loop.step():
+            answer = self.live[row.handle].answer
+            answer.token_ids.extend(row.token_ids)
+            answer.prompt_logprobs.extend(row.prompt_logprobs)
+            if row.end is not None:
+                answer.ends.append(row.end)
+                self.finish(*self.live.pop(row.handle))
+        assert self.watch.wrong == []
+        self.watch.poison(self.loop.scheduler.pool._free)
+
+    def finish(self, one: Request, answer: Answer) -> None:
+        end = answer.end
+        assert end.reason is not EndReason.ERROR or end.error_code == "OUT_OF_MEMORY"
+        assert answer.token_ids == self.expected(one)[: len(answer.token_ids)]
+        if end.reason is EndReason.LENGTH:
+            assert len(answer.token_ids) == one.limit
+            judged = 0 if one.prompt_logprobs is None else len(one.prompt) - 1
+            assert [report.token_id for report in answer.prompt_logprobs] == list(one.prompt[1 : 1 + judged])
+            if one.num_tokens < BLOCKS * SIZE - 6:
+                self.turns.append(list(one.tokens))
+        self.may_have_hit(one, end.cached_prompt_tokens)
+        self.computed.append((owner_of(one), list(one.tokens)))
+        self.happened.update(
+            hits=end.cached_prompt_tokens > 0,
+            preemptions=end.preemptions,
+            recomputed=end.recomputed_tokens > 0,
+            out_of_memory=end.reason is EndReason.ERROR,
+            answers=end.reason is EndReason.LENGTH,
+        )
+
+    def may_have_hit(self, one: Request, cached: int) -> None:
+        """What was not computed for `one` had been computed for its own scope and salt, in whole pages."""
+        assert cached <= len(one.prompt) - 1
+        assert cached % SIZE == 0
+        running = [(owner_of(live.request), live.request.tokens) for live in self.live.values()]
+        own = [tokens for owner, tokens in self.computed + running if owner == owner_of(one)]
+        assert cached == 0 or any(tokens[:cached] == list(one.prompt[:cached]) for tokens in own)
+
+    def expected(self, one: Request) -> list[int]:
+        """The answer in an engine that has never done anything else."""
+        key = tuple(one.prompt), one.sampling.repetition_penalty
+        if key not in self.alone:
+            runner: Any = self.model._runner
+            watch = Watch(runner, 2 * BLOCKS)
+            loop = loop_over(watch, self.model, 2 * BLOCKS)
+            watch.requests[0] = request(0, key[0], LONGEST, repetition_penalty=key[1], ignore_eos=True)
+            loop.submit(watch.requests[0])
+            self.alone[key] = []
+            while loop.has_work:
+                self.alone[key].extend(token for row in loop.step() for token in row.token_ids)
+        return self.alone[key]
+
+    @invariant()
+    def pages_are_conserved(self) -> None:
+        scheduler = self.loop.scheduler
+        scheduler.check()
+        assert scheduler.pool.num_free + scheduler.pool.num_cached + scheduler.pool.num_owned == BLOCKS
+
+    def teardown(self) -> None:
+        for _ in range(100 + sum(20 * live.request.limit for live in self.live.values())):
+            if not self.live:
+                break
+            self.step()
+        assert not self.live, "requests do not get on"
+        assert self.loop.scheduler.pool.num_owned == 0
+
+
+@pytest.fixture(autouse=True)
+def silence(caplog: pytest.LogCaptureFixture) -> None:
+    """Steps fail by the thousand here, each with its traceback."""
+    caplog.set_level(logging.CRITICAL, "engine.loop")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> EngineLoop:
+    """A very small model; its own pages are not used."""
+    folder = tmp_path_factory.mktemp("model")
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    save_llama(folder, seed=5, num_hidden_layers=2, **size)
+    return engine(folder, block_size=SIZE, deterministic=True)
+
+
+def drive(model: EngineLoop, examples: int, length: int) -> Counter[str]:
+    """Run the machine; what happened in all examples."""
+    counter: Counter[str] = Counter()
+    fields = {"model": model, "alone": {}, "happened": counter}
+    machine = type("MachineOverModel", (Machine,), fields)
+    checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=length,
+            deadline=None,
+            print_blob=True,
+            suppress_health_check=checks,
+        ),
+    )
+    return counter
+
+
+def test_every_answer_is_the_one_it_is_alone_whatever_the_interleaving(model: EngineLoop) -> None:
+    happened = drive(model, examples=30, length=25)
+    assert min(happened[name] for name in ("answers", "hits", "preemptions", "recomputed")) > 0, happened
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_answer_is_the_one_it_is_alone_in_many_long_interleavings(model: EngineLoop) -> None:
+    happened = drive(model, examples=1500, length=60)
+    assert min(happened[name] for name in ("answers", "hits", "preemptions", "recomputed")) > 1000, happened
