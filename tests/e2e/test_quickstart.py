@@ -15,7 +15,8 @@ from tests.e2e.appliance import ROOT, Appliance
 from tests.e2e.documents import blocks, typed
 
 PAGE = "docs/quickstart-client.md"
-# Where a call of a tenant passes (folder, file, or file::function), and what of it can raise an error that the tenant is told.
+# Where a call of a tenant passes, and what of it can raise an error that the tenant is told: FOLDER, FILE or
+# FILE::FUNCTION.
 ROADS = (
     *("appliance/gateway", "appliance/control/admission", "appliance/client/sync.py", "appliance/client/aio.py"),
     *(
@@ -100,7 +101,9 @@ def raised() -> dict[str, set[str]]:
                 for target in node.targets
                 if isinstance(target, ast.Name) and isinstance(node.value.value, str)
             }
-            within: list[ast.AST] = [n for n in ast.walk(tree) if getattr(n, "name", "") == function] or [tree]
+            within: list[ast.AST] = [
+                n for n in ast.walk(tree) if function and getattr(n, "name", "") == function
+            ] or [tree]
             for call in (node for part in within for node in ast.walk(part) if isinstance(node, ast.Call)):
                 if ast.unparse(call.func) in RAISING:
                     for code in codes_of(call, constants):
@@ -109,18 +112,17 @@ def raised() -> dict[str, set[str]]:
 
 
 def codes_of(call: ast.Call, constants: dict[str, str]) -> set[str]:
-    words = [*call.args[:1], *(k.value for k in call.keywords)] if ast.unparse(call.func) == "ResultRow" else (
-        call.args[:1]
-    )  # fmt: skip
     codes: set[str] = set()
+    words = [*call.args, *(keyword.value for keyword in call.keywords)]
     for node in (node for word in words for node in ast.walk(word)):
-        if isinstance(node, ast.JoinedStr):  # f"{what}_REVOKED"
-            codes |= {f"{what}{node.values[-1].value}" for what in ("KEY", "CERTIFICATE")}  # type: ignore[attr-defined]  # a constant
+        suffix = ast.unparse(node).strip("f'").rpartition("}")[2] if isinstance(node, ast.JoinedStr) else ""
+        if re.fullmatch(r"_[A-Z]+", suffix):  # f"{what}_REVOKED"
+            codes |= {f"{what}{suffix}" for what in ("KEY", "CERTIFICATE")}
         elif isinstance(node, ast.Constant | ast.Name):
             text = node.value if isinstance(node, ast.Constant) else constants.get(node.id)
-            if isinstance(text, str) and re.fullmatch(r"[A-Z]{3,}(_[A-Z]+)*", text):
+            if isinstance(text, str) and re.fullmatch(r"[A-Z]{2,}(_[A-Z]+)*", text):
                 codes.add(text)
-    return {code for code in codes if not re.fullmatch(r"KEY|CERTIFICATE|_.*", code)}
+    return codes
 
 
 def statuses_of(call: ast.Call) -> set[str]:
