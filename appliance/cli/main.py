@@ -25,6 +25,7 @@ NOUNS: dict[str, str] = {
     "trust": "signing keys and the root of trust",
     "bundle": "build, sign, verify and import model bundles",
     "model": "deployments: a model version made to run",
+    "gpu": "devices, and the memory a model would take of them",
     "alias": "the model names that clients call",
     "tenant": "tenants: who may call which models, and how much",
     "key": "client certificates and API keys of tenants' applications",

@@ -6,15 +6,14 @@ from collections.abc import Iterable
 
 import grpc
 
-from appliance.cli.arguments import positive
-from appliance.cli.output import emit, plain, table
+from appliance.cli.deployment_options import add_options, options, plan_line
+from appliance.cli.output import emit, plain, printable, table
 from appliance.cli.progress import ProgressBar
 from appliance.client.admin import AdminClient
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
 
 _POLL_S = 0.1
-_SIZES = ("kv_blocks", "block_size", "max_step_tokens", "max_running", "max_context_tokens", "threads")
 
 
 def register(parser: argparse.ArgumentParser) -> None:
@@ -24,21 +23,7 @@ def register(parser: argparse.ArgumentParser) -> None:
     load = verbs.add_parser("load", help="make a deployment of a model version and wait until it is ready")
     load.add_argument("version", metavar="MODEL", help="name@version, a name for its newest version, or a digest")
     load.add_argument("--as", dest="name", required=True, metavar="NAME", help="name of the deployment")
-    load.add_argument(
-        "--backend", default="", metavar="NAME", help="cpu or reference; the host chooses when absent"
-    )
-    load.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"), metavar="float32|bfloat16")
-    load.add_argument(
-        "--deterministic", action="store_true", help="same output bit for bit, whatever shares the batch; slower"
-    )
-    load.add_argument("--kv-blocks", type=positive, default=0, metavar="N", help="pages of the KV cache")
-    load.add_argument("--block-size", type=positive, default=0, metavar="N", help="tokens per KV page")
-    load.add_argument("--max-step-tokens", type=positive, default=0, metavar="N", help="most tokens in one step")
-    load.add_argument("--max-running", type=positive, default=0, metavar="N", help="most requests in one step")
-    load.add_argument(
-        "--max-context-tokens", type=positive, default=0, metavar="N", help="prompt and answer together"
-    )
-    load.add_argument("--threads", type=positive, default=0, metavar="N", help="threads of the worker")
+    add_options(load)
     load.add_argument("--no-wait", action="store_true", help="return once the deployment is recorded")
     load.set_defaults(run=_load)
     unload = verbs.add_parser("unload", help="end a deployment")
@@ -64,18 +49,14 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> int:
-    options = admin_pb2.DeploymentOptions(
-        backend=args.backend,
-        dtype=args.dtype,
-        deterministic=args.deterministic,
-        **{name: getattr(args, name) for name in _SIZES},
-    )
-    request = admin_pb2.LoadModelRequest(model_version=args.version, name=args.name, options=options)
+    request = admin_pb2.LoadModelRequest(model_version=args.version, name=args.name, options=options(args))
     with AdminClient(args.home) as admin:
-        deployment = admin.models.LoadModel(request).deployment
+        answer = admin.models.LoadModel(request)
+        deployment = answer.deployment
         if not args.no_wait:
             deployment = _wait(admin, args.name)
-    emit(args, plain(deployment), deployments_table([deployment]))
+    value = plain(deployment) | {"plan": plain(answer.plan)}
+    emit(args, value, f"memory: {printable(plan_line(answer.plan))}\n{deployments_table([deployment])}")
     return 0
 
 

@@ -43,6 +43,8 @@ class Host(engine_pb2_grpc.HostServiceServicer):
         self.plan = engine_pb2.MemoryPlan(
             device="cpu", total_bytes=1, available_bytes=2, fits=True, summary="needs 1"
         )
+        self.plan_refusal = ""
+        self.calls: list[str] = []
         self.planned: list[engine_pb2.PlanDeploymentRequest] = []
         self.told: list[engine_pb2.ReconcileRequest] = []
         self.changed = asyncio.Condition()
@@ -53,10 +55,14 @@ class Host(engine_pb2_grpc.HostServiceServicer):
 
     async def PlanDeployment(self, request: Any, context: Any) -> engine_pb2.PlanDeploymentResponse:
         self.planned.append(request)
+        self.calls.append("plan")
+        if self.plan_refusal:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.plan_refusal)
         return engine_pb2.PlanDeploymentResponse(plan=self.plan)
 
     async def Reconcile(self, request: engine_pb2.ReconcileRequest, context: Any) -> engine_pb2.ReconcileResponse:
         self.told.append(request)
+        self.calls.append("reconcile")
         async with self.changed:
             self.changed.notify_all()
         return engine_pb2.ReconcileResponse()

@@ -243,8 +243,10 @@ async def test_a_loaded_model_reaches_engine_host_with_its_files_and_shows_its_s
 async def test_desired_deployments_outlive_control_and_engine_host() -> None:
     home = make_home()
     try:
+        async with running(home) as first:
+            await first.models.LoadModel(load())
         async with running(home, begin=False) as before:
-            await before.models.LoadModel(load())
+            assert (await refusal(before.models.LoadModel(load("more")))).code == "ENGINE_HOST_UNAVAILABLE"
             (waiting,) = (await before.models.ListDeployments(admin_pb2.ListDeploymentsRequest())).deployments
             assert waiting.state == "waiting for engine-host"
             assert before.host.told == []

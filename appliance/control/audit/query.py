@@ -2,8 +2,8 @@
 
 One call looks at `SCAN` records at most, so a call costs the same in a log of any length; where the bound is met
 first, the answer says from where to go on, and may hold few records or none. A request id is looked up in its
-index and a tenant's records in theirs, so that only those count towards the bound. Times are compared record by record:
-the clock of a machine may have been set back, so they need not rise with the sequence.
+index and a tenant's records in theirs, so that only those count towards the bound. Times are compared record by
+record: the clock of a machine may have been set back, so they need not rise with the sequence.
 
 Reads beside the writer on a read-only connection, as everything else that reads; works while the log is blocked.
 """
@@ -84,7 +84,7 @@ def query(db: Path, wanted: Filter, before: int, limit: int, scan: int = SCAN) -
 
 
 def _lowest(connection: sqlite3.Connection, wanted: Filter, first: int, scan: int) -> int | None:
-    """The lowest sequence number to look at, `scan` records down the index in use; None when there is no record."""
+    """The lowest sequence number to look at, `scan` records down the index in use; None for no record."""
     condition, values = _indexed(wanted)
     statement = f"SELECT min(seq) FROM (SELECT seq FROM rec WHERE seq<?{condition} ORDER BY seq DESC LIMIT ?)"  # noqa: S608  # ours
     lowest: int | None = connection.execute(statement, (first, *values, scan)).fetchone()[0]
