@@ -156,7 +156,7 @@ class WatchdogSettings(_Section):
     """When a process that stands still is killed and started again."""
 
     heard_seconds: float = _setting(
-        20.0, "A process that gives no sign of life for so long is killed.", "seconds", ge=2, le=3600
+        20.0, "A process that gives no sign of life for so long is killed.", "seconds", ge=15, le=3600
     )
     step_seconds: float = _setting(
         120.0,
