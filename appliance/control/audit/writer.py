@@ -3,7 +3,8 @@
 Whatever waits when a commit ends goes into the next one. After an error the ledger is poisoned: the batch and all
 that wait are refused, the ledger is opened anew from the disk, its tail verified, its write-ahead log folded, and
 a record of the incident committed; only then are records taken again. A failed fsync is never followed by a
-hopeful next commit.
+hopeful next commit. Meanwhile a connection that only reads stays open: with the last one SQLite removes the shared
+index of the write-ahead log, and on a full disk no reader could make it anew.
 
 Source: "PostgreSQL's fsync() surprise" (2018) for what a failed fsync leaves behind.
 """
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
+from appliance.control.audit import store
 from appliance.control.audit.errors import AuditTamperedError, blocked
 from appliance.control.audit.ledger import Ledger, Place
 from appliance.control.audit.record import Draft, Receipt
@@ -46,6 +48,7 @@ class Writer:
     def __init__(self, place: Place, ledger: Ledger) -> None:
         self._place = place
         self._ledger: Ledger | None = ledger
+        self._readable: sqlite3.Connection | None = None
         self._queue: deque[Waiting] = deque()
         self._signal = threading.Condition()
         self._closing = False
@@ -87,6 +90,7 @@ class Writer:
                 self._pause(delay)
         if self._ledger is not None:
             self._ledger.close()
+        self._let_go()
 
     def _done(self) -> bool:
         with self._signal:
@@ -118,6 +122,7 @@ class Writer:
     def _poison(self, batch: Sequence[Waiting], error: Exception) -> None:
         """Drop the ledger and refuse everything that was promised nothing yet."""
         if self._ledger is not None:
+            self._keep_readable()
             self._ledger.discard()
             self._ledger = None
         why = _describe(error)
@@ -129,6 +134,18 @@ class Writer:
         for waiting in refused:
             waiting.future.set_exception(blocked(why))
 
+    def _keep_readable(self) -> None:
+        """Hold the files open for readers until the log is written again."""
+        try:
+            self._readable = store.connect_reader(self._place.db)
+        except sqlite3.Error as error:
+            log.warning("audit log not readable while it is blocked", extra={"reason": _describe(error)})
+
+    def _let_go(self) -> None:
+        if self._readable is not None:
+            self._readable.close()
+            self._readable = None
+
     def _resumed(self) -> bool:
         """Try to open the log again, down to a record written; False when it still fails."""
         try:
@@ -136,6 +153,7 @@ class Writer:
         except Exception as error:  # stays blocked, whatever it was
             self.blocked = _describe(error)
             return False
+        self._let_go()
         self.state = (self._ledger.size, self._ledger.root)
         self.blocked = ""
         log.warning("audit log resumed", extra={"size": self._ledger.size})
