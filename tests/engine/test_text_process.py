@@ -90,7 +90,8 @@ async def test_a_wedged_template_ends_the_process_by_the_kernel(tmp_path: Path, 
         with pytest.raises(grpc.aio.AioRpcError) as died:
             await stub.Prepare(chat("wedge"))
         assert died.value.code() is grpc.StatusCode.UNAVAILABLE
-        assert await text.process.wait() == -signal.SIGPROF  # processor time, not the clock
+        # Processor time; the clock only where others leave it hardly any.
+        assert await text.process.wait() in (-signal.SIGPROF, -signal.SIGALRM)
 
 
 @pytest.mark.parametrize("context", [64, 131072])
