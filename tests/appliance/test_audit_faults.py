@@ -17,6 +17,7 @@ import pytest
 
 from appliance.control.audit import AuditLog, Record
 from appliance.control.audit.head import HeadFile
+from appliance.control.audit.ledger import Ledger
 from appliance.errors import CloisterError
 from tests.appliance.audit_logs import Home, ManualClock, fill, numbered
 
@@ -145,6 +146,33 @@ def test_full_disk_blocks_until_there_is_room(tmp_path: Path) -> None:
     wait_until(lambda: not log.blocked)
     assert log.append(numbered(1)).result().sequence > acknowledged > 0
     log.close()
+    assert home.verify().intact
+
+
+def test_log_is_read_while_not_one_more_byte_fits_on_its_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, tries, opened = Home(tmp_path), [], Ledger.open
+    log = home.create()
+    for number in (1, 2, 3):
+        log.append(numbered(number)).result()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1, limit[1]))
+        with pytest.raises(CloisterError, match="AUDIT_BLOCKED"):
+            log.append(numbered(4)).result()
+        with monkeypatch.context() as patched:
+            patched.setattr(Ledger, "open", lambda *a, **k: tries.append(a) or opened(*a, **k))
+            wait_until(lambda: len(tries) > 2)  # each opens and closes the files
+        assert [record.sequence for record in log.read(0, 100)] == [1, 2, 3]
+        assert home.verify().intact
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, previous)
+    wait_until(lambda: not log.blocked)
+    log.close()
+    assert not home.db.with_name("audit.db-shm").exists()
     assert home.verify().intact
 
 
