@@ -37,6 +37,8 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
         self.refuse_once: dict[str, CloisterError] = {}
         self.hold: dict[str, asyncio.Event] = {}
         self.max_concurrent = 100
+        self.scope = "s1"
+        self.digest = "d" * 64
         self.closed_leases: list[str] = []
         self.arrived: dict[str, asyncio.Event] = {
             name: asyncio.Event() for name in ("Admit", "AwaitIntent", "Settle", "Heartbeat", "RecordRefusal")
@@ -64,15 +66,15 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
             deployment="notes",
             text_socket=str(self.run / "text-notes.sock"),
             worker_socket=str(self.run / "worker-notes.sock"),
-            model_digest="d" * 64,
+            model_digest=self.digest,
             max_context_tokens=CONTEXT,
-            scope="s1",
+            scope=self.scope,
             max_concurrent=self.max_concurrent,
         )
 
     async def Admit(self, request: Any, context: Context) -> Any:
         await self._meet("Admit", request, context)
-        return control_pb2.AdmitResponse(lease=f"lease-{request.ticket}", scope="s1", salt=b"salt", weight=3)
+        return control_pb2.AdmitResponse(lease=f"lease-{request.ticket}", scope=self.scope, salt=b"salt", weight=3)
 
     async def AwaitIntent(self, request: Any, context: Context) -> Any:
         await self._meet("AwaitIntent", request, context)
@@ -135,41 +137,53 @@ class FakeWorker(engine_pb2_grpc.WorkerServiceServicer):
         self.aborts: list[int] = []
         self.aborted = asyncio.Event()
         self.sessions = 0
+        self.deaf = False
+        self._frames: list[asyncio.Queue[Any]] = []
         self.script: Callable[[Any, Send], Awaitable[None]] = say("Hel", "lo")
         self._step = 0
 
     async def Session(self, requests: Any, context: Context) -> AsyncIterator[Any]:
         self.sessions += 1
         frames: asyncio.Queue[Any] = asyncio.Queue()
+        self._frames.append(frames)
         tasks = [asyncio.create_task(self._commands(requests, frames))]
         try:
-            while True:
-                yield await frames.get()
+            while (frame := await frames.get()) is not None:
+                yield frame
         finally:
             for task in tasks:
                 task.cancel()
 
+    def drained(self) -> None:
+        """End every session in order, as a worker does that is being stopped."""
+        while self._frames:
+            self._frames.pop().put_nowait(None)
+
     async def _commands(self, requests: Any, frames: "asyncio.Queue[Any]") -> None:
         running: dict[int, asyncio.Task[None]] = {}
-        answers: dict[int, int] = {}
+        answers: dict[int, set[int]] = {}
         async for command in requests:
             if command.HasField("abort"):
                 handle = command.abort.handle
                 self.aborts.append(handle)
+                if self.deaf:
+                    continue
                 if handle in running:
                     running.pop(handle).cancel()
                     last = end(engine_pb2.END_REASON_ABORTED, completion_tokens=2)
-                    for index in range(answers[handle]):
+                    for index in answers[handle]:
                         self._frame(frames, handle, "", (), last, index=index)
                 self.aborted.set()
                 continue
             submit = command.submit
             self.submits.append(submit)
-            answers[submit.handle] = submit.n
+            answers[submit.handle] = set(range(submit.n))
 
             def send(
                 text: str = "", ids: Any = (), end: Any = None, handle: int = submit.handle, **more: Any
             ) -> None:
+                if end:
+                    answers[handle].discard(more.get("index", 0))
                 self._frame(frames, handle, text, ids, end, **more)
 
             running[submit.handle] = asyncio.create_task(self.script(submit, send))

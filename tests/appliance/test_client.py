@@ -5,7 +5,9 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -15,11 +17,14 @@ from cryptography.hazmat.primitives import serialization
 from appliance.client import AsyncClient, Client, CloisterError
 from appliance.client.credentials import Credentials, check_vacant, read_credentials, write_credentials
 from appliance.client.enrol import make_csr
+from engine.protos import engine_pb2
 from tests.appliance.gateway_house import (
     API_KEY,
     AUTHORITY,
     CLIENT,
     House,
+    Send,
+    end,
     one_word_then_silence,
     open_house,
 )
@@ -221,3 +226,83 @@ def test_a_request_to_certify_is_signed_with_the_key_that_stays(tmp_path: Path) 
     assert request.is_signature_valid
     assert request.public_key() == key.public_key()
     assert b"PRIVATE" not in csr_pem
+
+
+async def test_a_refusal_that_says_not_again_is_not_sent_again(house: House) -> None:
+    house.control.refuse["AwaitIntent"] = CloisterError("AUDIT_BLOCKED", "x", grpc.StatusCode.UNAVAILABLE)
+    async with house.client() as client:
+        with pytest.raises(CloisterError, match="AUDIT_BLOCKED"):
+            await client.generate("notes", "x").result()
+    assert len(house.control.asked("Authorize")) == 1, "its id is spent, so the gateway said no"
+
+
+async def test_a_refusal_that_says_when_is_sent_again_then_and_no_more_than_four_times(house: House) -> None:
+    house.control.refuse["Authorize"] = CloisterError(
+        "MODEL_NOT_READY", "x", grpc.StatusCode.UNAVAILABLE, retry_after=timedelta(milliseconds=10)
+    )
+    async with house.client() as client:
+        with pytest.raises(CloisterError, match="MODEL_NOT_READY"):
+            await client.generate("notes", "x").result()
+        assert len(house.control.asked("Authorize")) == 5
+        with pytest.raises(CloisterError, match="MODEL_NOT_READY"):
+            await client.generate("notes", "x", retry=False).result()
+    assert len(house.control.asked("Authorize")) == 6
+
+
+async def test_sending_again_ends_at_the_deadline(house: House) -> None:
+    house.control.refuse["Authorize"] = CloisterError(
+        "MODEL_NOT_READY", "x", grpc.StatusCode.UNAVAILABLE, retry_after=timedelta(seconds=30)
+    )
+    async with house.client() as client:
+        with pytest.raises(CloisterError) as error:
+            await client.generate("notes", "x", timeout=0.5).result()
+    assert error.value.status is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert len(house.control.asked("Authorize")) == 1
+
+
+async def test_only_what_costs_nothing_is_sent_again_when_the_tenant_has_too_much_on_its_way(house: House) -> None:
+    house.control.refuse_once["Authorize"] = CloisterError(
+        "TENANT_CONCURRENCY", "x", grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=timedelta(milliseconds=10)
+    )
+    async with house.client() as client:
+        assert await client.tokenize("notes", "hi") == (104, 105)
+        assert len(house.control.asked("Authorize")) == 2
+        house.control.refuse_once["Authorize"] = CloisterError("QUOTA", "x", grpc.StatusCode.RESOURCE_EXHAUSTED)
+        with pytest.raises(CloisterError, match="QUOTA"):
+            await client.tokenize("notes", "hi")
+        assert len(house.control.asked("Authorize")) == 3, "a refusal that does not say when stays one"
+        house.control.refuse_once["Authorize"] = CloisterError(
+            "TENANT_CONCURRENCY", "x", grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after=timedelta(milliseconds=10)
+        )
+        with pytest.raises(CloisterError, match="TENANT_CONCURRENCY"):
+            await client.generate("notes", "x").result()
+    assert len(house.control.asked("Authorize")) == 4
+
+
+async def test_the_synchronous_client_gives_several_answers_and_tokens(house: House) -> None:
+    async def script(submit: Any, send: Send) -> None:
+        for index in (1, 0):
+            one = engine_pb2.TokenLogprob(token_id=index, logprob=-1.0, rank=1)
+            last = end(engine_pb2.END_REASON_LENGTH, completion_tokens=1)
+            send(f"answer {index}", [index], last, index=index, logprobs=[one])
+
+    house.worker.script = script
+
+    def use() -> None:
+        with Client(
+            house.gateway.address,
+            ca=AUTHORITY.pem,
+            certificate=CLIENT.certificate,
+            key=CLIENT.key,
+            api_key=API_KEY,
+        ) as client:
+            stream = client.generate("notes", "x", n=2, logprobs=0)
+            assert [(delta.index, delta.text) for delta in stream.deltas()] == [(1, "answer 1"), (0, "answer 0")]
+            assert [answer.logprobs[0].token_id for answer in stream.answers] == [0, 1]
+            with pytest.raises(ValueError, match="deltas"):
+                next(client.generate("notes", "x", n=2))
+            result = client.chat("notes", [{"role": "user", "content": "x"}], n=2).result()
+            assert [choice.text for choice in result.choices] == ["answer 0", "answer 1"]
+            assert client.detokenize("notes", client.tokenize("notes", "hi")) == "hi"
+
+    await asyncio.to_thread(use)
