@@ -1,0 +1,39 @@
+"""docs/operations.md: its commands run as they stand on a running appliance, and the codes it explains are real."""
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.appliance import ROOT, Appliance
+from tests.e2e.documents import blocks, typed
+
+PAGE = "docs/operations.md"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    path = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))
+    yield path
+    shutil.rmtree(path)
+
+
+def test_the_commands_of_the_page_run_as_they_stand(appliance: Appliance, folder: Path) -> None:
+    for commands in blocks(PAGE, "bash"):
+        done = typed(commands, folder, CLOISTER_HOME=str(appliance.home))
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert [d["name"] for d in appliance.status()["deployments"]] == ["notes"], "the page leaves what it found"
+
+
+def test_every_code_that_the_page_explains_is_one_the_code_knows() -> None:
+    """SQLite's own names, and those that are made of a role, are spelled nowhere."""
+    codes = set(re.findall(r"\b[A-Z]{2,}(?:_[A-Z]+)+\b", (ROOT / PAGE).read_text()))
+    made = {"WORKER_DIED", "TEXT_DIED", "CLOISTER_HOME"}
+    sources = "".join(
+        path.read_text() for folder in ("appliance", "engine", "bundles") for path in (ROOT / folder).rglob("*.py")
+    )
+    unknown = {c for c in codes - made if f'"{c}"' not in sources and not c.startswith("SQLITE_")}
+    assert unknown == set()
