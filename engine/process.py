@@ -108,7 +108,8 @@ class Process:
         """Begin to drain, as SIGTERM does."""
         if not self.stopping.is_set():
             self.stopping.set()
-            _notify("STOPPING=1")
+            with contextlib.suppress(OSError):  # who listened for READY may not listen any more
+                _notify("STOPPING=1")
 
 
 def run(name: str, main: Callable[[Process], Awaitable[None]], forbidden: Iterable[str] = ()) -> int:

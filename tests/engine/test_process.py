@@ -61,6 +61,16 @@ def test_a_process_says_ready_drains_on_sigterm_and_exits_0(notify: socket.socke
     assert json.loads(err.splitlines()[0])["event"] == "ready"
 
 
+def test_a_process_drains_when_nobody_listens_for_its_state_any_more(folder: Path, notify: socket.socket) -> None:
+    process = start(notify, [])
+    assert notify.recv(100) == b"READY=1"
+    (folder / "notify").unlink()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "drained\n")
+    assert "Traceback" not in err
+
+
 def test_a_process_with_a_forbidden_module_never_says_ready(notify: socket.socket) -> None:
     process = start(notify, ["json"])
     _, err = process.communicate(timeout=20)

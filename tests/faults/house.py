@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,12 +147,17 @@ class House:
 
 
 @contextmanager
-def open_house(settings: str = "") -> Iterator[House]:
-    """An appliance from `init` to a clean end, with these settings, the demo model and one tenant."""
+def open_house(settings: str = "", prepare: Callable[[Path], None] | None = None) -> Iterator[House]:
+    """An appliance from `init` to a clean end, with these settings, the demo model and one tenant.
+
+    `prepare` gets the home before anything is served from it.
+    """
     with short_folder() as folder:
         bundle, home = build_bundle(folder), folder / "home"
         initialise(home, folder / "keys")
         (home / "cloister.toml").write_text(settings)
+        if prepare is not None:
+            prepare(home)
         server = Server(home)
         appliance = Appliance(home, folder / "keys", folder / "credentials", bundle, server.start())
         try:
