@@ -24,6 +24,9 @@ _SPLIT = 64  # tokens of a KV split of the cpu backend, in deterministic mode
 _MAX_COPY = 2**22  # numbers of keys it lays out at once there, and
 _MAX_CONTEXT = 2**25  # numbers of keys and values of the single tokens that it attends together
 _DRAWING = 9 * 8 + 1  # bytes for each number of the logits while tokens are drawn: float64 copies, order, one mask
+_SCORED = 64  # tokens of a prompt whose logits are computed at once
+_SCORED_WIDE = 2**21  # numbers of them that are taken to float64 at once
+_SCORING = 5 * 8  # bytes for each of these: the logits, their log probabilities, order, masks
 _SCRATCH = 24 * 2**20  # buffers of the BLAS and of the allocator, which do not grow with the model
 
 
@@ -165,9 +168,11 @@ def _mlp(of: Sizes) -> int:
 
 
 def _logits(of: Sizes) -> int:
-    """Logits of every row that can be sampled (in tiles: twice), in float32, and what drawing makes of them."""
-    rows = _up(of.options.max_running, _TILE)
-    return rows * of.config.vocab_size * (2 * of.item + _FLOAT + _DRAWING)
+    """Logits (in tiles: twice) and in float32, with what drawing makes of them, or the scoring of a prompt."""
+    vocabulary, own = of.config.vocab_size, 2 * of.item + _FLOAT
+    drawing = _up(of.options.max_running, _TILE) * vocabulary * (own + _DRAWING)
+    scoring = _SCORED * vocabulary * own + min(_SCORED * vocabulary, _SCORED_WIDE) * _SCORING
+    return max(drawing, scoring)
 
 
 def _reference_attention(of: Sizes) -> int:

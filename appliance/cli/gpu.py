@@ -85,7 +85,7 @@ def _plan(args: argparse.Namespace) -> int:
 def _plan_shown(answer: admin_pb2.PlanModelResponse) -> str:
     plan, chosen = answer.plan, answer.plan.options
     mode = " deterministic" if chosen.deterministic else ""
-    pages = f"{chosen.kv_blocks:,} pages of {chosen.block_size} tokens: {plan.full_contexts} full contexts"
+    pages = f"{chosen.kv_blocks:,} pages of {chosen.block_size} tokens"
     parts = (
         ("weights", plan.weights_bytes, f"{plan.parameters:,} parameters, {chosen.dtype}"),
         ("KV cache", plan.kv_bytes, pages),
@@ -100,7 +100,7 @@ def _plan_shown(answer: admin_pb2.PlanModelResponse) -> str:
     lines = [
         f"{printable(answer.model_version)}  {runs}",
         table(("part", "bytes", "", "of"), rows),
-        "fits" if plan.fits else "DOES NOT FIT",
+        ("fits" if plan.fits else "DOES NOT FIT") + f"; the KV cache holds {plan.full_contexts:,} full contexts",
     ]
     if plan.recorded_from:
         lines.append(f"against devices recorded from {printable(plan.recorded_from)}")
