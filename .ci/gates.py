@@ -1,4 +1,4 @@
-"""The checks that are not tests: style, types, imports, protos, shell, size, suppressions, keys.
+"""The checks that are not tests: style, types, imports, protos, shell, size, suppressions, keys, documentation.
 
 python .ci/gates.py          runs all; exits 1 and shows what each failing one found
 python .ci/gates.py NAME...  runs these
@@ -22,6 +22,8 @@ _GENERATED = re.compile(r"(_pb2(_grpc)?\.pyi?|/migrations/versions/\w+\.py)$")
 _IGNORE = re.compile(r"#\s*type:\s*ignore(?!\[[\w, -]+\]\s+#\s*\S)")
 # A header and enough base64 behind it; the header alone may stand in a program.
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(\s|\\n|[\"'b])*[A-Za-z0-9+/=]{40}")
+_NODE_ID = re.compile(r"\b(tests/[\w/]+\.py)::(\w+)(\[)?")
+_LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
 _NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
@@ -79,6 +81,35 @@ def private_keys(path: Path) -> Iterator[str]:
         yield f"{path}: holds a private key; remove it from the history, too"
 
 
+def unresolved(page: Path, root: Path) -> Iterator[str]:
+    """Tests that a page of documentation names and nobody would run, and files it links that are not there."""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        for file, function, parameters in _NODE_ID.findall(line):
+            found = _test_functions(root / file)
+            if function not in found:
+                yield f"{page}:{number}: {file}::{function} is no test"
+            elif parameters and not found[function]:
+                yield f"{page}:{number}: {file}::{function} has no parameters"
+        for link in _LINK.findall(line):
+            if not (page.parent / link).exists():
+                yield f"{page}:{number}: {link} is not there"
+
+
+def _test_functions(path: Path) -> dict[str, bool]:
+    """The tests that pytest collects from a file, and whether each has parameters."""
+    if not path.name.startswith("test_") or not path.is_file():
+        return {}
+    return {
+        node.name: any("parametrize" in ast.unparse(decorator) for decorator in node.decorator_list)
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+    }
+
+
+def _documentation() -> list[str]:
+    return [finding for page in tracked(ROOT, ".md") for finding in unresolved(page, ROOT)]
+
+
 def _house_rules() -> list[str]:
     found: list[str] = []
     for path in tracked(ROOT, ".py"):
@@ -121,6 +152,7 @@ GATES: dict[str, Callable[[], list[str]]] = {
     "shell": _shell_scripts,
     "house": _house_rules,
     "keys": _key_scan,
+    "docs": _documentation,
 }
 
 

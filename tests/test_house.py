@@ -67,6 +67,29 @@ def test_a_program_may_speak_of_private_keys(tmp_path: Path) -> None:
     assert list(gates.private_keys(path)) == []
 
 
+@pytest.mark.parametrize(
+    ("words", "findings"),
+    [
+        ("`tests/test_x.py::test_a`", 0),
+        ("`tests/test_x.py::test_b[1-c]`", 0),
+        ("`tests/test_x.py::test_a[1]`", 1),
+        ("`tests/test_x.py::test_gone`", 1),
+        ("`tests/test_x.py::helper`", 1),
+        ("`tests/test_y.py::test_a`", 1),
+        ("[here](tests/test_x.py) [there](https://example.org/x)", 0),
+        ("[nowhere](gone.md)", 1),
+    ],
+)
+def test_a_test_or_a_file_that_documentation_names_must_be_there(
+    tmp_path: Path, words: str, findings: int
+) -> None:
+    (tmp_path / "tests").mkdir()
+    code = "def test_a(): ...\n@pytest.mark.parametrize('n', [1])\ndef test_b(n): ...\ndef helper(): ...\n"
+    (tmp_path / "tests" / "test_x.py").write_text(code)
+    (tmp_path / "page.md").write_text(words)
+    assert len(list(gates.unresolved(tmp_path / "page.md", tmp_path))) == findings
+
+
 def test_no_private_key_is_in_the_repository() -> None:
     assert [found for path in gates.tracked(ROOT) for found in gates.private_keys(path)] == []
 

@@ -1,4 +1,4 @@
-"""docs/operations.md: its commands run as they stand on a running appliance, and the codes it explains are real."""
+"""docs/operations.md: its commands run as they stand on a running appliance, the codes it explains are real."""
 
 import re
 import shutil
