@@ -23,7 +23,7 @@ _IGNORE = re.compile(r"#\s*type:\s*ignore(?!\[[\w, -]+\]\s+#\s*\S)")
 # A header and enough base64 behind it; the header alone may stand in a program.
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(\s|\\n|[\"'b])*[A-Za-z0-9+/=]{40}")
 _NODE_ID = re.compile(r"\b(tests/[\w/]+\.py)::(\w+)(\[)?")
-_LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")
+_LINK = re.compile(r"\]\((?!\w+:)([^)#{}\s]+)[)#]")  # a brace is of a template
 _NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
 
