@@ -44,6 +44,16 @@ def test_products_large_enough_to_be_shared_among_threads_have_the_same_bits_too
     check_product(1024, 1024)
 
 
+@pytest.mark.usefixtures("_threads")
+def test_logits_of_a_token_have_the_same_bits_whichever_others_are_asked_for() -> None:
+    for ops in backends():
+        dtype = getattr(ops, "dtype", torch.float32)
+        head, x = ops.prepare_linear([noise(1000, 192, seed=1)]), noise(64, 192, seed=2).to(dtype)
+        expected = ops.logits(x, head, [37])[0]
+        for tokens in ([37, 1, 2], [5] * 20 + [37], list(range(64)), [63, 37]):
+            assert torch.equal(ops.logits(x, head, tokens)[tokens.index(37)], expected)
+
+
 def check_product(inside: int, out: int) -> None:
     for ops in backends():
         dtype = getattr(ops, "dtype", torch.float32)
