@@ -42,9 +42,11 @@ def vocabulary(tokenizer: Tokenizer, surplus: int = 3) -> Vocabulary:
 VOCABULARIES = {id(tokenizer): vocabulary(tokenizer) for tokenizer in (BYTE_LEVEL, METASPACE)}
 
 
-def stream(tokenizer: Tokenizer, tokens: list[int], *stops: str, include: bool = False) -> list[str]:
+def stream(
+    tokenizer: Tokenizer, tokens: list[int], *stops: str, include: bool = False, least: int = 0
+) -> list[str]:
     """The pieces of an answer, the flushed one last; none after a stop."""
-    stop = StopCriteria(len(tokens) + 1, strings=stops, include_stop=include)
+    stop = StopCriteria(len(tokens) + 1, strings=stops, include_stop=include, min_tokens=least)
     detokenizer = Detokenizer(VOCABULARIES[id(tokenizer)], stop)
     pieces = []
     for token in tokens:
@@ -128,6 +130,29 @@ def test_streaming_cuts_where_a_search_of_the_whole_text_would(text: str, stops:
     expected = text if not ends else text[: min(ends)[0] + min(ends)[1]]
     # One token may complete several stops at once; the earliest end wins all the same.
     assert "".join(stream(BYTE_LEVEL, tokens, *stops)) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.text("ab🙂", max_size=20),
+    st.lists(st.text("ab🙂", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.integers(0, 20),
+)
+def test_a_stop_string_counts_once_its_last_character_comes_late_enough(
+    text: str, stops: list[str], least: int
+) -> None:
+    tokens = [BYTE_LEVEL.encode(c).ids for c in text]
+    flat = [token for of_character in tokens for token in of_character]
+    least = min(least, len(flat))
+    written = [sum(map(len, tokens[:end])) for end in range(len(text) + 1)]
+    ends = [
+        (end, -len(stop))
+        for end in range(1, len(text) + 1)
+        for stop in stops
+        if text[:end].endswith(stop) and written[end] >= least
+    ]
+    expected = text if not ends else text[: min(ends)[0] + min(ends)[1]]
+    assert "".join(stream(BYTE_LEVEL, flat, *stops, least=least)) == expected
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """engine-worker: sessions over one engine, as the real process on a tiny random Llama."""
 
 import asyncio
+import hashlib
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterable
@@ -20,7 +21,7 @@ from engine.worker import __main__ as worker_main
 from engine.worker.engine_thread import EngineThread
 from engine.worker.outbox import Outbox
 from engine.worker.service import WorkerService
-from engine.worker.translate import to_options
+from engine.worker.translate import answer_seed, to_options
 from tests.engine.processes import Running, refusal, running
 from tests.engine.tiny_models import CONTEXT, VOCABULARY
 
@@ -48,6 +49,8 @@ class Answer:
 
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
+    logprobs: list[engine_pb2.TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[engine_pb2.TokenLogprob] = field(default_factory=list)
     end: engine_pb2.End | None = None
 
 
@@ -56,12 +59,14 @@ class Session:
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
         self.call = engine_pb2_grpc.WorkerServiceStub(channel).Session()
-        self.answers: dict[int, Answer] = {}
+        self.answers: dict[int, Answer] = {}  # the first answer to each request
+        self.others: dict[tuple[int, int], Answer] = {}
         self.frames: list[engine_pb2.SessionResponse] = []
 
     async def send(self, command: engine_pb2.Submit | engine_pb2.Abort) -> None:
         if isinstance(command, engine_pb2.Submit):
             self.answers[command.handle] = Answer()
+            self.others |= {(command.handle, i): Answer() for i in range(1, command.n)}
             await self.call.write(engine_pb2.SessionRequest(submit=command))
         else:
             await self.call.write(engine_pb2.SessionRequest(abort=command))
@@ -71,10 +76,12 @@ class Session:
         assert isinstance(frame, engine_pb2.SessionResponse), "the stream ended"
         self.frames.append(frame)
         for row in frame.rows:
-            answer = self.answers[row.handle]
+            answer = self.others[row.handle, row.index] if row.index else self.answers[row.handle]
             assert answer.end is None, "a row after the end"
             answer.token_ids.extend(row.token_ids)
             answer.text += row.text
+            answer.logprobs.extend(row.logprobs)
+            answer.prompt_logprobs.extend(row.prompt_logprobs)
             if row.HasField("end"):
                 answer.end = row.end
 
@@ -83,6 +90,13 @@ class Session:
         while self.answers[handle].end is None:
             await self.read_frame()
         return self.answers[handle]
+
+    async def finish_all(self, handle: int, count: int) -> list[Answer]:
+        """Read until each of a request's answers has ended."""
+        answers = [self.answers[handle], *(self.others[handle, i] for i in range(1, count))]
+        while any(answer.end is None for answer in answers):
+            await self.read_frame()
+        return answers
 
     async def end_of(self, command: engine_pb2.Submit) -> engine_pb2.End:
         """Submit and read to the end."""
@@ -144,7 +158,7 @@ async def test_sessions_run_together_abort_drain_and_get_only_their_own_rows(wor
     again, other = await first.finish(1), await second.finish(2)
     assert again.token_ids == alone.token_ids  # bitwise the same beside batch mates
     assert len(other.token_ids) == 60
-    assert all(len({row.handle for row in frame.rows}) == len(frame.rows) for frame in first.frames)
+    assert all(len({(row.handle, row.index) for row in frame.rows}) == len(frame.rows) for frame in first.frames)
     steps = [frame.step for frame in first.frames]
     assert steps == sorted(set(steps))
 
@@ -163,6 +177,84 @@ async def test_sessions_run_together_abort_drain_and_get_only_their_own_rows(wor
     assert status.blocks_free + status.blocks_cached == status.blocks_total == 128
     assert status.backend == "cpu"
     assert status.tokens_generated < 8 + 8 + 60 + 200 + 250
+
+
+def with_everything(handle: int, n: int = 0) -> engine_pb2.Submit:
+    """A request that uses every field."""
+    command = submit(handle, (0, *range(40, 80)), max_tokens=12)
+    command.MergeFrom(
+        engine_pb2.Submit(
+            temperature=1.3,
+            top_k=80,
+            min_p=0.001,
+            repetition_penalty=1.2,
+            presence_penalty=0.3,
+            frequency_penalty=0.2,
+            logit_bias=[engine_pb2.LogitBias(token_id=60, bias=4.0), engine_pb2.LogitBias(token_id=7, bias=-100)],
+            min_tokens=4,
+            logprobs=2,
+            prompt_logprobs=1,
+            n=n,
+            seed=2**64 - 5,
+        )
+    )
+    return command
+
+
+async def test_each_of_n_answers_is_the_one_its_own_seed_gives_alone(worker: Worker) -> None:
+    session = Session(worker.channel)
+    await session.send(with_everything(1, n=4))
+    answers = await session.finish_all(1, 4)
+    assert (await worker.status()).tokens_cached >= 3 * 32  # the prompt's full pages, computed once
+    for index, answer in enumerate(answers):
+        command = with_everything(10 + index)
+        command.seed = answer_seed(command.seed, index)
+        await session.send(command)
+        alone = await session.finish(command.handle)
+        assert (answer.token_ids, answer.text, answer.logprobs) == (alone.token_ids, alone.text, alone.logprobs)
+        assert [one.token_id for one in answer.logprobs] == answer.token_ids
+        assert all(len(one.top) == 2 for one in answer.logprobs)
+        assert answer.prompt_logprobs == ([] if index else alone.prompt_logprobs)
+    assert [one.token_id for one in answers[0].prompt_logprobs] == list(range(40, 80))
+    assert len({tuple(answer.token_ids) for answer in answers}) == 4
+    assert all(7 not in answer.token_ids for answer in answers)
+
+
+async def test_abort_and_refusal_end_each_of_n_answers_once(worker: Worker) -> None:
+    session = Session(worker.channel)
+    running = submit(1, max_tokens=240)
+    running.n = 3
+    await session.send(running)
+    while not all(answer.token_ids for answer in (session.answers[1], *session.others.values())):
+        await session.read_frame()
+    await session.send(engine_pb2.Abort(handle=1))
+    ends = [answer.end for answer in await session.finish_all(1, 3)]
+    assert [end.reason for end in ends if end] == [engine_pb2.END_REASON_ABORTED] * 3
+
+    refused = {2: submit(2, max_tokens=0), 3: submit(3, [VOCABULARY]), 4: submit(4), 5: submit(5)}
+    refused[4].logit_bias.append(engine_pb2.LogitBias(token_id=VOCABULARY, bias=1.0))
+    refused[5].logprobs = 21
+    codes = {2: "INVALID_STOP", 3: "TOKEN_OUT_OF_RANGE", 4: "INVALID_SAMPLING", 5: "INVALID_SAMPLING"}
+    for handle, command in refused.items():
+        command.n = 3
+        await session.send(command)
+        ends = [answer.end for answer in await session.finish_all(handle, 3)]
+        assert [end.error_reason for end in ends if end] == [codes[handle]] * 3
+
+    await session.send(submit(6, max_tokens=240))
+    again = submit(6)
+    again.n = 2
+    await session.call.write(engine_pb2.SessionRequest(submit=again))
+    end = (await session.finish(6)).end
+    assert end is not None
+    assert end.error_reason == "DUPLICATE_HANDLE"
+    many = submit(7)
+    many.n = 65
+    await session.send(many)
+    assert {answer.end.error_reason for answer in await session.finish_all(7, 64) if answer.end} == {
+        "INVALID_REQUEST"
+    }
+    assert not (await worker.until_idle()).running
 
 
 async def test_a_bad_submit_ends_its_own_handle_with_a_code_and_nothing_else(worker: Worker) -> None:
@@ -307,6 +399,29 @@ async def test_a_session_that_reads_late_gets_one_merged_frame() -> None:
         ],
     )
     assert await outbox.take() is None
+
+
+async def test_answers_to_one_prompt_are_merged_apart_with_their_log_probabilities() -> None:
+    outbox = Outbox(max_tokens=6)
+    one = engine_pb2.TokenLogprob(token_id=5, logprob=-1.0, rank=1, top=[engine_pb2.TopLogprob(token_id=5)] * 20)
+    assert outbox.push(1, [engine_pb2.Row(handle=1, index=i, token_ids=[i], logprobs=[one]) for i in range(1)])
+    assert not outbox.push(2, [engine_pb2.Row(handle=1, prompt_logprobs=[one]), engine_pb2.Row(handle=1, index=1)])
+    frame = await outbox.take()
+    assert frame == engine_pb2.SessionResponse(
+        step=2,
+        rows=[
+            engine_pb2.Row(handle=1, token_ids=[0], logprobs=[one], prompt_logprobs=[one]),
+            engine_pb2.Row(handle=1, index=1),
+        ],
+    )
+
+
+def test_seeds_of_answers_are_stable_and_differ() -> None:
+    assert answer_seed(7, 0) == 7
+    assert answer_seed(7, 1) == int.from_bytes(
+        hashlib.sha256(bytes([0] * 7 + [7] + [0, 0, 0, 1])).digest()[:8], "big"
+    )
+    assert len({answer_seed(seed, index) for seed in range(50) for index in range(8)}) == 400
 
 
 async def test_a_session_that_reads_nothing_loses_its_requests_and_is_told(
