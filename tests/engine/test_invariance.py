@@ -1,4 +1,7 @@
-"""What an answer may not depend on: batch mates, chunks, pages, slots. Bit for bit in deterministic mode."""
+"""What an answer may not depend on: batch mates, chunks, pages, slots, cache hits, preemptions.
+
+Bit for bit in deterministic mode.
+"""
 
 import random
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.loop import EngineLoop
 from engine.request import Request
 from tests.engine.tiny import VOCAB, engine, record_logits, request, run, save_llama
 
@@ -116,3 +120,46 @@ def test_the_same_seed_draws_the_same_tokens_and_another_seed_others(folder: Pat
     answers = run(loop)
     assert answers[0].token_ids == answers[2].token_ids
     assert len({tuple(answers[i].token_ids) for i in (0, 1, 3)}) == 3
+
+
+def family(salted: bool) -> list[Request]:
+    """Requests whose prompts begin alike, in two scopes, with answers far longer than a page."""
+    rng = random.Random(9)
+    trunk = [rng.randrange(2, VOCAB) for _ in range(50)]
+    requests = []
+    for i in range(14):
+        prompt = trunk[: rng.choice([0, 8, 19, 32, 50])] + [rng.randrange(2, VOCAB) for _ in range(1 + i % 5)]
+        scope = rng.choice("ab")
+        rest = {"temperature": float(i % 2), "seed": i, "scope": scope, "salt": scope.encode() if salted else b""}
+        requests.append(request(i, prompt, rng.randrange(20, 40), ignore_eos=True, **rest))
+    return requests
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("cpu", "bfloat16"), ("reference", "float32")])
+def test_in_deterministic_mode_bits_do_not_tell_what_was_hit_or_computed_again(
+    folder: Path, backend: str, dtype: str
+) -> None:
+    def compute(salted: bool, **options: Any) -> tuple[EngineLoop, dict[tuple[int, int], torch.Tensor]]:
+        loop = engine(folder, deterministic=True, backend=backend, dtype=dtype, **({"block_size": 4} | options))
+        seen = record_logits(loop)
+        turns = family(salted)
+        for one in turns:
+            loop.submit(one)
+        run(loop)
+        for one in turns:  # the same again with the answer before: its pages were filled token by token
+            again = request(100 + one.handle, one.tokens, 2, one.scope, salt=one.salt, ignore_eos=True)
+            loop.submit(again)
+        run(loop)
+        return loop, seen
+
+    plain, expected = compute(salted=False, kv_blocks=600)
+    assert (plain.status().tokens_cached, plain.status().preemptions) == (0, 0)
+    hits, found = compute(salted=True, kv_blocks=600, max_running=5)
+    assert hits.status().tokens_cached > 900
+    scarce, computed_again = compute(salted=False, kv_blocks=34)
+    assert scarce.status().tokens_recomputed > 100
+    both, in_pieces = compute(salted=True, kv_blocks=34, max_step_tokens=13, max_running=7)
+    assert both.status().preemptions * both.status().tokens_cached > 0
+    for logits in (found, computed_again, in_pieces):
+        assert logits.keys() == expected.keys()
+        assert [key for key in expected if not torch.equal(logits[key], expected[key])] == []
