@@ -87,7 +87,7 @@ ACTIONS: tuple[Action, ...] = (
         calls=(_ADMIN + "ModelService/ListModelVersions",), shows=Page.MODELS,
     ),
     Action(
-        "page.audit", ("5",), "Audit: the log, newest first", twin=("audit", "tail"),
+        "page.audit", ("5",), "Audit: the log, newest first", twin=("audit", "query"),
         calls=(_ADMIN + "AuditService/QueryAudit",), shows=Page.AUDIT,
     ),
     Action("detail", ("enter",), "Open the chosen row; again: full screen", "open"),
@@ -105,15 +105,15 @@ ACTIONS: tuple[Action, ...] = (
     ),
     Action(
         "audit.filter", ("slash",), "Filter by kind, tenant, actor and more", "filter", _AUDIT,
-        ("audit", "tail", "--json"), (_ADMIN + "AuditService/QueryAudit",),
+        ("audit", "query", "--kind", "PREFIX"), (_ADMIN + "AuditService/QueryAudit",),
     ),
     Action(
         "audit.older", ("n",), "Next page: older records", "older", _AUDIT,
-        ("audit", "tail", "-n", "COUNT"), (_ADMIN + "AuditService/QueryAudit",),
+        ("audit", "query", "--before", "SEQ"), (_ADMIN + "AuditService/QueryAudit",),
     ),
     Action(
         "audit.newer", ("p",), "Previous page: newer records", "newer", _AUDIT,
-        ("audit", "tail", "-n", "COUNT"), (_ADMIN + "AuditService/QueryAudit",),
+        ("audit", "query", "-n", "COUNT"), (_ADMIN + "AuditService/QueryAudit",),
     ),
     Action(
         "audit.verify", ("v",), "Verify every record of the log", "verify", _AUDIT,

@@ -64,7 +64,7 @@ def run(home: Path, ansi: bool = False) -> int:
     if found.refusal:
         sys.stderr.write(
             f"error: NO_TERMINAL: {found.refusal}; the same is told by commands: cloister status, cloister tenant "
-            "list, cloister bundle list, cloister audit tail\n"
+            "list, cloister bundle list, cloister audit query\n"
         )
         return 2
     return _run(home, ansi or found.ansi, found.utf8)
@@ -95,7 +95,9 @@ def _run(home: Path, ansi: bool, utf8: bool) -> int:
 
 
 def prepare(ansi: bool) -> None:
-    """Set what Textual reads when it is imported."""
+    """Set what Textual reads when it is imported; of sizes it shall believe the terminal alone."""
+    os.environ.pop("COLUMNS", None)
+    os.environ.pop("LINES", None)
     os.environ["TEXTUAL_ANIMATIONS"] = "none"
     os.environ["TEXTUAL_THEME"] = "ansi-dark" if ansi else "textual-dark"
 

@@ -112,7 +112,7 @@ def position(state: State) -> str:
     grown = (state.status.audit_size if state.status else 0) - size
     newer = f"  {grown:,} newer: r" if grown > 0 else ""
     words = filter_text(page.request)
-    return f"{span}{newer}" + (f"  filter {words}" if words else "")
+    return f"{span}" + (f"  {words}" if words else "") + newer
 
 
 def older(page: AuditPage) -> tuple[admin_pb2.QueryAuditRequest, tuple[int, ...]] | None:

@@ -9,9 +9,9 @@ from appliance.protos import admin_pb2
 
 DEPLOYMENTS = (
     Column("DEPLOYMENT", 12, grows=2),
-    Column("STATE", 13),
+    Column("STATE", 15),
     Column("MODEL", 22, grows=2, from_width=108),
-    Column("RUNS AS", 13, grows=3),
+    Column("RUNS AS", 11, grows=3),
     Column("RUN", 4, right=True),
     Column("WAIT", 4, right=True),
     Column("KV", 4, right=True),
@@ -21,7 +21,7 @@ DEPLOYMENTS = (
 )
 TENANTS = (
     Column("TENANT", 16, grows=2),
-    Column("STATE", 13),
+    Column("STATE", 15),
     Column("SPENT", 11, right=True),
     Column("RESERVED", 9, right=True),
     Column("AT ONCE", 7, right=True),
@@ -85,6 +85,7 @@ def deployment_detail(state: State, name: str) -> tuple[Fact, ...]:
         ("deployment", found.name, Tone.STRONG),
         ("state", state_of(found).text, state_of(found).tone),
         *([(found.reason, found.message, Tone.CRIT)] if found.reason else []),
+        *(_engine(state, found) if found.HasField("engine") else ()),
         ("model", found.model_version, Tone.PLAIN),
         ("digest", found.model_digest, Tone.PLAIN),
         ("runs as", found.runs_as or "-", Tone.PLAIN),
@@ -92,7 +93,7 @@ def deployment_detail(state: State, name: str) -> tuple[Fact, ...]:
         ("context", f"{found.max_context_tokens:,} tokens" if found.max_context_tokens else "-", Tone.PLAIN),
         ("asked for", _options(found.options), Tone.PLAIN),
     ]
-    return (*facts, *(_engine(state, found) if found.HasField("engine") else ()))
+    return tuple(facts)
 
 
 def alert_detail(state: State, name: str) -> tuple[Fact, ...]:

@@ -7,7 +7,7 @@ from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.screen import ModalScreen
+from textual.screen import ModalScreen, Screen
 from textual.widgets import Input
 
 from admin_tui.actions import MOVES, Action
@@ -52,7 +52,7 @@ class Dialog(ModalScreen[str | None]):
 class Help(Dialog):
     """What can be done here, with the commands that do the same."""
 
-    DEFAULT_CSS = "Help LiveTable { height: 18; } Help Lines.foot { height: 2; }"
+    DEFAULT_CSS = "Help LiveTable { height: 20; } Help Lines.foot { height: 2; }"
     BINDINGS: ClassVar[list[BindingType]] = [Binding("question_mark,q,enter", "dismiss", show=False)]
 
     def __init__(self, page: str, actions: Sequence[Action]) -> None:
@@ -80,7 +80,7 @@ class Help(Dialog):
 class Commands(Dialog):
     """All that can be done here, found by typing; answers with the action's id."""
 
-    DEFAULT_CSS = "Commands LiveTable { height: 17; } Commands Vertical { height: 20; }"
+    DEFAULT_CSS = "Commands LiveTable { height: 20; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("up", "move(-1)", show=False, priority=True),
         Binding("down", "move(1)", show=False, priority=True),
@@ -200,10 +200,10 @@ class Confirm(Dialog):
         self.query_one(".answers", Lines).show([(*parts, ("     left right choose, enter answers", dim))])
 
 
-class TooSmall(ModalScreen[None]):
+class TooSmall(Screen[None]):
     """In place of everything while the terminal is smaller than the screens are made for; takes every key."""
 
-    DEFAULT_CSS = "TooSmall { background: $background; } TooSmall Lines { height: 3; }"
+    DEFAULT_CSS = "TooSmall Lines { height: 1fr; }"
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q,ctrl+c,ctrl+q", "app.do('quit')", show=False, priority=True)
     ]

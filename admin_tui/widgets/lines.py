@@ -13,25 +13,19 @@ from textual.widget import Widget
 from admin_tui.cells import ASCII, UTF8, Line, Symbols, Tone, literal
 from admin_tui.widgets import colours
 
-# Cells between two changes that cost less to paint again than to jump over.
-_JUMP = 10
 
+def differing(old: Line, new: Line, width: int) -> tuple[int, int]:
+    """Where two lines differ, from the first cell to the last: (first, cells).
 
-def differing(old: Line, new: Line, width: int) -> list[tuple[int, int]]:
-    """Where two lines differ: (first cell, cells) of each stretch; all where a character is not one cell wide."""
+    All of it where a character is not one cell wide. One stretch, not several: Textual paints the cells left of a
+    stretch again for each.
+    """
     if any(cell_len(text) != len(text) for text, _ in (*old, *new)):
-        return [(0, width)]
+        return 0, width
     cells = [[(character, tone) for text, tone in line for character in text] for line in (old, new)]
-    blank = (" ", Tone.PLAIN)
-    spans: list[tuple[int, int]] = []
-    for x, (before, after) in enumerate(zip_longest(*cells, fillvalue=blank)):
-        if x >= width or before == after:
-            continue
-        if spans and x - sum(spans[-1]) < _JUMP:
-            spans[-1] = (spans[-1][0], x + 1 - spans[-1][0])
-        else:
-            spans.append((x, 1))
-    return spans or [(0, width)]
+    pairs = enumerate(zip_longest(*cells, fillvalue=(" ", Tone.PLAIN)))
+    changed = [x for x, (before, after) in pairs if before != after and x < width]
+    return (changed[0], changed[-1] + 1 - changed[0]) if changed else (0, width)
 
 
 class Lines(Widget, can_focus=False):
@@ -62,8 +56,8 @@ class Lines(Widget, can_focus=False):
         for y in range(max(len(before), len(self._lines))):
             old, new = self._at(before, y), self._at(self._lines, y)
             if old != new:
-                spans = differing(old, new, self.size.width)
-                self.refresh(*(Region(x, y, width, 1) for x, width in spans))
+                x, cells = differing(old, new, self.size.width)
+                self.refresh(Region(x, y, cells, 1))
 
     def text(self) -> str:
         """What is shown, for tests and for those who copy."""

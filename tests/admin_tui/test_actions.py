@@ -9,7 +9,13 @@ from admin_tui.port import AdminPort, Port
 from appliance import policy
 from appliance.cli.main import build_parser
 
-VALUES = {"TENANT": "ward-notes", "BUNDLE": "/media/usb0/a.bundle", "COUNT": "20"}
+VALUES = {
+    "TENANT": "ward-notes",
+    "BUNDLE": "/media/usb0/a.bundle",
+    "COUNT": "20",
+    "SEQ": "151",
+    "PREFIX": "operator.",
+}
 VIEW_ALONE = {"detail", "sort", "freeze", "focus", "palette", "help", "back", "quit"}
 ASKING = [a for a in ACTIONS if a.id not in VIEW_ALONE]
 
