@@ -5,6 +5,7 @@ python .ci/gates.py NAME...  runs these
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -95,6 +96,7 @@ def unresolved(page: Path, root: Path) -> Iterator[str]:
                 yield f"{page}:{number}: {link} is not there"
 
 
+@functools.cache
 def _test_functions(path: Path) -> dict[str, bool]:
     """The tests that pytest collects from a file, and whether each has parameters."""
     if not path.name.startswith("test_") or not path.is_file():
