@@ -104,6 +104,19 @@ def test_no_job_of_a_transaction_that_a_full_disk_rolled_back_is_answered_as_don
     assert database.submit(names).result() == ["third"]
 
 
+def test_who_only_reads_is_answered_though_the_disk_takes_nothing_of_the_same_transaction(
+    database: Database,
+) -> None:
+    database.submit(put("before", "")).result()
+    database.submit(limit_pages).result()
+    together = threading.Event()
+    database.submit(lambda _: together.wait())
+    waiting = [database.submit(job) for job in (names, put("big", "x" * 60_000), names)]
+    together.set()
+    assert [getattr(f.exception(), "code", "") for f in waiting] == ["", "DATABASE_FAILED", ""]
+    assert [waiting[0].result(), waiting[2].result()] == [["before"], ["before"]]
+
+
 def test_a_job_that_was_refused_keeps_its_refusal_when_the_transaction_is_lost(database: Database) -> None:
     def refused(_session: Session) -> None:
         raise CloisterError("KEY_UNKNOWN", "no such key")

@@ -3,7 +3,8 @@
 Jobs that wait at the same time share a transaction (group commit): each runs in a savepoint of its own, so one
 that fails takes back only its own changes, and all are answered after the one COMMIT, synchronous=FULL, has made
 them durable. Some errors (a full disk, for one) make SQLite roll back the transaction and not the savepoint; then
-all of its jobs fail. One connection keeps clear of the WAL-reset defect of SQLite before 3.51.3, which needs two.
+all of its jobs that write fail, and those that only read are carried out again without them. One connection keeps
+clear of the WAL-reset defect of SQLite before 3.51.3, which needs two.
 
 Source: sqlite.org/wal.html, sqlite.org/lang_savepoint.html, sqlite.org/lang_transaction.html (section 3.2).
 """
@@ -47,6 +48,7 @@ class _Job:
     done: "Future[Any]"
     error: Exception | None = None
     result: Any = None
+    wrote: bool = False
 
 
 class Database:
@@ -127,19 +129,22 @@ class Database:
 def _carry_out(session: Session, raw: sqlite3.Connection, batch: list[_Job]) -> None:
     """Run the jobs in one transaction, then answer them; those behind a lost transaction share the next one."""
     while batch:
-        done = _transaction(session, raw, batch)
+        done, again = _transaction(session, raw, batch)
         session.expunge_all()
-        for job in batch[:done]:
+        for job in done:
             _answer(job)
-        batch = batch[done:]
+        batch = [*again, *batch[len(done) + len(again) :]]
 
 
-def _transaction(session: Session, raw: sqlite3.Connection, batch: list[_Job]) -> int:
-    """Run jobs from the front of `batch` and commit; how many were run, each of which has its result or error."""
-    ran = 0
+def _transaction(session: Session, raw: sqlite3.Connection, batch: list[_Job]) -> tuple[list[_Job], list[_Job]]:
+    """Run jobs from the front of `batch` and commit: those that have their result or error, and those that only
+    read in a transaction that was lost for what others wrote.
+    """
+    ran: list[_Job] = []
     try:
         for job in batch:
-            ran += 1
+            ran.append(job)
+            before = raw.total_changes
             try:
                 with session.begin_nested():
                     job.result = job.work(session)
@@ -147,11 +152,16 @@ def _transaction(session: Session, raw: sqlite3.Connection, batch: list[_Job]) -
                 job.error = error
                 if not raw.in_transaction:
                     raise
+            job.wrote = raw.total_changes != before
         session.commit()
     except Exception as error:  # nothing of the transaction is durable
         session.rollback()
-        _lose(batch[:ran], error)
-    return ran
+        readers = [job for job in ran if job.error is None and not job.wrote]
+        again = readers if len(readers) < len(ran) else []
+        lost = [job for job in ran if job not in again]
+        _lose(lost, error)
+        return lost, again
+    return ran, []
 
 
 def _lose(jobs: list[_Job], error: Exception) -> None:
