@@ -139,6 +139,24 @@ def test_a_request_that_is_withdrawn_costs_nothing() -> None:
         queue.remove(requests[0])
 
 
+def test_what_the_cache_spared_is_not_charged() -> None:
+    queue = pushed([waiting(0, "a", tokens=100), waiting(1, "b", tokens=50), waiting(2, "a"), waiting(3, "b")])
+    assert queue.pop(cached=90).handle == 0
+    assert queue.pop().handle == 1
+    assert queue.peek().handle == 2
+    assert queue.furthest_ahead("ab") == "b"
+
+
+def test_who_gave_up_its_pages_comes_next_in_its_scope_and_costs_nothing_again() -> None:
+    queue = pushed([waiting(0, "a", tokens=10), waiting(1, "a", tokens=10), waiting(2, "b", tokens=15)])
+    first = queue.pop()
+    first.preemptions += 1
+    assert queue.pop().handle == 2
+    queue.restore(first)
+    assert list(order(queue)) == [0, 1]
+    assert queue.furthest_ahead("ab") == "a"
+
+
 def test_a_lone_scope_is_served_as_from_a_plain_queue() -> None:
     house = House(running=2)
     house.queue("a", 10, weight=7)
