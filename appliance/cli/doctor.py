@@ -18,6 +18,7 @@ from appliance.cli.failure import FAILED
 from appliance.cli.finding import Finding
 from appliance.cli.output import emit, printable, size
 from appliance.cli.serve import socket_room
+from appliance.errors import CloisterError
 
 _GIB = 1 << 30
 _TORCH = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.get_num_threads())"
@@ -126,6 +127,18 @@ def _home(home: Path) -> Finding:
     return Finding("home", "OK", str(home))
 
 
+def _settings(home: Path) -> Finding:
+    from appliance import settings
+
+    try:
+        found = [entry for entry in settings.load(home / settings.FILE).entries() if entry.source == "file"]
+    except CloisterError as error:
+        return Finding(
+            "settings", "FAIL", " ".join(error.message.split()), "mend it; `cloister serve` would not start"
+        )
+    return Finding("settings", "OK", f"{len(found)} set in {settings.FILE}, the others have their defaults")
+
+
 def _sockets(home: Path) -> Finding:
     room = socket_room(home)
     if room < 0:
@@ -142,6 +155,7 @@ CHECKS: tuple[Callable[[Path], Finding], ...] = (
     _sqlite,
     _disk,
     _home,
+    _settings,
     _sockets,
     liveness.check,
 )

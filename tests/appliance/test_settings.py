@@ -13,6 +13,7 @@ import grpc
 import pytest
 
 from appliance import settings
+from appliance.cli import doctor
 from appliance.control import limits as control_limits
 from appliance.errors import CloisterError
 from appliance.gateway import limits as gateway_limits
@@ -175,3 +176,11 @@ def test_a_level_is_one_that_logging_knows() -> None:
     levels = logging.getLevelNamesMapping()
     field = settings.LogSettings.model_fields["level"]
     assert all(word.strip(",") in levels for word in settings.accepts(field).split()[2:])
+
+
+def test_the_doctor_finds_a_file_that_serve_would_refuse(home: Path) -> None:
+    assert doctor._settings(home).level == "OK"
+    (home / "cloister.toml").write_text("[logs]\nkeep = 1\n")
+    finding = doctor._settings(home)
+    assert (finding.level, finding.check) == ("FAIL", "settings")
+    assert "did you mean logs.kept?" in finding.found
