@@ -195,7 +195,8 @@ def _cpu_attention(of: Sizes) -> int:
 
 def _tiles(of: Sizes, group: int) -> int:
     """Splits of one group laid out for products: keys, values, queries, scores, weights and answers, and masks."""
-    keys = max(_MAX_COPY, group // 2)
+    tiles = -(-of.step // -(-_TILE // of.fold))
+    keys = max(group // 2, min(_MAX_COPY, tiles * of.context * of.kv))
     rows = max(_TILE, of.fold) + of.fold
     split = of.options.block_size * max(1, _SPLIT // of.options.block_size)
     products = 2 * keys + 3 * keys * rows // split + 4 * keys * rows // of.config.head_dim
