@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ from engine.protos.engine_pb2 import GetStatusRequest, GetStatusResponse
 from engine.protos.engine_pb2_grpc import WorkerServiceStub
 from tests.e2e.appliance import (
     ALIAS,
-    CLOISTER,
     MODULES,
+    ROOT,
     START_LIMIT_S,
     Appliance,
     build_bundle,
@@ -58,16 +59,33 @@ class Server:
         """From nothing to READY."""
         with short_folder() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(f"{folder}/notify")
-            notify.settimeout(START_LIMIT_S)
+            notify.settimeout(0.5)
             with (self._home / "serve.out").open("ab") as told:
                 self.process = subprocess.Popen(
-                    [CLOISTER, "--home", self._home, "--json", "serve", "--listen", self.address],
+                    [
+                        sys.executable,
+                        "-m",
+                        "tests.faults.impatient",
+                        "--home",
+                        self._home,
+                        "--json",
+                        "serve",
+                        "--listen",
+                        self.address,
+                    ],
+                    cwd=ROOT,
                     env={**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"},
                     stdout=told,
                 )
-            while b"READY=1" not in notify.recv(4096):
-                assert self.process.poll() is None, "serve ended before it was ready"
+            eventually(lambda: self._is_ready(notify), "serve is ready", START_LIMIT_S)
         return self.process
+
+    def _is_ready(self, notify: socket.socket) -> bool:
+        assert self.process.poll() is None, f"serve ended before it was ready: {self.told()}"
+        try:
+            return b"READY=1" in notify.recv(4096)
+        except TimeoutError:
+            return False
 
     def told(self) -> str:
         """The lines it has printed."""

@@ -1,0 +1,108 @@
+"""Many at once, and some that misbehave: what they held comes back, and the others are served meanwhile."""
+
+import asyncio
+import contextlib
+import os
+import random
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tests.e2e.appliance import ALIAS, eventually
+from tests.faults.house import LIMIT_S, TENANT, Ended, House, Running, ends, load
+
+CONNECTIONS = 5  # one carries at most 256 calls
+MOST_FDS_MORE = 8
+MOST_BYTES_MORE = 96 << 20  # what a thousand streams at once need at their peak stays with the allocators
+SPECIFIED = {(grpc.StatusCode.OK, ""), (grpc.StatusCode.CANCELLED, "CANCELLED")}
+SOAK_S = float(os.environ.get("CLOISTER_SOAK_SECONDS", "1800"))
+
+
+def descriptors(house: House) -> dict[str, int]:
+    """Open files and sockets of each process."""
+    return {name: len(os.listdir(f"/proc/{pid}/fd")) for name, pid in house.processes().items()}
+
+
+def resident(house: House) -> dict[str, int]:
+    """Bytes of memory of each process."""
+    pages = {name: Path(f"/proc/{pid}/statm").read_text().split()[1] for name, pid in house.processes().items()}
+    return {name: int(count) * os.sysconf("SC_PAGESIZE") for name, count in pages.items()}
+
+
+async def storm(house: House, count: int, chance: random.Random) -> list[Ended]:
+    """So many streams at once, half of which go away at random moments; how they ended."""
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(house.client()) for _ in range(CONNECTIONS)]
+        streams = [Running(clients[n % CONNECTIONS], max_tokens=8, timeout=600.0) for n in range(count)]
+        leaving = chance.sample(streams, count // 2)
+        longest = 2.0 + count / 100
+        loop = asyncio.get_running_loop()
+        for stream in leaving:
+            loop.call_later(chance.uniform(0, longest), stream.cancel)
+        return await ends(streams)
+
+
+async def test_a_thousand_streams_half_of_them_cancelled_leave_nothing_behind(house: House) -> None:
+    chance = random.Random(4711)
+    await storm(house, 100, chance)
+    house.settled()
+    fds, memory = descriptors(house), resident(house)
+    with house.as_it_was():
+        ended = await storm(house, 1000, chance)
+    assert {(end.status, end.code) for end in ended} == SPECIFIED
+    assert sum(end.status is grpc.StatusCode.OK for end in ended) >= 500
+    assert all(end.tokens == 8 for end in ended if end.status is grpc.StatusCode.OK)
+    eventually(lambda: grown(fds, descriptors(house), MOST_FDS_MORE) == {}, "the descriptors are closed", LIMIT_S)
+    assert grown(memory, resident(house), MOST_BYTES_MORE) == {}
+
+
+def grown(before: dict[str, int], after: dict[str, int], allowed: int) -> dict[str, int]:
+    """By how much each process holds more than is allowed."""
+    return {name: after[name] - before[name] for name in before if after[name] - before[name] > allowed}
+
+
+async def test_a_client_that_never_reads_is_cut_off_and_the_others_are_served(house: House) -> None:
+    with house.as_it_was():
+        async with house.client() as deaf, house.client() as other:
+            calls = [deaf.generate(ALIAS, text="hello", ignore_eos=True, max_tokens=900) for _ in range(100)]
+            await Running(other, max_tokens=8).begun()
+            served = await ends([Running(other, max_tokens=8) for _ in range(4)])
+            assert {(end.status, end.tokens) for end in served} == {(grpc.StatusCode.OK, 8)}
+            eventually(lambda: house.worker().running == 0, "the engine is done with them", LIMIT_S)
+            for call in calls:
+                call.cancel()
+
+
+async def test_a_worker_with_few_pages_preempts_and_completes_every_answer(house: House) -> None:
+    load(house.appliance, "few", "--kv-blocks", "80", "--max-running", "16")
+    house.appliance.cloister("tenant", "set", TENANT, "--models", f"{ALIAS},few")
+    pid = house.appliance.pid_of("worker", "few")
+    async with house.client() as client:
+        ended = await ends([Running(client, "few", max_tokens=300, temperature=0.0) for _ in range(16)])
+    assert {(end.status, end.tokens) for end in ended} == {(grpc.StatusCode.OK, 300)}
+    counters = house.worker("few")
+    assert counters.preemptions > 0
+    eventually(lambda: house.owned("few") == 0, "every page is free", LIMIT_S)
+    assert house.appliance.pid_of("worker", "few") == pid
+    house.appliance.cloister("tenant", "set", TENANT, "--models", ALIAS)
+    house.appliance.cloister("alias", "remove", "few")
+    house.appliance.cloister("model", "unload", "few")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(SOAK_S + 600)
+async def test_memory_descriptors_and_pages_stay_level_under_storms_for_half_an_hour(house: House) -> None:
+    """Equal waves, again and again; CLOISTER_SOAK_SECONDS sets how long. The second half may not grow."""
+    chance, samples = random.Random(1147), list[tuple[dict[str, int], dict[str, int]]]()
+    until = time.monotonic() + SOAK_S
+    while time.monotonic() < until or len(samples) < 4:
+        ended = await storm(house, 200, chance)
+        assert {(end.status, end.code) for end in ended} <= SPECIFIED
+        house.settled()
+        samples.append((descriptors(house), resident(house)))
+        print(len(samples), *(f"{k} {samples[-1][0][k]} fds {v >> 20} MiB" for k, v in samples[-1][1].items()))
+    middle, last = samples[len(samples) // 2], samples[-1]
+    assert grown(middle[0], last[0], MOST_FDS_MORE) == {}
+    assert grown(middle[1], last[1], 16 << 20) == {}
