@@ -55,7 +55,7 @@ class Server:
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.process: subprocess.Popen[bytes]
 
-    def start(self) -> subprocess.Popen[bytes]:
+    def start(self, program: str = "appliance.cli.main") -> subprocess.Popen[bytes]:
         """From nothing to READY."""
         with short_folder() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(f"{folder}/notify")
@@ -65,7 +65,7 @@ class Server:
                     [
                         sys.executable,
                         "-m",
-                        "tests.faults.impatient",
+                        program,
                         "--home",
                         self._home,
                         "--json",

@@ -11,7 +11,7 @@ from appliance.cli.main import main
 from appliance.processes import ProcessSpec
 from appliance.settings import Settings
 
-HEARD_WITHIN_S = 3
+HEARD_WITHIN_S = 4
 table = serve.table
 
 

@@ -1,13 +1,27 @@
 """A process stopped (SIGSTOP) under running streams: the watchdog ends it, and all goes on without hands."""
 
 import json
+from collections.abc import Iterator
 
 import grpc
+import pytest
 
 from tests.faults.house import Ended, House, Running, ends, stopped, under_way
 
 STREAMS = 8
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.fixture(scope="module", autouse=True)
+def impatient(house: House) -> Iterator[None]:
+    """The same appliance, served by one whose watchdog does not take long."""
+    house.server.stop()
+    house.server.start("tests.faults.impatient")
+    house.settled()
+    yield
+    house.server.stop()
+    house.server.start()
+    house.settled()
 
 
 async def test_a_stopped_worker_aborts_its_streams_and_refuses_new_ones_until_it_is_back(house: House) -> None:
@@ -22,7 +36,7 @@ async def test_a_stopped_worker_aborts_its_streams_and_refuses_new_ones_until_it
     assert_ended(ended, (grpc.StatusCode.ABORTED, "ENGINE_RESTARTED"))
     assert (refused.status, refused.code, refused.tokens) == (UNAVAILABLE, "ENGINE_UNAVAILABLE", 0)
     assert house.appliance.deployment()["restarts"] > was
-    assert "engine-worker was silent for 3 s and was killed" in house.appliance.logs()
+    assert "engine-worker was silent for 4 s and was killed" in house.appliance.logs()
 
 
 async def test_a_stopped_gateway_breaks_its_connections_and_is_back_where_it_was(house: House) -> None:
@@ -63,5 +77,5 @@ def killed(house: House, process: str) -> set[int]:
     return {
         change["pid"]
         for change in changes
-        if change.get("process") == process and change["detail"] == "WATCHDOG: silent for 3 s"
+        if change.get("process") == process and change["detail"] == "WATCHDOG: silent for 4 s"
     }

@@ -76,11 +76,12 @@ async def test_a_client_that_never_reads_is_cut_off_and_the_others_are_served(ho
 
 
 async def test_a_worker_with_few_pages_preempts_and_completes_every_answer(house: House) -> None:
-    load(house.appliance, "few", "--kv-blocks", "80", "--max-running", "16")
+    load(house.appliance, "few", "--kv-blocks", "24", "--max-running", "16")
     house.appliance.cloister("tenant", "set", TENANT, "--models", f"{ALIAS},few")
     pid = house.appliance.pid_of("worker", "few")
     async with house.client() as client:
-        ended = await ends([Running(client, "few", max_tokens=300, temperature=0.0) for _ in range(16)])
+        answers = [Running(client, "few", max_tokens=300, temperature=0.0, timeout=600.0) for _ in range(16)]
+        ended = await ends(answers)
     assert {(end.status, end.tokens) for end in ended} == {(grpc.StatusCode.OK, 300)}
     counters = house.worker("few")
     assert counters.preemptions > 0
