@@ -91,7 +91,8 @@ def test_any_process_killed_under_load_is_started_again_and_nothing_leaks(
 ) -> None:
     pid = victim.pid_of(process)
     with victim.client() as client:
-        streams = [client.generate(ALIAS, text="hello", **LONG) for _ in range(STREAMS)]
+        prompts = [f"{process} {number}" for number in range(STREAMS)]  # the same twice would be quarantined
+        streams = [client.generate(ALIAS, text=prompt, **LONG) for prompt in prompts]
         for stream in streams:
             next(stream)
         os.kill(pid, signal.SIGKILL)

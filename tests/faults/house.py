@@ -1,6 +1,7 @@
 """What the fault tests share: a whole appliance that may be hurt, streams under way in it, what must be left."""
 
 import asyncio
+import itertools
 import os
 import shutil
 import signal
@@ -33,6 +34,7 @@ from tests.e2e.appliance import (
 
 LIMIT_S = 90.0
 TENANT = "ward-notes"
+_numbers = itertools.count()
 
 
 @contextmanager
@@ -200,7 +202,8 @@ class Running:
 
     def __init__(self, client: AsyncClient, model: str = ALIAS, **options: Any) -> None:
         options = {"ignore_eos": True, "retry": False, "return_token_ids": True} | options
-        self._stream = client.generate(model, text="hello", **options)
+        prompt = f"hello {next(_numbers)}"  # a prompt that was there at two deaths of the engine is a suspect
+        self._stream = client.generate(model, text=prompt, **options)
         self._begun = asyncio.Event()
         self.end = asyncio.create_task(self._read())
 
