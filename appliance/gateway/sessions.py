@@ -105,6 +105,8 @@ class Session:
             async for frame in self._call:
                 self._dispatch(frame)
             log.info("worker closed the session")
+        except IndexError:
+            log.error("session dropped: the worker sent a row of an answer that nobody asked for")
         except grpc.aio.AioRpcError as error:
             died = True
             log.warning("session broke", extra={"status": error.code().name})

@@ -13,7 +13,7 @@ from appliance.gateway import events
 from appliance.gateway.rows import MAX_PENDING_BYTES, Rows
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
 from engine.protos import engine_pb2
-from tests.appliance.gateway_house import API_KEY, CONTEXT, House, Send, end, open_house, silence
+from tests.appliance.gateway_house import API_KEY, CONTEXT, House, Send, end, open_house, say, silence
 from tests.appliance.pki import IDENTITY
 
 KEY_METADATA = (("authorization", f"Bearer {API_KEY}"),)
@@ -129,6 +129,22 @@ async def test_one_answers_failure_ends_the_call_and_the_other_answers(house: Ho
     assert (error.value.code, stream.answers[0].text) == ("NUMERIC_FAULT", "a")
     await house.worker.aborted.wait()
     assert (await house.settled()).outcome == control_pb2.OUTCOME_ENGINE_FAILED
+
+
+async def test_a_worker_that_sends_what_nobody_asked_for_loses_its_session_and_the_gateway_lives(
+    house: House,
+) -> None:
+    async def script(submit: Any, send: Send) -> None:
+        send("Hel", [1])
+        send("lo", [2], index=5)
+
+    house.worker.script = script
+    async with house.client() as client:
+        with pytest.raises(CloisterError, match="ENGINE_RESTARTED"):
+            await client.generate("notes", "abc").result()
+        house.worker.script = say("Hello")
+        assert (await client.generate("notes", "abc").result()).text == "Hello"
+    assert house.worker.sessions == 2
 
 
 async def test_rows_far_behind_are_merged_by_answer() -> None:

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from appliance.client import AsyncClient
+import grpc
+import pytest
+
+from appliance.client import AsyncClient, CloisterError
 from benchmarks.demo_models.notes import draw
 from tests.e2e.appliance import ALIAS, Appliance
 
@@ -54,6 +57,85 @@ def test_pages_and_reservations_are_held_while_a_stream_runs_and_returned_after_
         list(stream)
     status = appliance.status()
     assert (status["open_leases"], status["reserved_tokens"], appliance.owned_pages()) == (0, 0, 0)
+
+
+def test_several_answers_are_each_what_they_are_alone_and_share_one_prompt(appliance: Appliance) -> None:
+    note = draw(13, 1, "unseen_values")[0].prompt
+    sampled = {"temperature": 1.2, "seed": 5, "max_tokens": 24}
+    with appliance.client() as client:
+        stream = client.generate(ALIAS, note, n=4, return_token_ids=True, **sampled)
+        indexes = [delta.index for delta in stream.deltas()]
+        again = client.generate(ALIAS, note, n=4, return_token_ids=True, **sampled).result()
+        greedy = client.generate(ALIAS, note, n=3, temperature=0, max_tokens=24).result()
+    assert set(indexes) == {0, 1, 2, 3}
+    assert [answer.token_ids for answer in stream.answers] == [choice.token_ids for choice in again.choices]
+    assert len({answer.token_ids for answer in stream.answers}) > 1, "each is drawn by itself"
+    assert len({choice.text for choice in greedy.choices}) == 1
+    usage = stream.usage
+    assert usage.completion_tokens == sum(len(answer.token_ids) for answer in stream.answers)
+    assert usage.prompt_tokens == stream.accepted.prompt_tokens
+    assert again.completed.usage.cached_prompt_tokens > 0, "the tenant's own prompt is not computed twice"
+
+
+def test_log_probabilities_are_those_of_the_tokens_that_stand_there(appliance: Appliance) -> None:
+    prompt = "ward 3, bed 4: temperature 38.2"
+    with appliance.client() as client:
+        ids = client.tokenize(ALIAS, prompt)
+        answer = client.generate(
+            ALIAS, prompt, temperature=0, max_tokens=6, logprobs=3, prompt_logprobs=2, return_token_ids=True
+        ).result()
+        told = client.generate(
+            ALIAS, token_ids=[*ids, *answer.token_ids], temperature=0, max_tokens=1, prompt_logprobs=0
+        ).result()
+    assert [one.token_id for one in answer.prompt_logprobs] == list(ids[1:])
+    assert [one.token_id for one in answer.logprobs][: len(answer.token_ids)] == list(answer.token_ids)
+    for one in answer.logprobs:
+        assert (one.rank, one.top[0].token_id, len(one.top)) == (1, one.token_id, 3), "greedy takes the likeliest"
+        assert 0 >= one.top[0].logprob >= one.top[1].logprob >= one.top[2].logprob
+    as_prompt = told.prompt_logprobs[len(ids) - 1 :]
+    assert [one.token_id for one in as_prompt] == list(answer.token_ids)
+    for drawn, read in zip(answer.logprobs, as_prompt, strict=False):
+        assert abs(drawn.logprob - read.logprob) < 1e-3, (
+            "the model thinks the same of a token it drew and one it reads"
+        )
+
+
+def test_bias_penalties_and_length_change_what_is_drawn(appliance: Appliance) -> None:
+    with appliance.client() as client:
+        plain = client.generate(ALIAS, "hello", temperature=0, max_tokens=8, return_token_ids=True).result()
+        likeliest = plain.token_ids[0]
+        banned = client.generate(
+            ALIAS, "hello", temperature=0, max_tokens=8, logit_bias={likeliest: -100.0}, return_token_ids=True
+        ).result()
+        forced = client.generate(
+            ALIAS, "hello", temperature=1, top_k=5, max_tokens=4, logit_bias={7: 100.0}, return_token_ids=True
+        ).result()
+        long = client.chat(
+            ALIAS, [{"role": "user", "content": "hello"}], temperature=0, min_tokens=40, max_tokens=40
+        ).result()
+        with pytest.raises(CloisterError) as error:
+            client.generate(ALIAS, "hello", logit_bias={1 << 31: 1.0}).result()
+    assert likeliest not in banned.token_ids
+    assert set(forced.token_ids) == {7}
+    assert (long.finished.reason, long.completed.usage.completion_tokens) == ("length", 40)
+    assert (error.value.status, error.value.code) == (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_SAMPLING")
+
+
+def test_text_becomes_tokens_and_text_again_and_costs_nothing(appliance: Appliance) -> None:
+    text = "Bett 4, Müller: 38,2 °C <|user|>"
+    used = appliance.json("tenant", "list")[0]["tokens_used"]
+    with appliance.client() as client:
+        ids = client.tokenize(ALIAS, text, add_special_tokens=False)
+        assert client.detokenize(ALIAS, ids) == text, "control tokens in a text are text"
+        assert client.generate(ALIAS, text, max_tokens=1).result().accepted.prompt_tokens == len(
+            client.tokenize(ALIAS, text)
+        )
+    assert appliance.json("tenant", "list")[0]["tokens_used"] == used + len(ids) + 1
+    printed = appliance.cloister("tokenize", ALIAS, "a b", "--credentials", str(appliance.credentials)).stdout
+    shown = appliance.cloister(
+        "detokenize", ALIAS, *printed.split(), "--credentials", str(appliance.credentials)
+    ).stdout
+    assert shown.strip() == "a b"
 
 
 def test_the_example_written_with_a_key_runs_as_it_is(appliance: Appliance) -> None:
