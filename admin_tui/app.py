@@ -101,6 +101,7 @@ class ConsoleApp(App[None]):
             self.theme = _THEME.name
         self._main.query_one("#filter").display = False
         self._main.query_one("#detail").display = False
+        self._main.add_class(self.page.value)
         self.tables[0].focus()
         if self._live:
             self.run_worker(self._run(), exit_on_error=False, group="live")
@@ -236,6 +237,8 @@ class ConsoleApp(App[None]):
     def show_page(self, page: Page) -> None:
         """Switch to another page."""
         self._close_detail()
+        self._main.remove_class(self.page.value)
+        self._main.add_class(page.value)
         self.page = page
         self._main.query_one("#pages", ContentSwitcher).current = page.value
         self._last_table().focus()

@@ -44,7 +44,8 @@ class DashboardPage:
             "alerts": dashboard.alerts(state),
         }
         room = root.query_one("#dashboard", Widget).size.height
-        heights = shares([2 + max(1, len(rows)) for rows in given.values()], room)
+        *above, last = (1 + max(1, len(rows)) for rows in given.values())
+        heights = shares([*(lines + 1 for lines in above), last], room)  # a blank line between two tables
         for (name, rows), height in zip(given.items(), heights, strict=True):
             table = root.query_one(f"#{name}", LiveTable)
             if height > 1 and (table.styles.height is None or table.styles.height.value != height):

@@ -10,13 +10,13 @@ from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
 
 COLUMNS = (
-    Column("SEQ", 8, right=True),
+    Column("SEQ", 7, right=True),
     Column("TIME (UTC)", 14),
     Column("KIND", 17, grows=2),
     Column("PHASE", 7),
     Column("DECISION", 9),
-    Column("TENANT", 11, grows=1),
-    Column("ACTOR", 8, grows=2),
+    Column("TENANT", 10, grows=1),
+    Column("ACTOR", 9, grows=2),
     Column("REQUEST", 36, grows=2, from_width=132),
 )
 EMPTY = "no records match"
@@ -151,9 +151,14 @@ def _cells(record: admin_pb2.TailAuditResponse) -> tuple[Cell, ...]:
         Cell(record.phase),
         Cell(record.decision or "-", tone),
         Cell(record.tenant or "-", Tone.PLAIN if record.tenant else Tone.DIM),
-        Cell(record.actor or "-"),
+        Cell(_short_actor(record.actor) or "-"),
         Cell(record.request_id or "-"),
     )
+
+
+def _short_actor(actor: str) -> str:
+    """An application by its own name, which stands last in its identity; the tenant has a column of its own."""
+    return actor.rpartition("/")[2] if actor.startswith("spiffe://") else actor
 
 
 def _body(canonical: str) -> list[str]:

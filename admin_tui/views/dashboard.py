@@ -8,10 +8,10 @@ from admin_tui.views.figures import UNKNOWN, days_until, number, rate, share, sh
 from appliance.protos import admin_pb2
 
 DEPLOYMENTS = (
-    Column("DEPLOYMENT", 12, grows=2),
+    Column("DEPLOYMENT", 11, grows=2),
     Column("STATE", 15),
     Column("MODEL", 22, grows=2, from_width=108),
-    Column("RUNS AS", 11, grows=3),
+    Column("RUNS AS", 12, grows=3),
     Column("RUN", 4, right=True),
     Column("WAIT", 4, right=True),
     Column("KV", 4, right=True),
@@ -39,6 +39,7 @@ _STATES = {
     "draining": Tone.WARN,
 }
 _WORDS = {Tone.OK: "OK", Tone.WARN: "WARN", Tone.CRIT: "CRIT"}
+_SHORT = {"float32": "f32", "bfloat16": "bf16", "deterministic": "det"}
 _KV_FULL = 0.95
 _EXPIRY_DAYS = 14
 
@@ -108,7 +109,7 @@ def alert_detail(state: State, name: str) -> tuple[Fact, ...]:
 def _deployment(state: State, found: admin_pb2.Deployment) -> tuple[Cell, ...]:
     head = (
         Cell(found.name, Tone.STRONG), state_of(found), Cell(found.model_version),
-        Cell(found.runs_as) if found.runs_as else UNKNOWN,
+        Cell(_short_runs_as(found.runs_as)) if found.runs_as else UNKNOWN,
     )  # fmt: skip
     if not found.HasField("engine"):
         return (*head, *(UNKNOWN for _ in range(6)))
@@ -125,6 +126,11 @@ def _deployment(state: State, found: admin_pb2.Deployment) -> tuple[Cell, ...]:
         share(engine.tokens_cached, read),
         number(engine.preemptions),
     )
+
+
+def _short_runs_as(runs_as: str) -> str:
+    """Backend, dtype and mode in the few cells there are; the detail has the words."""
+    return " ".join(_SHORT.get(word, word) for word in runs_as.split(" "))
 
 
 def _tenant(tenant: admin_pb2.Tenant) -> tuple[Cell, ...]:

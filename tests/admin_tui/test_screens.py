@@ -51,16 +51,17 @@ async def test_the_dashboard_shows_deployments_tenants_and_that_nothing_is_wrong
         assert all(len(line) <= size[0] for line in lines)
         assert re.search(r"CLOISTER  GATEWAY OK  IMPORTER OK  ENGINE OK  CHAIN 1,234 .*alice  14:03:08Z", lines[0])
         assert "[1 Dashboard]" in lines[1]
-        assert re.search(r"notes +OK ready .*cpu flo.* 3 +0 +20% +840 +25% +2", text)
+        assert re.search(r"notes +OK ready .*cpu f32 det +3 +0 +20% +840 +25% +2", text)
         assert re.search(r"ward-notes +OK active +12,345 +678 +64 notes", text)
         assert re.search(r"ALERTS *\n none", text)
         assert "q quit" in lines[-1]
 
 
 async def test_a_wide_terminal_shows_more_of_each_row() -> None:
-    async with running(FakePort(), (140, 40)) as (app, _):
+    async with running(FakePort(), (140, 40)) as (app, pilot):
         assert "demo-notes-s@1.0.1" in screen(app)
-        assert "cpu float32 deterministic" in screen(app)
+        await pilot.press("enter")
+        assert "cpu float32 deterministic" in await settled(app, pilot)
 
 
 async def test_counters_that_are_not_told_are_dashes() -> None:
