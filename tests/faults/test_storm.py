@@ -63,7 +63,7 @@ def grown(before: dict[str, int], after: dict[str, int], allowed: int) -> dict[s
     return {name: after[name] - before[name] for name in before if after[name] - before[name] > allowed}
 
 
-async def test_a_client_that_never_reads_is_cut_off_and_the_others_are_served(house: House) -> None:
+async def test_clients_that_never_read_hold_up_nobody(house: House) -> None:
     with house.as_it_was():
         async with house.client() as deaf, house.client() as other:
             calls = [deaf.generate(ALIAS, text="hello", ignore_eos=True, max_tokens=900) for _ in range(100)]
