@@ -10,9 +10,11 @@ from pathlib import Path
 import grpc
 import pytest
 
+from appliance.client import CloisterError
 from tests.e2e.appliance import ALIAS, eventually
 from tests.faults.house import LIMIT_S, TENANT, Ended, House, Running, ends, load
 
+RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED
 CONNECTIONS = 5  # one carries at most 256 calls
 MOST_FDS_MORE = 8
 MOST_BYTES_MORE = 96 << 20  # what a thousand streams at once need at their peak stays with the allocators
@@ -64,15 +66,22 @@ def grown(before: dict[str, int], after: dict[str, int], allowed: int) -> dict[s
 
 
 async def test_clients_that_never_read_hold_up_nobody(house: House) -> None:
+    """Each asks for some two megabytes, more than connection, gateway and client hold, and reads none of it."""
+    large = {"ignore_eos": True, "n": 8, "logprobs": 20, "max_tokens": 900}
     with house.as_it_was():
         async with house.client() as deaf, house.client() as other:
-            calls = [deaf.generate(ALIAS, text="hello", ignore_eos=True, max_tokens=900) for _ in range(100)]
-            await Running(other, max_tokens=8).begun()
-            served = await ends([Running(other, max_tokens=8) for _ in range(4)])
+            calls = [deaf.generate(ALIAS, text=f"deaf {n}", retry=False, **large) for n in range(2)]
+            served = [await Running(other, max_tokens=8).end for _ in range(4)]
             assert {(end.status, end.tokens) for end in served} == {(grpc.StatusCode.OK, 8)}
-            eventually(lambda: house.worker().running == 0, "the engine is done with them", LIMIT_S)
+            await asyncio.to_thread(
+                eventually, lambda: house.worker().running == 0, "the engine is rid of them", LIMIT_S
+            )
             for call in calls:
-                call.cancel()
+                with pytest.raises(CloisterError) as error:
+                    await call.result()
+                assert (error.value.status, error.value.code) == (RESOURCE_EXHAUSTED, "SLOW_CLIENT")
+    reasons = [record["body"]["facts"].get("reason") for record in house.appliance.records()]
+    assert reasons.count("SLOW_CLIENT") == 2
 
 
 async def test_a_worker_with_few_pages_preempts_and_completes_every_answer(house: House) -> None:
