@@ -4,6 +4,7 @@
 started with the same arguments and judged by the same readiness everywhere.
 """
 
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,12 +67,18 @@ def table(settings: "Settings") -> tuple[ProcessSpec, ...]:
 
 
 def _control(settings: "Settings") -> tuple[str, ...]:
-    return _options({"audit_wait_seconds": settings.audit.wait_seconds, **settings.tenants.model_dump()})
+    told = json.dumps(settings.changed(), sort_keys=True)
+    values = {"audit_wait_seconds": settings.audit.wait_seconds, **settings.tenants.model_dump(), "settings": told}
+    return _options(values)
 
 
 def _engine_host(settings: "Settings") -> tuple[str, ...]:
     watchdog = settings.watchdog
-    values = {"heard_within": watchdog.heard_seconds, "step_within": watchdog.step_seconds}
+    values = {
+        "heard_within": watchdog.heard_seconds,
+        "step_within": watchdog.step_seconds,
+        "load_within": watchdog.load_seconds,
+    }
     return ("--run", "{run}", "--store", "{store}", *_options({**values, **settings.devices.model_dump()}))
 
 

@@ -166,6 +166,13 @@ class WatchdogSettings(_Section):
         ge=2,
         le=86_400,
     )
+    load_seconds: float = _setting(
+        1800.0,
+        "A deployment that is not ready by then has failed, LOAD_TIMEOUT; raise it for a slow disk.",
+        "seconds",
+        ge=10,
+        le=86_400,
+    )
 
 
 class LogSettings(_Section):
@@ -189,6 +196,16 @@ class Settings(_Section):
     devices: DeviceSettings = DeviceSettings()
     watchdog: WatchdogSettings = WatchdogSettings()
     logs: LogSettings = LogSettings()
+
+    def changed(self) -> dict[str, str]:
+        """What is not its default, by `section.name`."""
+        known = Settings().model_dump()
+        return {
+            f"{section}.{name}": str(value)
+            for section, values in self.model_dump().items()
+            for name, value in values.items()
+            if value != known[section][name]
+        }
 
     def with_listen(self, address: str) -> "Settings":
         """The same, with another address to listen on."""

@@ -2,8 +2,10 @@
 
 import argparse
 import asyncio
+import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,12 +20,14 @@ FORBIDDEN = ("torch", "tokenizers", "jinja2")
 _GRACE_S = 2.0
 
 
-async def serve(running: process.Process, home: Home, isolation: str, limits: Limits) -> None:
+async def serve(
+    running: process.Process, home: Home, isolation: str, limits: Limits, settings: Mapping[str, str]
+) -> None:
     """Serve until told to stop, then drain."""
     plane = ControlPlane(home, isolation, limits)
     servers: list[grpc.aio.Server] = []
     try:
-        await plane.recover()
+        await plane.recover(settings)
         servers = [control, admin] = [plane.control_server(), plane.admin_server()]
         running.listen(control, home.control_socket)
         running.listen(admin, home.admin_socket)
@@ -64,11 +68,14 @@ def main() -> int:
     for limit in fields(Limits):
         kind = type(limit.default)
         parser.add_argument(f"--{limit.name.replace('_', '-')}", type=kind, default=limit.default)
+    parser.add_argument("--settings", type=json.loads, default={}, help="what is not its default, for the record")
     args = parser.parse_args()
     limits = Limits(**{limit.name: getattr(args, limit.name) for limit in fields(Limits)})
     os.umask(0o077)
     home = Home(args.home.absolute())
-    return process.run("control", lambda running: serve(running, home, args.isolation, limits), FORBIDDEN)
+    return process.run(
+        "control", lambda running: serve(running, home, args.isolation, limits, args.settings), FORBIDDEN
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
@@ -84,9 +84,9 @@ class ControlPlane:
         self._profile, self._isolation = facts["profile"], isolation
         self._tasks: list[asyncio.Task[None]] = []
 
-    async def recover(self) -> None:
-        """Take over what the control before this one left open."""
-        await recovery.recover(self.database, self.journal, self.leases)
+    async def recover(self, settings: Mapping[str, str] | None = None) -> None:
+        """Take over what the control before this one left open; `settings` go on record with the start."""
+        await recovery.recover(self.database, self.journal, self.leases, settings or {})
 
     def begin(self) -> None:
         """Start to follow engine-host and importer, and to sweep; `watch` tells when one of that ends."""

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Mapping
 
 from appliance.control import records
 from appliance.control.admission import reservations
@@ -17,12 +18,13 @@ RESTARTED = "CONTROL_RESTARTED"
 log = logging.getLogger(__name__)
 
 
-async def recover(database: Database, journal: Journal, leases: LeaseBook) -> None:
+async def recover(database: Database, journal: Journal, leases: LeaseBook, settings: Mapping[str, str]) -> None:
     """Take over from the control before; call it before anybody is answered.
 
     A reservation whose intent is on record may belong to a stream that still runs: it stays in force, and its
     gateway has the silence limit, counted from the end of this, to claim it. One without an intent never began and
-    is settled with nothing charged. Any other intent without an outcome gets one, as the ledger has it.
+    is settled with nothing charged. Any other intent without an outcome gets one, as the ledger has it. The record
+    of the start has the settings that are not their default.
 
     Raises:
         CloisterError: AUDIT_BLOCKED, DATABASE_FAILED.
@@ -41,6 +43,7 @@ async def recover(database: Database, journal: Journal, leases: LeaseBook) -> No
         "leases_kept": len(kept),
         "leases_never_started": len(left) - len(kept),
         "intents_closed": len(others),
+        "settings": dict(settings),
     }
     await journal.record(records.control_event("started", facts))
     for reservation, gateway_id in left:

@@ -41,13 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         help="a worker whose engine takes longer for one step gives no more signs of life (%(default)g)",
     )
     parser.add_argument(
+        "--load-within",
+        type=float,
+        default=default.load_limit_s,
+        metavar="SECONDS",
+        help="a worker or text that is not ready by then is ended for good (%(default)g)",
+    )
+    parser.add_argument(
         "--inventory",
         type=Path,
         metavar="FILE",
         help="recorded devices in place of this machine's; see inventory.py",
     )
     chosen = parser.parse_args(argv)
-    policy = RestartPolicy(heard_within_s=chosen.heard_within, step_within_s=chosen.step_within)
+    policy = RestartPolicy(
+        heard_within_s=chosen.heard_within, step_within_s=chosen.step_within, load_limit_s=chosen.load_within
+    )
     return run(NAME, partial(_serve, chosen, policy), FORBIDDEN)
 
 

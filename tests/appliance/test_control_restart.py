@@ -12,6 +12,7 @@ from appliance.control.admission.leases import SILENCE_S
 from appliance.control.db.models import Request
 from appliance.control.deployments import Deployments
 from appliance.control.home import Home
+from appliance.control.limits import Limits
 from appliance.control.plane import ControlPlane
 from appliance.protos import admin_pb2, control_pb2
 from bundles.protos import importer_pb2
@@ -172,7 +173,7 @@ async def test_control_does_not_outlive_the_end_of_one_of_its_tasks(
 
     monkeypatch.setattr(ControlPlane, "_sweep", broken)
     with pytest.raises(LookupError, match="a defect"):
-        await serve(Process("control"), home, "none")
+        await serve(Process("control"), home, "none", Limits(), {})
     monkeypatch.undo()
     async with running(home) as again:
         await again.tenants.ListTenants(admin_pb2.ListTenantsRequest())

@@ -1,5 +1,6 @@
 """A house started with a settings file does what the file says."""
 
+import json
 import re
 import shutil
 import tempfile
@@ -34,6 +35,7 @@ kept = 0
 [watchdog]
 heard_seconds = 41
 step_seconds = 301
+load_seconds = 77
 """
 
 
@@ -75,12 +77,17 @@ def test_what_the_file_sets_is_what_the_running_house_does(home: Path) -> None:
         )  # fmt: skip
         assert refused.value.metadata["max_request_bytes"] == "2048"
         words = "\n".join(children_of(process.pid))
+        query = cloister("--home", str(home), "--json", "audit", "query", "--kind", "appliance.control").stdout
+        (started,) = (record for record in map(json.loads, query.splitlines()) if record["decision"] == "started")
+        assert started["body"]["facts"]["settings"]["audit.wait_seconds"] == "4.5"
+        assert "logs.max_bytes" not in started["body"]["facts"]["settings"]
     for word in (
         "--default-deadline-seconds=33.0",
         "--drain-seconds=0.5",
         "--audit-wait-seconds=4.5",
         "--heard-within=41.0",
         "--step-within=301.0",
+        "--load-within=77.0",
     ):
         assert word in words
     logged = "".join(path.read_text() for path in (home / "logs").glob("*.log"))
