@@ -144,6 +144,13 @@ def test_every_setting_reaches_a_process_or_is_used_by_serve_itself(tmp_path: Pa
             assert reached or section in used_by_serve, f"{section}.{name} changes nothing"
 
 
+def test_a_gateway_that_may_drain_for_long_is_not_killed_meanwhile() -> None:
+    patient = Settings.model_validate({"gateway": {"drain_seconds": 600.0}})
+    (gateway,) = (spec for spec in table(patient) if spec.name == "gateway")
+    assert gateway.drain_within > 600
+    assert "--drain-seconds=600.0" in gateway.arguments
+
+
 def test_check_show_and_example_say_what_holds(home: Path) -> None:
     (home / "cloister.toml").write_text("[logs]\nkept = 9\n")
     assert "sets 1 of" in cloister("--home", str(home), "config", "check").stdout
