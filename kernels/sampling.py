@@ -22,6 +22,7 @@ from kernels.ordering import likeliest, sort_all
 _NARROW = (
     256  # of a longer row only so many tokens are put in order, as long as all that can be drawn is among them
 )
+_AT_ONCE = 2**18  # logits weighed at once: in float64 they fit a cache, and memory stays bounded
 _HIGHEST = 1e300  # no adjustment takes a logit beyond it, so that differences stay finite
 
 
@@ -40,7 +41,7 @@ def sample(logits: Tensor, sampling: Sampling) -> Draw:
 
 
 def _only(sampling: Sampling, rows: Tensor) -> Sampling:
-    """The parameters of `rows`, a mask, without their adjustments."""
+    """The parameters of `rows`, a mask or indexes, without their adjustments."""
     temperature, top_k, top_p, uniform, min_p, _ = sampling
     return Sampling(temperature[rows], top_k[rows], top_p[rows], uniform[rows], min_p[rows])
 
@@ -78,8 +79,9 @@ def _choose(logits: Tensor, sampling: Sampling, possible: Tensor) -> Tensor:
         (_draw_above_floor, drawn & floor),
         (_draw_in_order, drawn & ordered),
     ):
-        if rows.any():
-            tokens[rows] = choose(logits[rows], _only(sampling, rows))
+        for some in torch.split(rows.nonzero()[:, 0], max(1, _AT_ONCE // logits.shape[-1])):
+            if len(some):
+                tokens[some] = choose(logits[some], _only(sampling, some))
     return tokens
 
 
