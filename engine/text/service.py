@@ -29,8 +29,6 @@ CPU_LIMIT_S = 2.0
 WALL_LIMIT_S = 10.0
 """Seconds by the clock one call may take."""
 
-_FAILED = "TEXT_FAILED"
-
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
 _Made = TypeVar("_Made")
@@ -54,7 +52,7 @@ class TextService(engine_pb2_grpc.TextServiceServicer):
         request: engine_pb2.PrepareRequest,
         context: grpc.aio.ServicerContext[engine_pb2.PrepareRequest, engine_pb2.PrepareResponse],
     ) -> engine_pb2.PrepareResponse:
-        """Token ids of the input; INVALID_ARGUMENT, or INTERNAL for our fault, with "CODE: message"."""
+        """Token ids of the input; or INVALID_ARGUMENT with "CODE: message"."""
         ids = await self._within_limits(context, partial(_prepare, self._model, request))
         return engine_pb2.PrepareResponse(token_ids=ids)
 
@@ -83,8 +81,7 @@ class TextService(engine_pb2_grpc.TextServiceServicer):
         try:
             return await asyncio.get_running_loop().run_in_executor(self._worker, _timed, make)
         except EngineError as error:
-            status = grpc.StatusCode.INTERNAL if error.code == _FAILED else grpc.StatusCode.INVALID_ARGUMENT
-            await context.abort(status, str(error))
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
 
 
 def _timed(make: Callable[[], _Made]) -> _Made:
