@@ -281,5 +281,5 @@ def test_every_answer_is_the_one_it_is_alone_whatever_the_interleaving(model: En
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_every_answer_is_the_one_it_is_alone_in_many_long_interleavings(model: EngineLoop) -> None:
-    happened = drive(model, examples=1500, length=60)
-    assert min(happened[name] for name in ("answers", "hits", "preemptions", "recomputed")) > 1000, happened
+    happened = drive(model, examples=400, length=60)
+    assert min(happened[name] for name in ("answers", "hits", "preemptions", "recomputed")) > 100, happened
