@@ -13,7 +13,7 @@ from textual.containers import Vertical
 from textual.driver import Driver
 from textual.screen import Screen
 from textual.theme import Theme
-from textual.widgets import ContentSwitcher, Input
+from textual.widgets import ContentSwitcher
 
 from admin_tui import feed
 from admin_tui.actions import ACTIONS, Page, action, offered
@@ -89,9 +89,6 @@ class ConsoleApp(App[None]):
                     yield from page.compose()
         yield Detail(id="detail")
         yield Lines(id="note")
-        field = Input(id="filter")
-        field.cursor_blink = False
-        yield field
         yield Lines(id="keys")
 
     def on_mount(self) -> None:
@@ -99,16 +96,15 @@ class ConsoleApp(App[None]):
         if not self._ansi:
             self.register_theme(_THEME)
             self.theme = _THEME.name
-        self._main.query_one("#filter").display = False
         self._main.query_one("#detail").display = False
         self._main.add_class(self.page.value)
         self.tables[0].focus()
         if self._live:
             self.run_worker(self._run(), exit_on_error=False, group="live")
 
-    def on_resize(self) -> None:
+    def on_resize(self, event: events.Resize) -> None:
         """Below 80x24 nothing is shown but that."""
-        small = self.size.width < LEAST[0] or self.size.height < LEAST[1]
+        small = event.size.width < LEAST[0] or event.size.height < LEAST[1]
         if small and not isinstance(self.screen, TooSmall):
             self.push_screen(TooSmall())
         elif not small and isinstance(self.screen, TooSmall):
@@ -197,7 +193,10 @@ class ConsoleApp(App[None]):
         """Ask every second; on a slow terminal less often."""
         interval = 1.0
         while True:
-            await self.poll()
+            try:
+                await self.poll()
+            except Exception as error:  # a defect of ours; the operator keeps a screen that says so and asks on
+                self.notify_defect(error)
             driver = self._driver
             drain = driver.drain.slowest() if isinstance(driver, TerminalDriver) else 0.0
             interval = next_interval(interval, drain)
@@ -206,6 +205,11 @@ class ConsoleApp(App[None]):
             except TimeoutError:
                 continue
             self._wake.clear()
+
+    def notify_defect(self, error: Exception) -> None:
+        """Say that something went wrong here, on the note line."""
+        self.state = reduce(self.state, Noted(f"CONSOLE_DEFECT: {type(error).__name__}: {error}", bad=True))
+        self._line("note", chrome.note_line(self.state, self.size.width, self.symbols))
 
     async def poll(self) -> None:
         """Ask once, and show the answers."""

@@ -14,8 +14,8 @@ from rich.cells import cell_len, chop_cells, set_cell_size
 
 from admin_tui.terminal import spelled
 
-# Control, format, surrogate, private, unassigned; line and paragraph separators; marks that no letter absorbed.
-_SPELLED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Mn", "Me"}
+# Control, format, surrogate, private, unassigned; separators but the plain space; marks that no letter absorbed.
+_SPELLED = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs", "Mn", "Me"}
 
 
 class Tone(StrEnum):
@@ -148,4 +148,6 @@ def widths(columns: tuple[Column, ...], room: int) -> tuple[int, ...]:
 
 
 def _is_spelled(character: str, utf8: bool) -> bool:
+    if character == " ":
+        return False
     return unicodedata.category(character) in _SPELLED or not (utf8 or character.isascii())

@@ -1,12 +1,15 @@
 """The lines around each page: the appliance's state, the pages, what was said last, the keys."""
 
+import grpc
 from rich.cells import cell_len
 
 from admin_tui.actions import Page, offered
 from admin_tui.cells import Line, Part, Symbols, Tone, fit, literal
 from admin_tui.state import State
 from admin_tui.views.figures import short
+from appliance.errors import CloisterError
 
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 _MOST_OPERATOR = 24
 _ALWAYS = ("help", "quit", "palette")
 _DIGITS = {Page.DASHBOARD: "1", Page.TENANTS: "2", Page.MODELS: "3", Page.AUDIT: "5"}
@@ -39,7 +42,7 @@ def tabs_line(page: Page, standing: Line, home: str, width: int, symbols: Symbol
 def note_line(state: State, width: int, symbols: Symbols) -> Line:
     """Trouble before notes before nothing."""
     if state.trouble is not None:
-        text = f"NOT REACHABLE, trying again: {state.trouble.message}"
+        text = f"{_trouble(state.trouble)}, trying again: {state.trouble.message}"
         return ((" " + fit(text, max(0, width - 2), symbols), Tone.CRIT),)
     tone = Tone.CRIT if state.note_is_bad else Tone.OK
     return ((" " + fit(state.note, max(0, width - 2), symbols), tone),)
@@ -59,6 +62,11 @@ def keys_line(page: Page, width: int, symbols: Symbols) -> Line:
     return tuple(parts)
 
 
+def _trouble(error: CloisterError) -> str:
+    """Nobody answers, or somebody says no."""
+    return "NOT REACHABLE" if error.status in _SILENT else f"REFUSED {error.code}"
+
+
 def _end_of(path: str, room: int, symbols: Symbols) -> str:
     """The end of a path says more than its beginning."""
     if cell_len(path) <= room:
@@ -71,10 +79,11 @@ def _end_of(path: str, room: int, symbols: Symbols) -> str:
 def _connections(state: State, symbols: Symbols) -> tuple[list[Part], list[Part]]:
     """What is connected and how long the chain is; who asks, and when control was heard."""
     if state.status is None:
-        return [("  NOT REACHABLE", Tone.CRIT) if state.trouble else ("  asking ...", Tone.DIM)], []
+        word = (f"  {_trouble(state.trouble)}", Tone.CRIT) if state.trouble else ("  asking ...", Tone.DIM)
+        return [word], []
     heard = state.heard.strftime("%H:%M:%SZ") if state.heard else ""
     if state.trouble is not None:
-        return [("  NOT REACHABLE", Tone.CRIT)], [(f"last heard {heard} ", Tone.DIM)]
+        return [(f"  {_trouble(state.trouble)}", Tone.CRIT)], [(f"last heard {heard} ", Tone.DIM)]
     status = state.status
     parts = [_word("GATEWAY", bool(status.gateway_address))]
     names = {"engine-host": "ENGINE", "importer": "IMPORTER"}

@@ -16,8 +16,9 @@ from admin_tui.widgets.lines import Lines
 from admin_tui.widgets.live_table import LiveTable
 
 LEAST = (80, 24)
-_HELP = (Column("KEY", 6), Column("WHAT IT DOES", 40, grows=1), Column("THE SAME BY cloister ...", 24))
-_COMMANDS = (Column("KEY", 6), Column("COMMAND", 40, grows=1), Column("THE SAME BY cloister ...", 24))
+_ASK_WIDTH = 74
+_HELP = (Column("KEY", 6), Column("WHAT IT DOES", 40, grows=1), Column("THE SAME BY cloister ...", 25))
+_COMMANDS = (Column("KEY", 6), Column("COMMAND", 40, grows=1), Column("THE SAME BY cloister ...", 25))
 
 
 def action_rows(actions: Sequence[Action]) -> tuple[Row, ...]:
@@ -143,7 +144,10 @@ class Ask(Dialog):
         """Ready to type."""
         super().on_mount()
         self.query_one(".head", Lines).show([((self._title, Tone.STRONG),)])
-        self.query_one(".foot", Lines).show([(), ((self._help, Tone.DIM),)])
+        foot = self.query_one(".foot", Lines)
+        lines = wrap(self._help, _ASK_WIDTH, foot.symbols)
+        foot.styles.height = len(lines) + 1
+        foot.show([(), *(((line, Tone.DIM),) for line in lines)])
         self.query_one(Input).focus()
 
     def on_input_submitted(self, event: Input.Submitted) -> None:

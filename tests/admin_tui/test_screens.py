@@ -4,11 +4,13 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import grpc
 import pytest
 from textual.pilot import Pilot
 
 from admin_tui.actions import ACTIONS, Page, offered
 from admin_tui.app import ConsoleApp
+from admin_tui.state import ImportTold
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
 from tests.admin_tui.fake import GONE, Clock, FakePort, console, deployment, record, screen
@@ -119,6 +121,16 @@ async def test_control_that_is_gone_is_said_and_its_return_noticed() -> None:
         assert "NOT REACHABLE" not in screen(app)
 
 
+async def test_an_operator_who_is_refused_reads_why() -> None:
+    port = FakePort()
+    async with running(port) as (app, pilot):
+        no = grpc.StatusCode.PERMISSION_DENIED
+        port.failure = CloisterError("OPERATOR_SUSPENDED", "ask another operator", no)
+        await app.poll()
+        await pilot.pause()
+        assert "REFUSED OPERATOR_SUSPENDED, trying again: ask another operator" in screen(app)
+
+
 async def test_a_console_begun_before_its_appliance_waits_for_it() -> None:
     port = FakePort()
     port.failure = GONE
@@ -195,19 +207,26 @@ async def test_an_import_asks_twice_with_the_focus_on_cancel() -> None:
 
 async def test_an_import_shows_bytes_rate_time_left_state_and_file_and_then_its_end() -> None:
     port, clock = FakePort(), Clock()
-    half = {"bytes_total": 200 << 20, "file": "model.safetensors", "model_version": "qwen@2.1"}
+
+    def streaming(done: int) -> ImportState:
+        return ImportState(
+            state="streaming",
+            bytes_done=done,
+            bytes_total=200 << 20,
+            file="model.safetensors",
+            model_version="qwen@2.1",
+        )
+
     port.progress = [
         ImportState(state="quarantine"),
-        ImportState(state="streaming", bytes_done=0, **half),  # type: ignore[arg-type]  # names to values of two types
+        streaming(0),
         ImportState(state="committed", bytes_done=200 << 20, bytes_total=200 << 20, model_version="qwen@2.1"),
     ]
     async with running(port, clock=clock) as (app, pilot):
         await pilot.press("3", "I", *"/m", "enter", "tab", "enter")
         await until(pilot, app, "streaming")
         clock.seconds += 10
-        from admin_tui.state import ImportTold
-
-        app.take(ImportTold(ImportState(state="streaming", bytes_done=100 << 20, **half), clock()))  # type: ignore[arg-type]
+        app.take(ImportTold(streaming(100 << 20), clock()))
         await pilot.pause()
         text = screen(app)
         assert "IMPORT /m  qwen@2.1" in text
