@@ -1,4 +1,4 @@
-"""One appliance for all fault tests, without a limit that a thousand streams would meet."""
+"""One appliance for all fault tests: it lets a thousand streams in, and waits for no client that does not read."""
 
 from collections.abc import Iterator
 
@@ -10,6 +10,7 @@ SETTINGS = """
 [gateway]
 max_streams = 1024
 max_calls_per_certificate = 1024
+stall_seconds = 2
 """
 
 
