@@ -222,3 +222,13 @@ def test_a_free_page_cannot_be_shared() -> None:
     pool = BlockPool(2, SIZE)
     with pytest.raises(ValueError, match="no owner"):
         pool.share([0])
+
+
+def test_the_same_tokens_are_kept_for_each_scope_and_behind_each_beginning() -> None:
+    pool = BlockPool(8, SIZE)
+    other = chain_root("b", b"salt", "digest")
+    prompts = [[*range(8), *range(8)], [*range(50, 58), *range(8)]]
+    for scope, root in (("a", ROOT), ("b", other)):
+        for prompt in prompts:
+            fill(pool, scope, prompt, root)
+    assert [len(hit(pool, prompt, root)) for root in (ROOT, other) for prompt in prompts] == [2, 2, 2, 2]
