@@ -1,16 +1,21 @@
-"""Requests that were in the engine when it died: the first time suspected, alone when it happens again convicted.
+"""Requests that were in the engine when it died: the first time suspected, tried, convicted when it happens again.
 
 A request is known by its fingerprint: owner, model digest, prompt tokens, and the parameters that reach the
 engine, a seed among them only where the client chose it. So what a client sends again under a new id is known
 again, the same text of another tenant is not, and neither is it once another model answers to the alias.
 
-Whatever a worker had not ended when it died has one strike and is a suspect. Of a deployment's suspects one at a
-time is let in, beside requests that are not suspected: when the worker dies again, the suspect it had is convicted
-and refused for an hour. A suspect that the engine brings to its end is cleared.
+Whatever a worker had not ended when it died has a strike and is a suspect. Suspects are tried beside requests
+that are not suspected, one at a time of each tenant and deployment, so that no tenant waits for another. When the
+worker dies again, the one suspect it had is convicted and refused for an hour. Where it had several, each has a
+second strike; such ones take turns in the whole deployment besides, and are convicted when it dies once more. A
+suspect that the engine brings to its end is cleared.
+
+A place is held for `HOLD_S` of answering at the most; who takes longer goes on beside the next. So a long answer
+keeps nobody waiting, and a worker that hangs, because it answers nothing, is given no further suspect.
 
 What this cannot tell apart: a worker that is killed for another reason twice while the same request is tried as
-the suspect both times convicts it all the same, until the hour has passed. A worker that drains convicts nobody.
-Everything is in memory: a gateway that starts anew suspects nobody.
+the only suspect both times convicts it all the same, until the hour has passed. A worker that drains convicts
+nobody. Everything is in memory: a gateway that starts anew suspects nobody.
 """
 
 import asyncio
@@ -18,7 +23,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -31,22 +36,27 @@ TERM_S = 3600.0
 """Seconds from the last strike until a suspect is cleared, and a convict let in again."""
 WAIT_S = 10.0
 """Seconds a suspect waits for its turn at most."""
+HOLD_S = 4.0
+"""Seconds from a suspect's first row until the next one may begin beside it."""
 _MOST_MARKS = 4096
+
+_Where = tuple[str, str]  # deployment, and scope: of the place of a tenant's suspects; "" is the deployment's own
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Mark:
-    """A fingerprint with a strike: until when, and whether it is convicted."""
+    """What is held against a fingerprint, and until when."""
 
-    until: float
+    until: float = 0.0
+    strikes: int = 0
     convicted: bool = False
 
 
 @dataclass(slots=True)
-class _Trial:
-    """The one place of a deployment's suspects, and how many are on it or wait for it."""
+class _Place:
+    """Room for one suspect, and how many are in it or wait for it."""
 
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     concerned: int = 0
@@ -62,33 +72,41 @@ class Quarantine:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._marks: OrderedDict[bytes, _Mark] = OrderedDict()
-        self._trials: dict[str, _Trial] = {}
+        self._places: dict[_Where, _Place] = {}
 
-    async def enter(self, deployment: str, fingerprint: bytes) -> "Passage":
+    async def enter(self, deployment: str, scope: str, fingerprint: bytes) -> "Passage":
         """Let a request in, a suspect when its turn comes; the passage must be ended.
 
         Raises:
             CloisterError: REQUEST_QUARANTINED; or ENGINE_SUSPECTS_BUSY, its turn did not come in time.
         """
-        if self._known(fingerprint) is None:
-            return Passage(self, fingerprint, None)
-        trial = self._trials.setdefault(deployment, _Trial())
-        trial.concerned += 1
+        passage = Passage(self, fingerprint)
         try:
             async with asyncio.timeout(WAIT_S):
-                await trial.turn.acquire()
+                for strikes, where in ((1, (deployment, scope)), (2, (deployment, ""))):
+                    if self._strikes(fingerprint) >= strikes:
+                        await self._take(where)
+                        passage.held.append(where)
+            passage.strikes = self._strikes(fingerprint)  # it was convicted, or cleared, while it waited
         except BaseException as error:
-            self._left(deployment, trial)
+            passage.left()
             if isinstance(error, TimeoutError):
                 raise _suspects_busy() from None
             raise
-        return self._tried(deployment, trial, fingerprint)
+        if not passage.strikes:
+            passage.give_way()
+        return passage
 
-    def strike(self, fingerprint: bytes, on_trial: bool) -> None:
-        """The worker died over a request."""
-        mark = self._marks.pop(fingerprint, None) or _Mark(0.0)
+    def now(self) -> float:
+        """The clock, seconds."""
+        return self._monotonic()
+
+    def strike(self, fingerprint: bytes, strikes: int, convicted: bool) -> None:
+        """The worker died over a request, which has `strikes` now."""
+        mark = self._marks.pop(fingerprint, None) or _Mark()
         mark.until = self._monotonic() + TERM_S
-        mark.convicted = mark.convicted or on_trial
+        mark.strikes = max(mark.strikes, strikes)
+        mark.convicted = mark.convicted or convicted
         self._marks[fingerprint] = mark
         while len(self._marks) > _MOST_MARKS:
             self._marks.popitem(last=False)
@@ -101,41 +119,40 @@ class Quarantine:
             del self._marks[fingerprint]
             log.info("suspect cleared", extra=_facts(fingerprint))
 
-    def _tried(self, deployment: str, trial: _Trial, fingerprint: bytes) -> "Passage":
-        """The passage of one whose turn it is, unless it was convicted, or cleared, while it waited."""
+    def give_back(self, where: _Where) -> None:
+        """A place is free for the next."""
+        self._places[where].turn.release()
+        self._unconcerned(where)
 
-        def leave() -> None:
-            trial.turn.release()
-            self._left(deployment, trial)
-
+    async def _take(self, where: _Where) -> None:
+        place = self._places.setdefault(where, _Place())
+        place.concerned += 1
         try:
-            mark = self._known(fingerprint)
-        except CloisterError:
-            leave()
+            await place.turn.acquire()
+        except BaseException:
+            self._unconcerned(where)
             raise
-        if mark is None:
-            leave()
-            return Passage(self, fingerprint, None)
-        return Passage(self, fingerprint, leave)
 
-    def _known(self, fingerprint: bytes) -> _Mark | None:
-        """What is held against a request at present.
+    def _unconcerned(self, where: _Where) -> None:
+        self._places[where].concerned -= 1
+        if not self._places[where].concerned:
+            del self._places[where]
+
+    def _strikes(self, fingerprint: bytes) -> int:
+        """How often the worker has died over a request, of late.
 
         Raises:
             CloisterError: REQUEST_QUARANTINED.
         """
         mark = self._marks.get(fingerprint)
-        if mark is not None and mark.until <= self._monotonic():
+        if mark is None:
+            return 0
+        if mark.until <= self._monotonic():
             del self._marks[fingerprint]
-            return None
-        if mark is not None and mark.convicted:
+            return 0
+        if mark.convicted:
             raise _quarantined()
-        return mark
-
-    def _left(self, deployment: str, trial: _Trial) -> None:
-        trial.concerned -= 1
-        if not trial.concerned:
-            del self._trials[deployment]
+        return mark.strikes
 
 
 class Passage:
@@ -144,22 +161,31 @@ class Passage:
     Args:
         quarantine: what the end is told to.
         fingerprint: the request's.
-        leave: gives a suspect's place free; None for a request that is not suspected.
+
+    Attributes:
+        strikes: it had when it was let in; one with any is a suspect.
+        held: places of suspects that it has.
     """
 
-    __slots__ = ("_fingerprint", "_leave", "_over", "_quarantine")
+    __slots__ = ("_fingerprint", "_first_row", "_over", "_quarantine", "held", "strikes")
 
-    def __init__(self, quarantine: Quarantine, fingerprint: bytes, leave: Callable[[], None] | None) -> None:
+    def __init__(self, quarantine: Quarantine, fingerprint: bytes) -> None:
+        self.strikes = 0
+        self.held: list[_Where] = []
         self._quarantine = quarantine
         self._fingerprint = fingerprint
-        self._leave = leave
+        self._first_row: float | None = None
         self._over = False
 
-    def died(self) -> None:
-        """The worker died before it had ended the request."""
-        if not self._over:
-            self._quarantine.strike(self._fingerprint, on_trial=self._leave is not None)
-            self.left()
+    def answered(self) -> None:
+        """A row came: the worker does not hang over it; the next suspect may begin when this one had its time."""
+        if not self.held:
+            return
+        now = self._quarantine.now()
+        if self._first_row is None:
+            self._first_row = now
+        if now - self._first_row >= HOLD_S:
+            self.give_way()
 
     def survived(self) -> None:
         """The engine answered to the end."""
@@ -169,10 +195,24 @@ class Passage:
 
     def left(self) -> None:
         """The request is no longer in the engine, and that proves nothing."""
-        if not self._over:
-            self._over = True
-            if self._leave is not None:
-                self._leave()
+        self._over = True
+        self.give_way()
+
+    def give_way(self) -> None:
+        """Leave the places of suspects to others."""
+        held, self.held = self.held, []
+        for where in held:
+            self._quarantine.give_back(where)
+
+    @staticmethod
+    def died(passages: Iterable["Passage"]) -> None:
+        """One worker died before it had ended these requests."""
+        there = [passage for passage in passages if not passage._over]
+        alone = len({passage._fingerprint for passage in there if passage.strikes}) == 1
+        for passage in there:
+            convicted = passage.strikes > 1 or (passage.strikes == 1 and alone)
+            passage._quarantine.strike(passage._fingerprint, passage.strikes + 1, convicted)
+            passage.left()
 
 
 def fingerprint_of(model_digest: str, submit: engine_pb2.Submit, seed_given: bool) -> bytes:
@@ -198,8 +238,8 @@ def _facts(fingerprint: bytes) -> dict[str, str]:
 def _quarantined() -> CloisterError:
     return CloisterError(
         "REQUEST_QUARANTINED",
-        "the model's engine died over this very request twice; it is not tried again within the hour. Change the "
-        "request, and tell the appliance's operator",
+        "the model's engine died over this very request more than once; it is not tried again within the hour. "
+        "Change the request, and tell the appliance's operator",
         grpc.StatusCode.FAILED_PRECONDITION,
     )
 
@@ -208,7 +248,7 @@ def _suspects_busy() -> CloisterError:
     return CloisterError(
         "ENGINE_SUSPECTS_BUSY",
         "the model's engine died while it had this request, perhaps among others; such requests are tried one "
-        "at a time, and another is at present; try again",
+        "after the other, and others are at present; try again",
         grpc.StatusCode.UNAVAILABLE,
         retry_after=timedelta(seconds=2),
     )

@@ -46,6 +46,7 @@ class Session:
         self._rows: dict[int, Rows] = {}
         self._given_up: dict[int, Rows] = {}
         self._passages: dict[int, Passage] = {}
+        self._unsent: set[int] = set()
         self._commands: asyncio.Queue[engine_pb2.SessionRequest] = asyncio.Queue()
         self._tasks = (asyncio.create_task(self._read()), asyncio.create_task(self._write()))
 
@@ -68,6 +69,7 @@ class Session:
             return rows
         self._rows[handle] = rows
         self._passages[handle] = passage
+        self._unsent.add(handle)
         self._commands.put_nowait(engine_pb2.SessionRequest(submit=request))
         return rows
 
@@ -120,6 +122,7 @@ class Session:
             if rows is None:
                 continue
             rows.put(row)
+            self._passages[row.handle].answered()
             if row.HasField("end") and rows.ended:
                 self._ended(rows)
 
@@ -137,16 +140,19 @@ class Session:
         """Send commands until the stream ends; `_read` learns why it did."""
         with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
             while True:
-                await self._call.write(await self._commands.get())
+                command = await self._commands.get()
+                await self._call.write(command)
+                self._unsent.discard(command.submit.handle)
 
     def _break(self, died: bool = False) -> None:
+        """End everything; a worker that died is held against what had been written to it, and nothing else."""
         self.broken = True
+        if died:
+            Passage.died(passage for handle, passage in self._passages.items() if handle not in self._unsent)
         for passage in self._passages.values():
-            if died:
-                passage.died()
-            else:
-                passage.left()
+            passage.left()
         self._passages.clear()
+        self._unsent.clear()
         self.fail_all(EngineGoneError())
         self._rows.clear()
         self._given_up.clear()

@@ -120,7 +120,7 @@ class Walk:
         prompt = list(await near.texts.prepare(place.text_socket, request.prompt))
         submit = self._submission(place, prompt)
         fingerprint = fingerprint_of(place.model_digest, submit, request.parameters.seed_given)
-        passage = await near.quarantine.enter(place.deployment, fingerprint)
+        passage = await near.quarantine.enter(place.deployment, place.scope, fingerprint)
         try:
             session = await near.sessions.open(place.worker_socket)
             started = self._now()

@@ -1,7 +1,7 @@
 """A request that kills the engine twice is found out and kept away; those beside it are not."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -9,7 +9,7 @@ import pytest
 
 from appliance.client import CloisterError
 from appliance.gateway import quarantine
-from appliance.gateway.quarantine import TERM_S, Passage, Quarantine, fingerprint_of
+from appliance.gateway.quarantine import HOLD_S, TERM_S, Passage, Quarantine, fingerprint_of
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
 from engine.protos import engine_pb2
 from tests.appliance.gateway_house import API_KEY, House, Send, end, one_word_then_silence, open_house, say
@@ -125,6 +125,20 @@ async def test_a_suspect_waits_for_the_one_before_it_but_not_for_long(
         assert (await client.generate("notes", "bb").result()).text == "Hello"
 
 
+async def test_a_tenants_suspects_keep_no_other_tenant_waiting(house: House) -> None:
+    await killed_over(house, "a")
+    house.control.scope = "s2"
+    await killed_over(house, "a")
+    house.worker.script = one_word_then_silence
+    async with house.client() as client:
+        first = client.generate("notes", "a")
+        assert await anext(first) == "Hel"
+        house.control.scope = "s1"
+        house.worker.script = say("Hello")
+        assert await asyncio.wait_for(answer(house, "a"), quarantine.WAIT_S / 2) == "Hello"
+        first.cancel()
+
+
 async def test_who_waits_for_its_turn_may_go_away(house: House) -> None:
     await killed_over(house, "a", "bb")
     house.worker.script = one_word_then_silence
@@ -204,56 +218,156 @@ async def test_neither_another_tenant_nor_another_model_nor_other_tokens_are_the
         await answer(house, KILLER)
 
 
+async def enter(known: Quarantine, name: bytes, scope: str = "s1", deployment: str = "notes") -> Passage:
+    """Let in without a wait; a test that would wait fails."""
+    async with asyncio.timeout(0.2):
+        return await known.enter(deployment, scope, name)
+
+
+async def suspects(known: Quarantine, *names: bytes) -> None:
+    """The worker dies over these, none of which it had before."""
+    Passage.died([await enter(known, name) for name in names])
+
+
+async def is_let_in(known: Quarantine, name: bytes, scope: str = "s1", deployment: str = "notes") -> bool:
+    try:
+        (await enter(known, name, scope, deployment)).left()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def is_convicted(known: Quarantine, name: bytes) -> bool:
+    try:
+        (await enter(known, name)).left()
+    except CloisterError as error:
+        return error.code == "REQUEST_QUARANTINED"
+    return False
+
+
 async def test_a_convict_is_let_in_again_after_its_term() -> None:
     now = 0.0
     known = Quarantine(lambda: now)
-    (await known.enter("notes", b"f")).died()
-    (await known.enter("notes", b"f")).died()
+    await suspects(known, b"f")
+    Passage.died([await enter(known, b"f")])
     now = TERM_S - 1
-    with pytest.raises(CloisterError, match="REQUEST_QUARANTINED"):
-        await known.enter("notes", b"f")
+    assert await is_convicted(known, b"f")
     now = TERM_S + 1
-    (await known.enter("notes", b"f")).left()
+    assert await is_let_in(known, b"f")
 
 
-async def test_of_two_deaths_at_once_each_counts_and_a_passage_ends_only_once() -> None:
+async def test_a_death_counts_once_however_often_the_worker_had_the_request_and_a_passage_ends_once() -> None:
     known = Quarantine()
-    first, copy = await known.enter("notes", b"f"), await known.enter("notes", b"f")
-    first.died()
-    copy.died()
-    alone = await known.enter("notes", b"f")
+    await suspects(known, b"f", b"f")
+    alone = await enter(known, b"f")
     alone.left()
-    alone.died()
-    again = await known.enter("notes", b"f")
-    again.survived()
-    (await known.enter("notes", b"f")).died()
-    (await known.enter("notes", b"f")).left()
+    Passage.died([alone])
+    (await enter(known, b"f")).survived()
+    await suspects(known, b"f")
+    assert not await is_convicted(known, b"f")
 
 
-async def test_each_deployment_tries_its_own_suspects() -> None:
+async def test_each_deployment_and_each_tenant_tries_its_own_suspects() -> None:
     known = Quarantine()
-    for name in (b"f", b"g"):
-        (await known.enter("notes", name)).died()
-    here = await known.enter("notes", b"f")
-    elsewhere = await asyncio.wait_for(known.enter("other", b"g"), 1)
-    waiting = asyncio.create_task(known.enter("notes", b"g"))
+    await suspects(known, b"f", b"g", b"h")
+    here = await enter(known, b"f")
+    assert not await is_let_in(known, b"g")
+    assert await is_let_in(known, b"g", scope="s2")
+    assert await is_let_in(known, b"g", deployment="other")
+    waiting = asyncio.create_task(known.enter("notes", "s1", b"g"))
     await asyncio.sleep(0.01)
     assert not waiting.done()
-    elsewhere.left()
     here.survived()
     (await waiting).left()
+    assert known._places == {}
+
+
+async def test_of_suspects_of_several_tenants_none_is_convicted_until_it_is_known_which() -> None:
+    known = Quarantine()
+    await suspects(known, b"killer", b"other")
+    Passage.died([await enter(known, b"killer", "s1"), await enter(known, b"other", "s2")])
+    trial = await enter(known, b"killer", "s1")
+    assert not await is_let_in(known, b"other", "s2"), "these two are tried one after the other"
+    await suspects(known, b"third")
+    assert await is_let_in(known, b"third", "s2"), "that no one-time suspect waits for"
+    Passage.died([trial])
+    assert await is_convicted(known, b"killer")
+    (await enter(known, b"other", "s2")).survived()
+    assert await is_let_in(known, b"other", "s2")
+    assert known._places == {}
+
+
+async def test_who_is_answered_for_long_gives_its_place_to_the_next_and_stays_a_suspect() -> None:
+    now = 0.0
+    known = Quarantine(lambda: now)
+    await suspects(known, b"long", b"next")
+    long = await enter(known, b"long")
+    now = 3 * HOLD_S
+    assert not await is_let_in(known, b"next"), "a worker that has not answered may hang"
+    long.answered()
+    now += HOLD_S - 1
+    long.answered()
+    assert not await is_let_in(known, b"next")
+    now += 1
+    long.answered()
+    beside = await enter(known, b"next")
+    beside.left()
+    assert known._places == {}
+    Passage.died([long])
+    assert await is_convicted(known, b"long")
+    assert not await is_convicted(known, b"next")
+
+
+async def test_who_gives_up_waiting_for_one_place_leaves_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quarantine, "WAIT_S", 0.05)
+    known = Quarantine()
+    await suspects(known, b"f", b"g")
+    Passage.died([await enter(known, b"f", "s1"), await enter(known, b"g", "s2")])
+    holder = await enter(known, b"f", "s1")
+    with pytest.raises(CloisterError, match="ENGINE_SUSPECTS_BUSY"):
+        await known.enter("notes", "s2", b"g")
+    going = asyncio.create_task(known.enter("notes", "s2", b"g"))
+    await asyncio.sleep(0.01)
+    going.cancel()
+    await asyncio.gather(going, return_exceptions=True)
+    await suspects(known, b"h")
+    assert await is_let_in(known, b"h", "s2")
+    holder.left()
+    assert known._places == {}
 
 
 async def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quarantine, "_MOST_MARKS", 10)
     known = Quarantine()
     for index in range(50):
-        Passage(known, b"%d" % index, None).died()
+        await suspects(known, b"%d" % index)
     assert len(known._marks) == 10
     assert b"49" in known._marks
     for index in range(40, 50):
-        (await known.enter("notes", b"%d" % index)).survived()
-    assert (known._marks, known._trials) == ({}, {})
+        (await enter(known, b"%d" % index)).survived()
+    assert (known._marks, known._places) == ({}, {})
+
+
+async def test_what_was_never_written_to_the_worker_is_not_held_against_a_request(house: House) -> None:
+    """The worker stands still and its stream is full when it is killed."""
+    house.worker.script = one_word_then_silence
+    async with house.client() as client:
+        first = client.generate("notes", "a")
+        assert await anext(first) == "Hel"
+        (session,) = house.gateway._sessions._live.values()
+        written = asyncio.Event()
+        session._call.write = lambda command: written.wait()  # as when HTTP/2 has no window left
+        second = asyncio.create_task(client.generate("notes", "bb", retry=False).result())
+        await _until(lambda: session.num_running == 2)
+        await house.kill("worker-notes")
+        results = await asyncio.gather(second, first.result(), return_exceptions=True)
+    assert [getattr(result, "code", "") for result in results] == ["ENGINE_UNAVAILABLE", "ENGINE_RESTARTED"]
+    assert len(house.gateway._service._neighbours.quarantine._marks) == 1, "only the one that the worker had"
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
 
 
 def test_a_fingerprint_holds_a_seed_only_when_the_client_chose_it() -> None:
