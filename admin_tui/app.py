@@ -35,6 +35,19 @@ _THEME = Theme(
     name="cloister", primary=colours.MUTED, foreground=colours.INK, background=colours.PAPER,
     surface=colours.PAPER, panel=colours.PAPER, dark=True,
 )  # fmt: skip
+# Layout alone; colours are the tones' (widgets/colours.py). No scrollbars: they cost characters and bytes.
+_LAYOUT = """
+* { scrollbar-size: 0 0; }
+#status, #tabs, #note, #keys { height: 1; }
+#pages { height: 1fr; margin-top: 1; }
+#pages > Vertical { height: 1fr; }
+.head { height: 2; }
+.two { height: 3; }
+#import { height: 3; }
+#detail { height: 1fr; }
+.dashboard #pages { height: 3fr; }
+.dashboard #detail { height: 2fr; }
+"""
 
 
 class ConsoleApp(App[None]):
@@ -51,7 +64,7 @@ class ConsoleApp(App[None]):
         driver_class: what paints; Textual's choice when absent.
     """
 
-    CSS_PATH = "console.tcss"
+    CSS = _LAYOUT
     ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(",".join(a.keys), f"do('{a.id}')", show=False) for a in ACTIONS
