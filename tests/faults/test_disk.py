@@ -15,6 +15,7 @@ import pytest
 from tests.e2e.appliance import eventually
 from tests.faults.house import LIMIT_S, Ended, House, Running, ends, under_way
 
+pytestmark = pytest.mark.timeout(600)  # on a busy machine the appliance alone takes a minute to start
 STREAMS = 6
 REFUSALS = {
     (grpc.StatusCode.UNAVAILABLE, "AUDIT_BLOCKED"),  # the intent or the outcome cannot be recorded

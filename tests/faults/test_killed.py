@@ -3,10 +3,12 @@
 import asyncio
 
 import grpc
+import pytest
 
 from tests.e2e.appliance import eventually
 from tests.faults.house import LIMIT_S, House, ends, under_way
 
+pytestmark = pytest.mark.timeout(600)  # on a busy machine the appliance alone takes a minute to start
 STREAMS = 4
 
 

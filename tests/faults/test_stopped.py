@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults.house import Ended, House, Running, ends, stopped, under_way
 
+pytestmark = pytest.mark.timeout(600)  # on a busy machine the appliance alone takes a minute to start
 STREAMS = 8
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 

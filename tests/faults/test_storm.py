@@ -17,6 +17,7 @@ from appliance.protos import inference_pb2_grpc
 from tests.e2e.appliance import ALIAS, eventually
 from tests.faults.house import LIMIT_S, TENANT, Ended, House, Running, ends, load
 
+pytestmark = pytest.mark.timeout(600)  # on a busy machine the appliance alone takes a minute to start
 CONNECTIONS = 5  # one carries at most 256 calls
 MOST_FDS_MORE = 8
 MOST_BYTES_MORE = 96 << 20  # what a thousand streams at once need at their peak stays with the allocators
