@@ -11,9 +11,11 @@ from engine.protos import engine_pb2
 
 # A client that keeps up gets one message per step. Behind by more than this many rows, it gets them merged.
 MERGE_AFTER = 32
-# Behind by more than this, it is cut off. A row counts with what Python needs to keep it.
+# Behind by more than this, merged, it is cut off. A row counts with what Python needs to keep it.
 MAX_PENDING_BYTES = 256 << 10
 _ROW_BYTES = 256
+# A merged row takes no further one beyond this: its message must pass clients that take 4 MiB, gRPC's default.
+_MAX_MERGED_BYTES = 256 << 10
 
 
 class EngineGoneError(Exception):
@@ -29,6 +31,9 @@ class Rows:
         answers: how many answers the request has; each ends by itself.
         allowance: bytes that may wait beside MAX_PENDING_BYTES, for what is known to come in one go.
 
+    What comes before anybody reads waits without a bound of its own: not the client keeps it waiting then, but the
+    record of the request, which has seconds for it.
+
     Attributes:
         ends: the worker's last word on each answer that has ended, by index.
         interrupt: called when the call must end now, because who writes to a slow client may wait for ever.
@@ -43,6 +48,7 @@ class Rows:
         self._max_bytes = MAX_PENDING_BYTES + allowance
         self._pending: deque[engine_pb2.Row] = deque()
         self._pending_bytes = 0
+        self._is_read = False
         self._error: Exception | None = None
         self._changed = asyncio.Event()
         self._over = asyncio.Event()
@@ -78,8 +84,10 @@ class Rows:
         self._pending.append(row)
         self._pending_bytes += row.ByteSize() + _ROW_BYTES
         self._changed.set()
-        if self._pending_bytes > self._max_bytes:
-            self.fail(slow_client())
+        if self._is_read and self._pending_bytes > 2 * self._max_bytes:
+            self._merge()
+            if self._pending_bytes > self._max_bytes:
+                self.fail(slow_client())
 
     def fail(self, error: Exception) -> None:
         """There will be no more rows; with a CloisterError the call ends now, else once it has what came."""
@@ -120,11 +128,17 @@ class Rows:
             self._changed.clear()
             await self._changed.wait()
         if len(self._pending) > MERGE_AFTER:
-            self._pending = deque(_merged(self._pending))
-            self._pending_bytes = sum(row.ByteSize() + _ROW_BYTES for row in self._pending)
+            self._merge()
+        if not self._is_read:
+            self._is_read = True
+            self._max_bytes += self._pending_bytes
         row = self._pending.popleft()
         self._pending_bytes -= row.ByteSize() + _ROW_BYTES
         return row
+
+    def _merge(self) -> None:
+        self._pending = deque(_merged(self._pending))
+        self._pending_bytes = sum(row.ByteSize() + _ROW_BYTES for row in self._pending)
 
     def abort(self) -> None:
         """Tell the worker to forget the request, unless it has ended."""
@@ -150,19 +164,29 @@ def slow_client() -> CloisterError:
 
 
 def _merged(rows: Iterable[engine_pb2.Row]) -> Iterable[engine_pb2.Row]:
-    """One row for each answer, in the order in which they first appear."""
-    by_answer: dict[int, list[engine_pb2.Row]] = {}
+    """One row for each answer, several where one would be too large, in the order in which they first appear."""
+    parts: list[list[engine_pb2.Row]] = []
+    open_parts: dict[int, tuple[list[engine_pb2.Row], int]] = {}
     for row in rows:
-        by_answer.setdefault(row.index, []).append(row)
-    for index, its in by_answer.items():
-        merged = engine_pb2.Row(handle=its[0].handle, index=index, text="".join(row.text for row in its))
-        for row in its:
-            merged.token_ids.extend(row.token_ids)
-            merged.logprobs.extend(row.logprobs)
-            merged.prompt_logprobs.extend(row.prompt_logprobs)
-        if its[-1].HasField("end"):
-            merged.end.CopyFrom(its[-1].end)
-        yield merged
+        part, size = open_parts.get(row.index, ([], 0))
+        if not part or size > _MAX_MERGED_BYTES:
+            part, size = [], 0
+            parts.append(part)
+        part.append(row)
+        open_parts[row.index] = part, size + row.ByteSize()
+    return map(_joined, parts)
+
+
+def _joined(its: list[engine_pb2.Row]) -> engine_pb2.Row:
+    """Rows of one answer as one row."""
+    joined = engine_pb2.Row(handle=its[0].handle, index=its[0].index, text="".join(row.text for row in its))
+    for row in its:
+        joined.token_ids.extend(row.token_ids)
+        joined.logprobs.extend(row.logprobs)
+        joined.prompt_logprobs.extend(row.prompt_logprobs)
+    if its[-1].HasField("end"):
+        joined.end.CopyFrom(its[-1].end)
+    return joined
 
 
 def _nothing() -> None:

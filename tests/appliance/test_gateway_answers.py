@@ -212,12 +212,14 @@ async def _deltas(stream: Any) -> list[Any]:
     return [delta async for delta in stream.deltas()]
 
 
-def test_the_rows_of_a_prompt_have_room_only_as_far_as_they_were_asked_for() -> None:
+async def test_the_rows_of_a_prompt_have_room_only_as_far_as_they_were_asked_for() -> None:
     rows = Rows(1, lambda: None, allowance=MAX_PENDING_BYTES)
-    for _ in range(3):
-        rows.put(engine_pb2.Row(handle=1, text="y" * (MAX_PENDING_BYTES // 2)))
+    rows.put(engine_pb2.Row(handle=1, text="y"))
+    await rows.next()
+    for _ in range(15):
+        rows.put(engine_pb2.Row(handle=1, text="y" * (MAX_PENDING_BYTES // 4)))
     assert rows.error is None
-    rows.put(engine_pb2.Row(handle=1, text="y" * (MAX_PENDING_BYTES // 2)))
+    rows.put(engine_pb2.Row(handle=1, text="y" * (MAX_PENDING_BYTES // 4)))
     assert isinstance(rows.error, CloisterError)
 
 

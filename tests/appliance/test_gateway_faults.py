@@ -385,11 +385,54 @@ async def test_pending_rows_are_bounded_and_the_writer_is_interrupted() -> None:
     interrupted: list[bool] = []
     rows = Rows(1, lambda: None)
     rows.interrupt = lambda: interrupted.append(True)
-    for _ in range(2 * MAX_PENDING_BYTES // 1024):
+    rows.put(a_row("y"))
+    await rows.next()
+    for _ in range(2 * MAX_PENDING_BYTES // 1024 + 1):
         rows.put(a_row("y" * 1024))
     assert interrupted == [True]
     with pytest.raises(CloisterError, match="SLOW_CLIENT"):
         await rows.next()
+
+
+async def test_many_small_rows_are_merged_before_they_are_too_much() -> None:
+    rows = Rows(1, lambda: None)
+    rows.put(a_row("y"))
+    await rows.next()
+    for _ in range(20_000):
+        rows.put(a_row("y"))
+    assert rows.error is None
+    assert (await rows.next()).text == "y" * 20_000
+
+
+async def test_what_waits_for_the_record_of_the_request_is_not_held_against_the_client(house: House) -> None:
+    house.control.hold["AwaitIntent"] = asyncio.Event()
+
+    async def script(submit: Any, send: Send) -> None:
+        for _ in range(80):
+            send("y" * 8192, [1])
+        send(end=end(completion_tokens=80))
+
+    house.worker.script = script
+    async with house.client() as client:
+        answer = asyncio.create_task(client.generate("notes", "x").result())
+        await house.control.arrived["AwaitIntent"].wait()
+        (session,) = house.gateway._sessions._live.values()
+        while session.num_running:
+            await asyncio.sleep(0.01)
+        house.control.hold["AwaitIntent"].set()
+        assert (await answer).text == "y" * (80 * 8192)
+
+
+async def test_a_merged_row_stays_small_enough_for_one_message() -> None:
+    rows = Rows(1, lambda: None)
+    for _ in range(80):
+        rows.put(a_row("y" * (64 << 10)))
+    rows.put(a_row("", (), end(completion_tokens=80)))
+    found = [await rows.next()]
+    while not found[-1].HasField("end"):
+        found.append(await rows.next())
+    assert max(row.ByteSize() for row in found) < 1 << 20
+    assert sum(len(row.text) for row in found) == 80 * (64 << 10)
 
 
 async def test_rows_that_came_before_the_engine_went_are_delivered_first() -> None:
@@ -479,7 +522,7 @@ async def test_after_a_storm_of_cancellations_every_lease_is_settled(
 
 def a_passage() -> Passage:
     """The way in of a request that nothing is held against."""
-    return Passage(Quarantine(), b"", None)
+    return Passage(Quarantine(), b"")
 
 
 async def until(condition: Any) -> None:
