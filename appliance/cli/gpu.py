@@ -44,7 +44,8 @@ def _shown(found: admin_pb2.ListDevicesResponse) -> str:
 
 
 def _device(device: admin_pb2.Device) -> list[str]:
-    memory = f"{size(device.memory_available_bytes)} available of {size(device.memory_bytes)}"
+    told = f"{size(device.memory_available_bytes)} available of {size(device.memory_bytes)}"
+    memory = told if device.memory_bytes else "not told to this user; its slices have it"
     facts = {
         "name": device.name,
         "memory": memory,

@@ -22,6 +22,7 @@ from engine.protos import engine_pb2, engine_pb2_grpc
 WAITING = "waiting for engine-host"
 _TELL_LIMIT_S = 5.0
 _ASK_LIMIT_S = 5.0
+_DEVICES_LIMIT_S = 30.0  # a driver that sleeps takes 1 to 3 s for each device
 _REACH_LIMIT_S = 2.0
 _PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
@@ -107,7 +108,7 @@ class Deployments:
         """
         host = await self._reachable()
         try:
-            return await host.GetInventory(engine_pb2.GetInventoryRequest(), timeout=_ASK_LIMIT_S)
+            return await host.GetInventory(engine_pb2.GetInventoryRequest(), timeout=_DEVICES_LIMIT_S)
         except grpc.aio.AioRpcError as error:
             raise _refusal(error) from error
 

@@ -85,7 +85,8 @@ def read_recorded(path: Path) -> Inventory:
         EngineError: INVENTORY_INVALID; the message names the device and the field.
         OSError: the file cannot be read.
     """
-    content = path.read_bytes()
+    with path.open("rb") as file:
+        content = file.read(_MAX_FILE_BYTES + 1)
     if len(content) > _MAX_FILE_BYTES:
         raise _invalid(path, f"it has more than {_MAX_FILE_BYTES} bytes")
     fields = load_object(content, str(path), "INVENTORY_INVALID")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import EngineError
-from engine.host.inventory import CPU, Inventory, measure
+from engine.host.inventory import CPU, Inventory, cpu_device, measure
 from engine.launch import Launch
 from engine.memory import own_bytes
 from engine.memory_plan import MemoryPlan, plan_memory, read_model
@@ -49,11 +49,7 @@ class Planner:
             workers: process ids by the names of deployments.
         """
         now = self._recorded or measure()
-        cpu = engine_pb2.Device()
-        cpu.CopyFrom(now.cpu)
-        left = cpu.memory_available_bytes - self._owed(workers)
-        cpu.memory_available_bytes = max(0, left)
-        return dataclasses.replace(now, devices=(cpu, *now.devices[1:]))
+        return dataclasses.replace(now, devices=(self._left(now.cpu, workers), *now.devices[1:]))
 
     def plan(
         self, deployment: engine_pb2.Deployment, workers: Mapping[str, int], device: str = ""
@@ -64,12 +60,13 @@ class Planner:
             EngineError: DEVICE_NOT_FOUND, DEVICE_UNSUPPORTED, OPTIONS_INVALID, or why its files tell nothing.
         """
         others = {name: pid for name, pid in workers.items() if name != deployment.name}
-        now = self.inventory(others)
-        self._check_device(now, device or CPU)
+        if device not in ("", CPU):
+            raise self._unsupported(device)
+        cpu = self._left(self._recorded.cpu if self._recorded else cpu_device(), others)
         replaced = workers.get(deployment.name, 0)
-        available = now.cpu.memory_available_bytes + (self._held(str(replaced)) if replaced else 0)
-        made = self._plan(deployment, available, now.cpu.cores)
-        return plan_message(made, now.recorded_from)
+        available = cpu.memory_available_bytes + (self._held(str(replaced)) if replaced else 0)
+        made = self._plan(deployment, available, cpu.cores)
+        return plan_message(made, self._recorded.recorded_from if self._recorded else "")
 
     def promise(self, deployments: Mapping[str, engine_pb2.Deployment], workers: Mapping[str, int]) -> None:
         """From now on these deployments, and no others, have a right to what they are planned to take.
@@ -102,11 +99,18 @@ class Planner:
             done.options.kv_blocks = deployment.options.kv_blocks or promise.plan.options.kv_blocks
         return done
 
+    def _left(self, cpu: engine_pb2.Device, workers: Mapping[str, int]) -> engine_pb2.Device:
+        """The CPU without what is promised of it."""
+        left = engine_pb2.Device()
+        left.CopyFrom(cpu)
+        left.memory_available_bytes = max(0, cpu.memory_available_bytes - self._owed(workers))
+        return left
+
     def _owed(self, workers: Mapping[str, int]) -> int:
         """Bytes promised to deployments that they do not hold yet."""
         return sum(
             max(0, promise.plan.total_bytes - (self._held(str(workers[name])) if workers[name] else 0))
-            for name, promise in self._promised.items()
+            for name, promise in tuple(self._promised.items())  # another thread may be promising
             if name in workers
         )
 
@@ -118,17 +122,17 @@ class Planner:
             raise EngineError("FILE_MISSING", f"the model's files cannot be read: {error.strerror}") from error
         return plan_memory(model, engine_options(deployment.options), available, cores - _CORES_KEPT)
 
-    @staticmethod
-    def _check_device(now: Inventory, wanted: str) -> None:
+    def _unsupported(self, wanted: str) -> EngineError:
+        """Why nothing can be planned on a device that is not the CPU."""
+        now = self._recorded or measure()
         known = {device.id: device for device in now.devices}
         if wanted not in known:
-            raise EngineError("DEVICE_NOT_FOUND", f"there is no device {wanted}; `cloister gpu list` names them")
-        if wanted != CPU:
-            raise EngineError(
-                "DEVICE_UNSUPPORTED",
-                f"{known[wanted].name} is listed and not used: this engine has no backend for CUDA devices yet; "
-                "nothing can be planned or loaded there, models run on cpu",
-            )
+            return EngineError("DEVICE_NOT_FOUND", f"there is no device {wanted}; `cloister gpu list` names them")
+        return EngineError(
+            "DEVICE_UNSUPPORTED",
+            f"{known[wanted].name} is listed and not used: this engine has no backend for CUDA devices yet; "
+            "nothing can be planned or loaded there, models run on cpu",
+        )
 
 
 def engine_options(options: engine_pb2.DeploymentOptions) -> EngineOptions:

@@ -3,6 +3,8 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -40,6 +42,7 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         self._policy = policy or RestartPolicy()
         self._planner = Planner(store, inventory)
         self._planning = asyncio.Lock()
+        self._asking = ThreadPoolExecutor(1, "inventory")  # one call of a driver that hangs holds one thread
         self._slots: dict[str, DeploymentSlot] = {}
         self._lives: dict[str, asyncio.Task[None]] = {}
         self._version = 0
@@ -51,9 +54,9 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         request: engine_pb2.GetInventoryRequest,
         context: grpc.aio.ServicerContext[engine_pb2.GetInventoryRequest, engine_pb2.GetInventoryResponse],
     ) -> engine_pb2.GetInventoryResponse:
-        """The devices of this machine, or those of the recorded inventory."""
-        async with self._planning:
-            now = await asyncio.to_thread(self._planner.inventory, self._workers())
+        """The devices of this machine, or those of the recorded inventory; no plan waits for a slow driver."""
+        work = partial(self._planner.inventory, self._workers())
+        now = await asyncio.get_running_loop().run_in_executor(self._asking, work)
         return engine_pb2.GetInventoryResponse(devices=now.devices, recorded_from=now.recorded_from, nvml=now.nvml)
 
     async def PlanDeployment(  # noqa: N802

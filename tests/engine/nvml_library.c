@@ -1,5 +1,6 @@
 /* A stand-in for libnvidia-ml.so.1 with NVML's structures and return codes: two devices, one of them sliced.
-   NVML_FAILS names a function that returns NVML_ERROR_UNKNOWN (999). */
+   NVML_FAILS names a function that returns NVML_ERROR_UNKNOWN (999). With NVML_UNPRIVILEGED the sliced device's
+   memory is not told, as NVML tells it to privileged users only; with NVML_EMPTY it has no slice. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -34,7 +35,8 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned int i, device_t **d) { ANSWER; *d = &
 int nvmlDeviceGetName(device_t *d, char *out, unsigned int n) { ANSWER; return put(out, n, d->name); }
 int nvmlDeviceGetUUID(device_t *d, char *out, unsigned int n) { ANSWER; return put(out, n, d->uuid); }
 int nvmlDeviceGetMemoryInfo(device_t *d, memory_t *m) {
-    ANSWER; m->total = d->total; m->free = d->free; m->used = d->total - d->free; return 0;
+    ANSWER; if (d == &devices[1] && getenv("NVML_UNPRIVILEGED")) return 4; /* NVML_ERROR_NO_PERMISSION */
+    m->total = d->total; m->free = d->free; m->used = d->total - d->free; return 0;
 }
 int nvmlDeviceGetCudaComputeCapability(device_t *d, int *major, int *minor) {
     ANSWER; if (!d->whole) return 3; *major = d == devices ? 9 : 8; *minor = 0; return 0;
@@ -50,6 +52,6 @@ int nvmlDeviceGetMigMode(device_t *d, unsigned int *current, unsigned int *pendi
 }
 int nvmlDeviceGetMaxMigDeviceCount(device_t *d, unsigned int *count) { ANSWER; (void)d; *count = 7; return 0; }
 int nvmlDeviceGetMigDeviceHandleByIndex(device_t *d, unsigned int i, device_t **out) {
-    ANSWER; (void)d; if (i != 2) return 6; /* NVML_ERROR_NOT_FOUND */
+    ANSWER; (void)d; if (i != 2 || getenv("NVML_EMPTY")) return i ? 6 : 2; /* NVML_ERROR_NOT_FOUND, _INVALID_ARGUMENT */
     *out = &slice; return 0;
 }

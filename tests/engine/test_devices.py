@@ -10,7 +10,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from engine.errors import EngineError
-from engine.host import nvml
+from engine.host import nvml, planning
 from engine.host.inventory import Inventory, measure, read_recorded
 from engine.host.planning import Planner
 from engine.protos import engine_pb2
@@ -54,13 +54,17 @@ def test_devices_and_slices_are_told_as_nvml_has_them(library: str) -> None:
         ("nvmlDeviceGetHandleByIndex_v2", [], "device 0: nvmlDeviceGetHandleByIndex_v2"),
         ("nvmlDeviceGetUUID", [], "device 1: nvmlDeviceGetUUID"),
         ("nvmlDeviceGetName", [], "nvmlDeviceGetName"),
-        ("nvmlDeviceGetMemoryInfo", [], "nvmlDeviceGetMemoryInfo"),
+        ("nvmlDeviceGetMemoryInfo", ["GPU-bbbb"], "slice 2 of GPU-bbbb: nvmlDeviceGetMemoryInfo"),
         ("nvmlDeviceGetCudaComputeCapability", ["GPU-aaaa", "GPU-bbbb", "MIG-cccc"], ""),
         ("nvmlDeviceGetTemperature", ["GPU-aaaa", "GPU-bbbb", "MIG-cccc"], ""),
         ("nvmlDeviceGetUtilizationRates", ["GPU-aaaa", "GPU-bbbb", "MIG-cccc"], ""),
         ("nvmlDeviceGetMigMode", ["GPU-aaaa", "GPU-bbbb"], ""),
-        ("nvmlDeviceGetMaxMigDeviceCount", ["GPU-aaaa", "GPU-bbbb"], ""),
-        ("nvmlDeviceGetMigDeviceHandleByIndex", ["GPU-aaaa", "GPU-bbbb"], ""),
+        ("nvmlDeviceGetMaxMigDeviceCount", ["GPU-aaaa", "GPU-bbbb"], "slices of GPU-bbbb: nvmlDeviceGetMaxMig"),
+        (
+            "nvmlDeviceGetMigDeviceHandleByIndex",
+            ["GPU-aaaa", "GPU-bbbb"],
+            "slice 0 of GPU-bbbb: nvmlDeviceGetMigDe",
+        ),
         ("nvmlShutdown", ["GPU-aaaa", "GPU-bbbb", "MIG-cccc"], ""),
     ],
 )
@@ -72,6 +76,48 @@ def test_any_call_may_fail_and_costs_no_more_than_it_tells(
     assert [device.id for device in found.devices] == ids
     assert problem in found.problem
     assert bool(problem) == bool(found.problem)
+
+
+@needs_compiler
+def test_slices_are_told_to_a_user_who_may_not_see_the_memory_of_the_whole(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVML_UNPRIVILEGED", "1")
+    found = nvml.find(library)
+    assert [device.id for device in found.devices] == ["GPU-aaaa", "GPU-bbbb", "MIG-cccc"]
+    assert [device.memory_bytes // GIB for device in found.devices] == [150, 0, 40]
+    assert found.problem == ""
+
+
+@needs_compiler
+def test_a_device_in_mig_mode_without_a_slice_has_nothing_available(
+    library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVML_EMPTY", "1")
+    found = nvml.find(library)
+    assert [device.id for device in found.devices] == ["GPU-aaaa", "GPU-bbbb"]
+    assert (found.devices[1].memory_bytes, found.devices[1].memory_available_bytes) == (80 * GIB, 0)
+    assert found.problem == ""
+
+
+def test_a_library_that_is_there_and_cannot_be_loaded_is_not_called_absent(tmp_path: Path) -> None:
+    broken = tmp_path / "libnvidia-ml.so.1"
+    broken.write_bytes(b"not a library")
+    assert f"{broken} cannot be loaded: " in nvml.find(str(broken)).problem
+
+
+def test_a_plan_for_the_cpu_wakes_no_other_device(
+    monkeypatch: pytest.MonkeyPatch, tiny_store: tuple[Path, engine_pb2.FileSet]
+) -> None:
+    def asked() -> Inventory:
+        raise AssertionError("the other devices were asked")
+
+    monkeypatch.setattr(planning, "measure", asked)
+    planner, wanted = Planner(tiny_store[0]), deployment(tiny_store[1])
+    planner.promise({"notes": wanted}, {})
+    assert planner.plan(wanted, {}, "cpu").available_bytes > 0
+    with pytest.raises(AssertionError, match="were asked"):
+        planner.plan(wanted, {}, "GPU-a")
 
 
 def test_without_the_library_the_cpu_is_the_only_device_and_the_reason_is_told() -> None:
@@ -147,11 +193,13 @@ def test_two_deployments_that_load_at_once_are_not_promised_the_same_bytes(
 ) -> None:
     store, files = tiny_store
     held: dict[str, int] = {}
-    planner = Planner(store, cpu, lambda pid: held.get(pid, 0))
     first, second = deployment(files, "first"), deployment(files, "second")
+    room = Planner(store, cpu).plan(first, {}).total_bytes * 3 // 2  # for one, not for two
+    cpu.cpu.memory_available_bytes = room
+    planner = Planner(store, cpu, lambda pid: held.get(pid, 0))
     alone = planner.plan(first, {})
     assert alone.fits
-    assert (alone.available_bytes, alone.recorded_from) == (GIB // 2, cpu.recorded_from)
+    assert (alone.available_bytes, alone.recorded_from) == (room, cpu.recorded_from)
     planner.promise({"first": first}, {})
     beside = planner.plan(second, {"first": 0})
     assert beside.available_bytes == alone.available_bytes - alone.total_bytes
@@ -159,11 +207,11 @@ def test_two_deployments_that_load_at_once_are_not_promised_the_same_bytes(
     held["7"] = alone.total_bytes  # it holds all of it now: the machine's own figure has that already
     assert planner.plan(second, {"first": 7}).fits
     assert (
-        planner.plan(first, {"first": 7}).available_bytes == GIB // 2 + alone.total_bytes
+        planner.plan(first, {"first": 7}).available_bytes == room + alone.total_bytes
     )  # it makes room for itself
-    assert planner.plan(second, {}).available_bytes == GIB // 2  # what has failed is owed nothing
+    assert planner.plan(second, {}).available_bytes == room  # what has failed is owed nothing
     planner.promise({}, {})
-    assert planner.plan(second, {"first": 0}).available_bytes == GIB // 2
+    assert planner.plan(second, {"first": 0}).available_bytes == room
 
 
 def test_two_deployments_promised_in_one_go_are_both_counted(
