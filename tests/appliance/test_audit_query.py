@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from appliance.control.audit import AuditLog, Record
+from appliance.control.audit import AuditLog, Record, store
 from appliance.control.audit.query import Filter, Page, query
 from appliance.control.audit.store import connect_reader
 from tests.appliance.audit_logs import Home, ManualClock
@@ -105,6 +105,23 @@ def test_what_bounds_a_call_is_an_index(home: Home, condition: str, index: str) 
     plan = str(connect_reader(home.db).execute(statement).fetchall())
     assert index in plan
     assert "SCAN" not in plan
+
+
+def test_a_page_that_is_soon_full_reads_no_more_than_it_shows(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def counted(path: Path) -> Any:
+        connection = connect_reader(path)
+        connection.set_progress_handler(lambda: steps.append(1), 1)
+        return connection
+
+    monkeypatch.setattr(store, "connect_reader", counted)
+    costs = []
+    for scan in (3, 30):
+        steps.clear()
+        assert numbers(ask(home, limit=2, scan=scan)) == [30, 29]
+        costs.append(len(steps))
+    assert costs[0] == costs[1]
 
 
 def test_an_empty_log_has_an_empty_page(tmp_path: Path) -> None:

@@ -84,8 +84,13 @@ def query(db: Path, wanted: Filter, before: int, limit: int, scan: int = SCAN) -
 
 
 def _lowest(connection: sqlite3.Connection, wanted: Filter, first: int, scan: int) -> int | None:
-    """The lowest sequence number to look at, `scan` records down the index in use; None for no record."""
+    """The lowest sequence number to look at, `scan` records down the index in use; None for no record.
+
+    Without an index nothing is counted, as a log has no gaps: counting would read every record on the way.
+    """
     condition, values = _indexed(wanted)
+    if not condition:
+        return max(1, min(first, store.last_sequence(connection) + 1) - scan)
     statement = f"SELECT min(seq) FROM (SELECT seq FROM rec WHERE seq<?{condition} ORDER BY seq DESC LIMIT ?)"  # noqa: S608  # ours
     lowest: int | None = connection.execute(statement, (first, *values, scan)).fetchone()[0]
     return lowest
