@@ -45,6 +45,9 @@ _ENGINE_REFUSALS = {
     "WORKER_DRAINING": grpc.StatusCode.UNAVAILABLE,
 }
 
+# Of a request's numbers the engine alone knows which tokens the model has; all others were checked before.
+_ENGINE_FIELDS = {"INVALID_SAMPLING": "sampling.logit_bias"}
+
 log = logging.getLogger(__name__)
 
 
@@ -315,4 +318,5 @@ def _engine_error(end: engine.End) -> CloisterError:
         end.error_reason or "ENGINE_ERROR",
         end.error_message or "the engine failed this request; tell the appliance's operator",
         _ENGINE_REFUSALS.get(end.error_reason, grpc.StatusCode.INTERNAL),
+        field=_ENGINE_FIELDS.get(end.error_reason),
     )

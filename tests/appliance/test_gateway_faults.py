@@ -256,11 +256,15 @@ async def test_the_engines_error_before_a_token_is_the_requests_alone(house: Hou
 
 
 @pytest.mark.parametrize(
-    ("code", "status"),
-    [("WORKER_DRAINING", grpc.StatusCode.UNAVAILABLE), ("TOKEN_OUT_OF_RANGE", grpc.StatusCode.INVALID_ARGUMENT)],
+    ("code", "status", "field"),
+    [
+        ("WORKER_DRAINING", grpc.StatusCode.UNAVAILABLE, None),
+        ("TOKEN_OUT_OF_RANGE", grpc.StatusCode.INVALID_ARGUMENT, None),
+        ("INVALID_SAMPLING", grpc.StatusCode.INVALID_ARGUMENT, "sampling.logit_bias"),
+    ],
 )
 async def test_what_the_engine_refuses_is_a_refusal_never_accepted(
-    house: House, code: str, status: grpc.StatusCode
+    house: House, code: str, status: grpc.StatusCode, field: str | None
 ) -> None:
     async def script(submit: Any, send: Send) -> None:
         send(end=end(engine_pb2.END_REASON_ERROR, error_reason=code, error_message="why"))
@@ -272,7 +276,7 @@ async def test_what_the_engine_refuses_is_a_refusal_never_accepted(
             await stream.result()
         with pytest.raises(RuntimeError, match="accepted"):
             _ = stream.accepted
-    assert (error.value.status, error.value.code) == (status, code)
+    assert (error.value.status, error.value.code, error.value.field) == (status, code, field)
     assert (await house.settled()).outcome == control_pb2.OUTCOME_REFUSED
 
 
