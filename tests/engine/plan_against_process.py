@@ -1,11 +1,15 @@
-"""Loads a model and fills its pages and steps in this process; prints the plan beside what was held and measured.
+"""Loads a model and fills its pages and steps; prints the plan beside what was held and measured, for each layout.
 
-Run as a process of its own: `python -m tests.engine.plan_against_process FOLDER OPTIONS_JSON`.
+Run as a process of its own: `python -m tests.engine.plan_against_process FOLDER LAYOUTS_JSON`. Each layout is
+measured in a process forked off before any model is loaded, so that none inherits what another leaves behind and
+the libraries are imported once.
 """
 
 import json
+import os
 import random
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +21,41 @@ from engine.options import EngineOptions
 from tests.engine.tiny import file_set, request, run
 
 
-def main(folder: Path, options: EngineOptions) -> dict[str, Any]:
-    torch.set_num_threads(options.threads)
+def main(folder: Path, layouts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)  # before the forks: threads do not survive one
     _warm_up()
+    return [_apart(folder, EngineOptions(**layout)) for layout in layouts]
+
+
+def _apart(folder: Path, options: EngineOptions) -> dict[str, Any]:
+    """`measure` in a fork of this process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.write(writing, json.dumps(measure(folder, options)).encode())
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(writing)
+    with open(reading, "rb") as answer:
+        said = answer.read()
+    assert os.waitpid(child, 0)[1] == 0, f"{options} could not be measured"
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+def measure(folder: Path, options: EngineOptions) -> dict[str, Any]:
     model = read_model(*file_set(folder))
     plan = plan_memory(model, options, 1 << 50)
     before = _restart_peak()
     loop = build_engine(*file_set(folder), options)
+    loading = _peak()
+    _restart_peak()
     runner: Any = loop._runner
     held = {"weights": held_bytes(runner._model), "kv": held_bytes(runner._kv)}
     for tensor in _tensors(runner._kv).values():
@@ -36,7 +68,7 @@ def main(folder: Path, options: EngineOptions) -> dict[str, Any]:
         loop.submit(request(handle, prompt, 4, ignore_eos=True, **sampling))
     answers = run(loop)
     assert [len(answer.token_ids) for answer in answers.values()] == [4] * len(answers), "a step failed"
-    peak = _status("VmHWM") - before
+    peak = max(loading, _peak()) - before
     planned = {"weights": plan.weights, "kv": plan.kv, "total": plan.total - plan.process}
     return {"planned": planned, "held": held, "peak": peak}
 
@@ -64,9 +96,14 @@ def held_bytes(value: Any) -> int:
 
 
 def _restart_peak() -> int:
-    """Let the kernel forget the peak of resident memory; resident bytes now (proc(5), clear_refs)."""
+    """Let the kernel forget the peak of resident memory (proc(5), clear_refs); bytes now that no file backs."""
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return _status("RssAnon")
+
+
+def _peak() -> int:
+    """Most bytes since then that no file backs: pages of libraries are touched once and stay."""
+    return _status("VmHWM") - _status("RssFile")
 
 
 def _status(field: str) -> int:
@@ -75,4 +112,4 @@ def _status(field: str) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), EngineOptions(**json.loads(sys.argv[2])))))
+    print(json.dumps(main(Path(sys.argv[1]), json.loads(sys.argv[2]))))
