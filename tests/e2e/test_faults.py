@@ -12,6 +12,7 @@ from appliance.client import CloisterError, Stream
 from tests.e2e.appliance import ALIAS, Appliance, build_bundle, eventually, running_appliance
 
 CANARY = "zebra-canary-4711"
+POISON = "the request under which the worker is killed"
 STREAMS = 4
 # A control that needs more than 5 s to be back, on a busy machine: LEASE_CLOSED.
 LATE = {"control": grpc.StatusCode.ABORTED}
@@ -75,6 +76,40 @@ def test_a_client_that_goes_away_frees_its_pages_and_is_recorded_as_cancelled(vi
     eventually(lambda: victim.owned_pages() == 0, "its pages are free")
     eventually(lambda: victim.status()["open_leases"] == 0, "its lease is closed")
     assert outcomes(victim)[-1] == "cancelled"
+
+
+def killed_over(appliance: Appliance, *texts: str) -> None:
+    """The worker dies while it has these requests; by hand, because nothing in the house knows what kills it."""
+    pid = appliance.deployment()["worker_pid"]
+    with appliance.client() as client:
+        streams = [client.generate(ALIAS, text, **LONG) for text in texts]
+        for stream in streams:
+            next(stream)
+        os.kill(pid, signal.SIGKILL)
+        assert {end_of(stream) for stream in streams} == {grpc.StatusCode.ABORTED}
+    eventually(lambda: appliance.deployment()["worker_pid"] not in (0, pid), "another worker")
+    eventually(lambda: appliance.deployment()["state"] == "ready", "the worker is ready again")
+
+
+def test_the_same_request_beside_two_deaths_is_refused_and_its_neighbour_is_not(victim: Appliance) -> None:
+    killed_over(victim, POISON, "a neighbour")
+    killed_over(victim, POISON, "a stranger")
+    with victim.client() as client:
+        with pytest.raises(CloisterError) as error:
+            list(client.generate(ALIAS, POISON, **LONG))
+        assert (error.value.status, error.value.code) == (
+            grpc.StatusCode.FAILED_PRECONDITION, "REQUEST_QUARANTINED",
+        )  # fmt: skip
+        for text in ("a neighbour", "a stranger", POISON + "?"):
+            with client.generate(ALIAS, text, **LONG) as stream:
+                assert next(stream), "it is let in and answered"
+    refused = [json.dumps(r["body"]) for r in victim.records() if r["kind"] == "inference.refused"]
+    assert ["REQUEST_QUARANTINED" in body for body in refused].count(True) == 1
+    assert POISON not in victim.logs()
+    eventually(lambda: victim.status()["open_leases"] == 0, "every lease is closed")
+    eventually(lambda: victim.owned_pages() == 0, "every page is free")
+    assert victim.status()["reserved_tokens"] == 0
+    assert victim.json("audit", "verify")["open_intents"] == 0
 
 
 @pytest.mark.parametrize(
