@@ -24,12 +24,13 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 
 import grpc
 
 from appliance.errors import CloisterError
+from appliance.gateway.places import Places
 from engine.protos import engine_pb2
 
 TERM_S = 3600.0
@@ -54,14 +55,6 @@ class _Mark:
     convicted: bool = False
 
 
-@dataclass(slots=True)
-class _Place:
-    """Room for one suspect, and how many are in it or wait for it."""
-
-    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
-    concerned: int = 0
-
-
 class Quarantine:
     """What is known against requests.
 
@@ -72,7 +65,7 @@ class Quarantine:
     def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._monotonic = monotonic
         self._marks: OrderedDict[bytes, _Mark] = OrderedDict()
-        self._places: dict[_Where, _Place] = {}
+        self._places = Places(1)
 
     async def enter(self, deployment: str, scope: str, fingerprint: bytes) -> "Passage":
         """Let a request in, a suspect when its turn comes; the passage must be ended.
@@ -85,7 +78,7 @@ class Quarantine:
             async with asyncio.timeout(WAIT_S):
                 for strikes, where in ((1, (deployment, scope)), (2, (deployment, ""))):
                     if self._strikes(fingerprint) >= strikes:
-                        await self._take(where)
+                        await self._places.take(where)
                         passage.held.append(where)
             passage.strikes = self._strikes(fingerprint)  # it was convicted, or cleared, while it waited
         except BaseException as error:
@@ -121,22 +114,7 @@ class Quarantine:
 
     def give_back(self, where: _Where) -> None:
         """A place is free for the next."""
-        self._places[where].turn.release()
-        self._unconcerned(where)
-
-    async def _take(self, where: _Where) -> None:
-        place = self._places.setdefault(where, _Place())
-        place.concerned += 1
-        try:
-            await place.turn.acquire()
-        except BaseException:
-            self._unconcerned(where)
-            raise
-
-    def _unconcerned(self, where: _Where) -> None:
-        self._places[where].concerned -= 1
-        if not self._places[where].concerned:
-            del self._places[where]
+        self._places.give_back(where)
 
     def _strikes(self, fingerprint: bytes) -> int:
         """How often the worker has died over a request, of late.

@@ -11,6 +11,7 @@ from typing import TypeVar
 import grpc
 
 from appliance.errors import CloisterError
+from appliance.gateway.places import Places
 from appliance.gateway.unix import open_channel
 from engine.protos import engine_pb2, engine_pb2_grpc
 
@@ -18,6 +19,9 @@ PREPARE_S = 10.0
 # engine-text ends itself over a prompt that takes longer than this and is then gone for everybody: a call that was
 # waiting so long when it went may be the one, and must not be sent again by itself.
 SUSPECT_S = 1.5
+# Of one tenant, at one engine-text, which does one after the other in the order in which they come: the others of
+# the tenant wait here, and no other tenant behind them. Two keep it busy.
+_CALLS_OF_A_TENANT = 2
 _CODED = re.compile(r"([A-Z][A-Z0-9_]{2,63}): (.{1,1000})", re.DOTALL)
 _OWN_WORD = frozenset(
     {
@@ -35,37 +39,41 @@ log = logging.getLogger(__name__)
 
 
 class Texts:
-    """The engine-texts of this appliance, each by its socket."""
+    """The engine-texts of this appliance, each by its socket; a tenant, by its scope, has its share of each."""
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._places = Places(_CALLS_OF_A_TENANT)
 
-    async def tokenize(self, socket: str, request: engine_pb2.TokenizeRequest) -> Sequence[int]:
+    async def tokenize(self, socket: str, scope: str, request: engine_pb2.TokenizeRequest) -> Sequence[int]:
         """The text's token ids.
 
         Raises:
             CloisterError: as `prepare`.
         """
         stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
-        return (await _ask(stub.Tokenize, request)).token_ids
+        async with self._places.place((socket, scope)):
+            return (await _ask(stub.Tokenize, request)).token_ids
 
-    async def detokenize(self, socket: str, request: engine_pb2.DetokenizeRequest) -> str:
+    async def detokenize(self, socket: str, scope: str, request: engine_pb2.DetokenizeRequest) -> str:
         """The tokens' text.
 
         Raises:
             CloisterError: as `prepare`.
         """
         stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
-        return (await _ask(stub.Detokenize, request)).text
+        async with self._places.place((socket, scope)):
+            return (await _ask(stub.Detokenize, request)).text
 
-    async def prepare(self, socket: str, request: engine_pb2.PrepareRequest) -> Sequence[int]:
+    async def prepare(self, socket: str, scope: str, request: engine_pb2.PrepareRequest) -> Sequence[int]:
         """The prompt's token ids, template included.
 
         Raises:
             CloisterError: engine-text's own refusal; PREPARE_TIMEOUT; or ENGINE_UNAVAILABLE.
         """
         stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
-        return (await _ask(stub.Prepare, request)).token_ids
+        async with self._places.place((socket, scope)):
+            return (await _ask(stub.Prepare, request)).token_ids
 
     async def close(self) -> None:
         """Hang up."""

@@ -31,7 +31,8 @@ class Tokens:
         with near.slots.slot(place.scope, place.max_concurrent):
             check_length(engine.PrepareRequest(text=request.text), place.max_context_tokens)
             question = engine.TokenizeRequest(text=request.text, add_special_tokens=request.add_special_tokens)
-            return api.TokenizeResponse(token_ids=await near.texts.tokenize(place.text_socket, question))
+            ids = await near.texts.tokenize(place.text_socket, place.scope, question)
+            return api.TokenizeResponse(token_ids=ids)
 
     async def detokenize(
         self, caller: control_pb2.Caller, method: str, request: api.DetokenizeRequest
@@ -46,7 +47,8 @@ class Tokens:
             tokens = engine.TokenIds(ids=request.token_ids)
             check_length(engine.PrepareRequest(token_ids=tokens), place.max_context_tokens)
             question = engine.DetokenizeRequest(token_ids=request.token_ids)
-            return api.DetokenizeResponse(text=await near.texts.detokenize(place.text_socket, question))
+            text = await near.texts.detokenize(place.text_socket, place.scope, question)
+            return api.DetokenizeResponse(text=text)
 
     async def _authorize(
         self, caller: control_pb2.Caller, method: str, model: str

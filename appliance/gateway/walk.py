@@ -120,7 +120,7 @@ class Walk:
 
     async def _walk_through(self, place: control_pb2.AuthorizeResponse) -> api.Receipt:
         near, request = self._neighbours, self._request
-        prompt = list(await near.texts.prepare(place.text_socket, request.prompt))
+        prompt = list(await near.texts.prepare(place.text_socket, place.scope, request.prompt))
         submit = self._submission(place, prompt)
         fingerprint = fingerprint_of(place.model_digest, submit, request.parameters.seed_given)
         passage = await near.quarantine.enter(place.deployment, place.scope, fingerprint)

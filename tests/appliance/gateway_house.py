@@ -106,26 +106,28 @@ class FakeText(engine_pb2_grpc.TextServiceServicer):
     def __init__(self) -> None:
         self.refuse: tuple[grpc.StatusCode, str] | None = None
         self.requests: list[Any] = []
+        self.free = asyncio.Event()
+        self.free.set()
 
-    async def Prepare(self, request: Any, context: Context) -> Any:
+    async def _meet(self, request: Any, context: Context) -> None:
         self.requests.append(request)
+        await self.free.wait()
         if self.refuse:
             await context.abort(*self.refuse)
+
+    async def Prepare(self, request: Any, context: Context) -> Any:
+        await self._meet(request, context)
         if request.HasField("token_ids"):
             return engine_pb2.PrepareResponse(token_ids=request.token_ids.ids)
         length = len(request.text) or len(request.conversation.messages)
         return engine_pb2.PrepareResponse(token_ids=range(length))
 
     async def Tokenize(self, request: Any, context: Context) -> Any:
-        self.requests.append(request)
-        if self.refuse:
-            await context.abort(*self.refuse)
+        await self._meet(request, context)
         return engine_pb2.TokenizeResponse(token_ids=map(ord, request.text))
 
     async def Detokenize(self, request: Any, context: Context) -> Any:
-        self.requests.append(request)
-        if self.refuse:
-            await context.abort(*self.refuse)
+        await self._meet(request, context)
         return engine_pb2.DetokenizeResponse(text="".join(map(chr, request.token_ids)))
 
 

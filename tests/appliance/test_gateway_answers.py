@@ -319,6 +319,27 @@ async def test_tokenising_takes_one_of_the_tenants_slots(house: House) -> None:
         running.cancel()
 
 
+async def test_a_tenants_texts_wait_behind_its_own_and_not_before_anothers(house: House) -> None:
+    house.text.free.clear()
+    async with house.client() as client:
+        many = [asyncio.create_task(client.tokenize("notes", "a")) for _ in range(10)]
+        while len(house.text.requests) < 2:
+            await asyncio.sleep(0.01)
+        given_up = asyncio.create_task(client.generate("notes", "a").result())
+        await asyncio.sleep(0.1)
+        assert len(house.text.requests) == 2
+        house.control.scope = "s2"
+        other = asyncio.create_task(client.generate("notes", "b").result())
+        while len(house.text.requests) < 3:
+            await asyncio.sleep(0.01)
+        assert house.text.requests[2].text == "b"
+        given_up.cancel()
+        house.text.free.set()
+        assert (await other).text == "Hello"
+        assert await asyncio.gather(*many) == [(ord("a"),)] * 10
+    assert len(house.gateway._texts._places) == 0
+
+
 def test_numbers_that_are_none_are_within_no_bounds() -> None:
     from appliance.gateway.parameters import _RANGES
 
