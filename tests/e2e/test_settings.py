@@ -36,7 +36,11 @@ kept = 0
 heard_seconds = 41
 step_seconds = 301
 load_seconds = 77
+
+[devices]
+inventory = "{inventory}"
 """
+_GPU = {"id": "GPU-a", "kind": "cuda", "name": "Example", "memory_bytes": 8, "memory_available_bytes": 4}
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +66,10 @@ def test_init_writes_a_settings_file_that_sets_nothing(home: Path) -> None:
 
 
 def test_what_the_file_sets_is_what_the_running_house_does(home: Path) -> None:
-    (home / "cloister.toml").write_text(_FILE)
+    recorded = home.parent / "machine.json"
+    cpu = {"id": "cpu", "kind": "cpu", "name": "Elsewhere", "memory_bytes": 1 << 40, "memory_available_bytes": 99}
+    recorded.write_text(json.dumps({"devices": [cpu, _GPU]}))
+    (home / "cloister.toml").write_text(_FILE.format(inventory=recorded))
     with serving(home) as process:
         cloister("--home", str(home), "status", "--wait", "30")
         said = cloister("--home", str(home), "tenant", "add", "ward", "--models", "m").stdout
@@ -76,6 +83,11 @@ def test_what_the_file_sets_is_what_the_running_house_does(home: Path) -> None:
             "REQUEST_TOO_LARGE", grpc.StatusCode.INVALID_ARGUMENT
         )  # fmt: skip
         assert refused.value.metadata["max_request_bytes"] == "2048"
+        listed = json.loads(cloister("--home", str(home), "--json", "gpu", "list").stdout)
+        assert (listed["recorded_from"], listed["nvml"]) == (str(recorded), "")
+        assert [device["name"] for device in listed["devices"]] == ["Elsewhere", "Example"]
+        shown = cloister("--home", str(home), "gpu", "list").stdout
+        assert f"recorded from {recorded}: not this machine's devices" in shown
         words = "\n".join(children_of(process.pid))
         query = cloister("--home", str(home), "--json", "audit", "query", "--kind", "appliance.control").stdout
         (started,) = (record for record in map(json.loads, query.splitlines()) if record["decision"] == "started")

@@ -1,5 +1,6 @@
 """The memory plan: what it says before loading is what loading holds, and what does not fit is refused with it."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import pytest
 
 from engine import build
 from engine.errors import EngineError
-from engine.memory_plan import PROCESS_BYTES, MemoryPlan, Model, plan_memory, read_model
+from engine.memory_plan import PROCESS_BYTES, MemoryPlan, plan_memory, read_model
 from engine.options import EngineOptions
 from tests.engine.plan_against_process import held_bytes
 from tests.engine.tiny import engine, file_set, save_llama
@@ -110,14 +111,24 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_a_weight_is_read(
     assert error.value.code == "OUT_OF_MEMORY"
 
 
+def test_a_large_vocabulary_is_planned_for(tiny: Path) -> None:
+    files, _ = file_set(tiny)
+    small = read_model(*file_set(tiny))
+    assert small.tokenizer == files.get("tokenizer.json").size
+    large = dataclasses.replace(small, tokenizer=8 * MIB)
+    plans = [plan_memory(model, EngineOptions(kv_blocks=16), 1 << 40, cores=1) for model in (small, large)]
+    # 128,000 tokens in 7.9 MiB of JSON were measured to take 79 MiB of a worker.
+    assert plans[1].process - plans[0].process >= 79 * MIB
+
+
 def test_weights_of_another_number_type_cost_more_while_loading(tiny: Path) -> None:
     same = read_model(*file_set(tiny))
-    double = Model(same.config, same.shapes, {name: 2 * size for name, size in same.stored.items()})
+    double = dataclasses.replace(same, stored={name: 2 * size for name, size in same.stored.items()})
     options = EngineOptions(kv_blocks=16, max_step_tokens=32, max_running=8)
     plans = [plan_memory(model, options, 1 << 40, cores=1) for model in (same, double)]
     assert plans[0].weights == plans[1].weights
     heavy = {name: 2000 * size for name, size in same.stored.items()}
-    heavier = plan_memory(Model(same.config, same.shapes, heavy), options, 1 << 40, cores=1)
+    heavier = plan_memory(dataclasses.replace(same, stored=heavy), options, 1 << 40, cores=1)
     assert heavier.loading > sum(heavy.values()) - heavier.weights - heavier.kv - heavier.activations
     assert heavier.total > plans[1].total >= plans[0].total
 
