@@ -1269,7 +1269,7 @@ Global___Row: _TypeAlias = Row  # noqa: Y015
 
 @_typing.final
 class SessionResponse(_message.Message):
-    """Down: one frame per engine step."""
+    """Down: one frame per engine step; what is read late comes merged, in several frames where it is much."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -14,7 +14,7 @@ from engine.errors import EngineError
 from engine.loop import StepRow
 from engine.protos import engine_pb2, engine_pb2_grpc
 from engine.worker.engine_thread import EngineThread
-from engine.worker.outbox import MAX_PENDING_TOKENS, Outbox
+from engine.worker.outbox import MAX_PENDING_BYTES, Outbox
 from engine.worker.translate import count_answers, failed_row, to_requests, to_row
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ _SessionContext = grpc.aio.ServicerContext[engine_pb2.SessionRequest, engine_pb2
 class _Session:
     """One gateway's stream: its unread rows, and its running answers by its own handles."""
 
-    def __init__(self, max_pending_tokens: int) -> None:
-        self.outbox = Outbox(max_pending_tokens)
+    def __init__(self, max_pending_bytes: int) -> None:
+        self.outbox = Outbox(max_pending_bytes)
         self.running: dict[int, dict[int, int]] = {}  # session's handle -> index of an answer -> engine's handle
 
 
@@ -48,13 +48,13 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
     Args:
         engine: built.
         backend: name of the backend in use.
-        max_pending_tokens: tokens a session may leave unread before its requests are aborted.
+        max_pending_bytes: bytes a session may leave unread before its requests are aborted.
     """
 
-    def __init__(self, engine: EngineThread, backend: str, max_pending_tokens: int = MAX_PENDING_TOKENS) -> None:
+    def __init__(self, engine: EngineThread, backend: str, max_pending_bytes: int = MAX_PENDING_BYTES) -> None:
         self._engine = engine
         self._backend = backend
-        self._max_pending_tokens = max_pending_tokens
+        self._max_pending_bytes = max_pending_bytes
         self._routes: dict[int, _Route] = {}
         self._numbers = itertools.count(1)
         self._sessions: set[_Session] = set()
@@ -68,7 +68,7 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
         self, request_iterator: AsyncIterator[engine_pb2.SessionRequest], context: _SessionContext
     ) -> AsyncIterator[engine_pb2.SessionResponse]:
         """Requests and aborts up, one frame per step down; the end of the stream aborts its requests."""
-        session = _Session(self._max_pending_tokens)
+        session = _Session(self._max_pending_bytes)
         self._sessions.add(session)
         reader = asyncio.create_task(self._read(session, request_iterator))
         try:
@@ -179,7 +179,7 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
         if session.outbox.push(step, rows):
             return
         log.warning("session overflow", extra={"running": len(session.running)})
-        error = EngineError("SESSION_OVERFLOW", "the session left too many tokens unread")
+        error = EngineError("SESSION_OVERFLOW", "the session left too much unread")
         ended = [row for handle, answers in session.running.items() for row in _failed(handle, answers, error)]
         self._abort_all(session)
         session.outbox.push(step, ended)

@@ -7,7 +7,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 import pytest
@@ -19,7 +19,7 @@ from engine.launch import Launch
 from engine.protos import engine_pb2, engine_pb2_grpc
 from engine.worker import __main__ as worker_main
 from engine.worker.engine_thread import EngineThread
-from engine.worker.outbox import Outbox
+from engine.worker.outbox import MAX_PENDING_BYTES, Outbox
 from engine.worker.service import WorkerService
 from engine.worker.translate import answer_seed, to_options
 from tests.engine.processes import Running, refusal, running
@@ -402,10 +402,10 @@ async def test_a_session_that_reads_late_gets_one_merged_frame() -> None:
 
 
 async def test_answers_to_one_prompt_are_merged_apart_with_their_log_probabilities() -> None:
-    outbox = Outbox(max_tokens=6)
+    outbox = Outbox()
     one = engine_pb2.TokenLogprob(token_id=5, logprob=-1.0, rank=1, top=[engine_pb2.TopLogprob(token_id=5)] * 20)
-    assert outbox.push(1, [engine_pb2.Row(handle=1, index=i, token_ids=[i], logprobs=[one]) for i in range(1)])
-    assert not outbox.push(2, [engine_pb2.Row(handle=1, prompt_logprobs=[one]), engine_pb2.Row(handle=1, index=1)])
+    outbox.push(1, [engine_pb2.Row(handle=1, token_ids=[0], logprobs=[one])])
+    outbox.push(2, [engine_pb2.Row(handle=1, prompt_logprobs=[one]), engine_pb2.Row(handle=1, index=1)])
     frame = await outbox.take()
     assert frame == engine_pb2.SessionResponse(
         step=2,
@@ -414,6 +414,63 @@ async def test_answers_to_one_prompt_are_merged_apart_with_their_log_probabiliti
             engine_pb2.Row(handle=1, index=1),
         ],
     )
+
+
+def judged(number: int, top: int = 20) -> engine_pb2.TokenLogprob:
+    likeliest = [engine_pb2.TopLogprob(token_id=100_000 + i, logprob=-float(i)) for i in range(top)]
+    return engine_pb2.TokenLogprob(token_id=number, logprob=-1.5, rank=3, top=likeliest)
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [{"text": "abcd"}, {"text": "long " * 2000}, {"logprobs": [judged(1)]}, {"prompt_logprobs": [judged(2)] * 99}],
+    ids=["words", "text", "logprobs", "prompt"],
+)
+async def test_what_waits_unread_is_bounded_in_bytes_and_comes_whole_in_frames_that_pass(
+    rest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most, frame_bytes = 1 << 20, 1 << 18
+    monkeypatch.setattr("engine.worker.outbox._FRAME_BYTES", frame_bytes)
+    outbox, given = Outbox(most), []
+    row_bytes = engine_pb2.Row(handle=1, token_ids=[1], **rest).ByteSize()
+    while len(given) < most:  # never so many
+        row = engine_pb2.Row(handle=1, index=len(given) % 2, token_ids=[len(given)], **rest)
+        given.append(engine_pb2.Row.FromString(row.SerializeToString()))
+        if not outbox.push(len(given), [row]):
+            break
+    assert len(given) * row_bytes < most + 3 * (row_bytes + 512)
+    outbox.close()
+    got: dict[int, engine_pb2.Row] = {0: engine_pb2.Row(), 1: engine_pb2.Row()}
+    while (frame := await outbox.take()) is not None:
+        assert frame.ByteSize() <= frame_bytes + 2 * row_bytes
+        for part in frame.rows:
+            text = got[part.index].text + part.text
+            got[part.index].MergeFrom(part)
+            got[part.index].text = text
+    for index, whole in got.items():
+        mine = [row for row in given if row.index == index]
+        assert whole.token_ids == [token for row in mine for token in row.token_ids]
+        assert whole.text == "".join(row.text for row in mine)
+        assert whole.logprobs == [one for row in mine for one in row.logprobs]
+        assert whole.prompt_logprobs == [one for row in mine for one in row.prompt_logprobs]
+
+
+def test_unread_text_takes_memory_for_itself_and_not_for_each_of_its_beginnings() -> None:
+    outbox, tokens = Outbox(), 8000
+    before = resident_bytes()
+    for number in range(tokens):
+        assert outbox.push(number, [engine_pb2.Row(handle=1, token_ids=[number], text="word")])
+    assert resident_bytes() - before < 4 * MAX_PENDING_BYTES * tokens // 60_000 + (8 << 20)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_one_step_alone_is_no_overflow_however_much_it_brings() -> None:
+    outbox = Outbox(max_bytes=1000)
+    assert outbox.push(1, [engine_pb2.Row(handle=1, prompt_logprobs=[judged(i) for i in range(100)])])
+    assert not outbox.push(2, [engine_pb2.Row(handle=1, token_ids=[1])])
 
 
 def test_seeds_of_answers_are_stable_and_differ() -> None:
@@ -432,7 +489,7 @@ async def test_a_session_that_reads_nothing_loses_its_requests_and_is_told(
     thread = EngineThread(lambda: build_engine(launch.files, launch.open_file, to_options(OPTIONS)))
     thread.start()
     await asyncio.wrap_future(thread.built)
-    service = WorkerService(thread, "cpu", max_pending_tokens=20)
+    service = WorkerService(thread, "cpu", max_pending_bytes=10_000)
     frames = service.Session(commands(submit(1, max_tokens=200), submit(2, max_tokens=200)), None)
     await anext(frames)
     async with asyncio.timeout(LIMIT_S):
