@@ -95,6 +95,7 @@ class Supervisor:
         self._open_log = open_log
         self._ready: Mapping[str, asyncio.Event] = {spec.name: asyncio.Event() for spec in table}
         self._children: dict[str, _Child] = {}
+        self._sockets: dict[str, socket.socket] = {}
 
     async def run(self, stopping: asyncio.Event, all_ready: Callable[[], None]) -> None:
         """Run until `stopping` is set, then drain; `all_ready` is called once, when every process is.
@@ -144,7 +145,11 @@ class Supervisor:
     async def _run_once(self, spec: ProcessSpec) -> float | None:
         """One life of a process: the seconds it was ready, or None when it never was."""
         loop = asyncio.get_running_loop()
-        child = await self._spawn(spec)
+        try:
+            child = await self._spawn(spec)
+        except OSError as error:  # no memory, or no room for one more process
+            self._report(Report(spec.name, "ended", 0, f"not started: {error.strerror}"))
+            return None
         ended = asyncio.create_task(child.process.wait())
         try:
             if not await self._wait_ready(spec, child, ended):
@@ -190,6 +195,7 @@ class Supervisor:
     async def _bury(self, spec: ProcessSpec, child: _Child) -> None:
         """Report the end of a process and close its log."""
         self._children.pop(spec.name, None)
+        asyncio.get_running_loop().remove_reader(self._sockets[spec.name])
         await _finish(child.log_pump)
         self._report(Report(spec.name, "ended", child.process.pid, _how_it_ended(child.process.returncode)))
 
@@ -213,6 +219,8 @@ class Supervisor:
         silence = Silence(process.pid, spec.heard_within)
         child = _Child(process, silence, log, asyncio.create_task(_pump(process, log, unlogged)))
         self._children[spec.name] = child
+        notify = self._sockets[spec.name]  # what it has said already waits there
+        asyncio.get_running_loop().add_reader(notify, self._on_notify, notify, child)
         self._report(Report(spec.name, "starting", process.pid))
         return child
 
@@ -224,7 +232,7 @@ class Supervisor:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as notify:
             notify.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             notify.bind(str(path))
-            asyncio.get_running_loop().add_reader(notify, self._on_notify, notify, spec.name)
+            self._sockets[spec.name] = notify
             try:
                 yield
             finally:
@@ -234,14 +242,13 @@ class Supervisor:
     def _notify_path(self, spec: ProcessSpec) -> Path:
         return self._home / "run" / f"notify-{spec.name}.sock"
 
-    def _on_notify(self, notify: socket.socket, name: str) -> None:
+    def _on_notify(self, notify: socket.socket, child: _Child) -> None:
         """Only the process itself counts, not what it started; the kernel vouches for the sender."""
         data, ancillary, _, _ = notify.recvmsg(4096, socket.CMSG_SPACE(_UCRED.size))
         senders = [
             _UCRED.unpack(raw[: _UCRED.size])[0] for _, kind, raw in ancillary if kind == socket.SCM_CREDENTIALS
         ]
-        child = self._children.get(name)
-        if child is None or senders != [child.process.pid]:
+        if senders != [child.process.pid]:
             return
         child.silence.heard()
         if b"READY=1" in data.split(b"\n"):

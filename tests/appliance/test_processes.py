@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,7 @@ def notify(text):
 def serve():
     signal.signal(signal.SIGTERM, lambda *_: (notify(b"STOPPING=1"), sys.exit(0)))
     notify(b"READY=1")
+    open("told", "w").close()
     while True:
         time.sleep(60)
 mode = sys.argv[1]
@@ -161,6 +163,43 @@ async def test_a_killed_process_is_started_again(home: Path) -> None:
         second = await run.until("only", "ready", times=2)
         assert second.pid != first.pid
         assert (await run.until("only", "ended")).detail == "killed by SIGKILL"
+
+
+async def test_what_a_process_says_before_its_start_was_noticed_is_heard(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A supervisor that got no processor in between, or was stopped."""
+    start = asyncio.create_subprocess_exec
+
+    async def slowly(*argv: Any, **options: Any) -> asyncio.subprocess.Process:
+        process = await start(*argv, **options)
+        while not (home / "told").exists():
+            await asyncio.sleep(0.01)
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slowly)
+    async with running(home, spec("quick")) as run:
+        await run.ready.wait()
+    assert run.states("quick") == ["starting", "ready", "stopping", "stopped"]
+
+
+async def test_a_process_that_cannot_be_forked_now_is_tried_again_and_the_others_stay(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, refusals = asyncio.create_subprocess_exec, [OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))]
+
+    async def at_first_not(*argv: Any, **options: Any) -> asyncio.subprocess.Process:
+        if "late" in argv and refusals:
+            raise refusals.pop()
+        return await start(*argv, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", at_first_not)
+    late = ProcessSpec("late", "stand_in", ("serve", "late"))
+    async with running(home, spec("good"), late) as run:
+        await run.ready.wait()
+    assert run.states("late") == ["ended", "starting", "ready", "stopping", "stopped"]
+    assert (await run.until("late", "ended")).detail == "not started: Resource temporarily unavailable"
+    assert run.states("good").count("starting") == 1
 
 
 async def test_a_process_that_never_becomes_ready_is_named_with_the_end_of_its_log(home: Path) -> None:
