@@ -24,6 +24,9 @@ _IGNORE = re.compile(r"#\s*type:\s*ignore(?!\[[\w, -]+\]\s+#\s*\S)")
 # A header and enough base64 behind it; the header alone may stand in a program.
 _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(\s|\\n|[\"'b])*[A-Za-z0-9+/=]{40}")
 _NODE_ID = re.compile(r"\b(tests/[\w/]+\.py)::(\w+)(\[)?")
+_TESTS_HEADER = re.compile(r"\|\s*tests?\s*\|\s*$")
+_TESTED = re.compile(r"\|[^|]*::test_\w+[^|]*\|\s*$|\|\s*the same\s*\|\s*$|^\|[-:|\s]+$")
+_FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 _LINK = re.compile(r"\]\((?!\w+:)([^)#{}\s]+)[)#]")  # a brace is of a template
 _NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
 
@@ -44,7 +47,7 @@ def too_large(path: Path) -> Iterator[str]:
     if len(lines) > MAX_FILE_LINES:
         yield f"{path}: {len(lines)} lines of code, at most {MAX_FILE_LINES}"
     for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, _FUNCTIONS):
             inside = len([n for n in lines if node.lineno <= n <= (node.end_lineno or node.lineno)])
             if inside > MAX_FUNCTION_LINES:
                 yield f"{path}:{node.lineno}: {node.name} has {inside} lines of code, at most {MAX_FUNCTION_LINES}"
@@ -86,30 +89,38 @@ def unresolved(page: Path, root: Path) -> Iterator[str]:
     """Tests that a page of documentation names and nobody would run, and files it links that are not there."""
     for number, line in enumerate(page.read_text().splitlines(), 1):
         for file, function, parameters in _NODE_ID.findall(line):
-            found = _test_functions(root / file)
-            if function not in found:
+            if function not in _test_functions(root / file):
                 yield f"{page}:{number}: {file}::{function} is no test"
-            elif parameters and not found[function]:
-                yield f"{page}:{number}: {file}::{function} has no parameters"
+            elif parameters:
+                yield f"{page}:{number}: {file}::{function}: name the test without parameters, which change"
         for link in _LINK.findall(line):
             if not (page.parent / link).exists():
                 yield f"{page}:{number}: {link} is not there"
 
 
+def unshown(page: Path) -> Iterator[str]:
+    """Rows of a table with a column for tests, the last one, that name none."""
+    tests = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if not line.startswith("|"):
+            tests = False
+        elif _TESTS_HEADER.search(line):
+            tests = True
+        elif tests and not _TESTED.search(line):
+            yield f"{page}:{number}: names no test that shows it"
+
+
 @functools.cache
-def _test_functions(path: Path) -> dict[str, bool]:
-    """The tests that pytest collects from a file, and whether each has parameters."""
+def _test_functions(path: Path) -> set[str]:
+    """The tests that pytest collects from a file; all are functions at its top."""
     if not path.name.startswith("test_") or not path.is_file():
-        return {}
-    return {
-        node.name: any("parametrize" in ast.unparse(decorator) for decorator in node.decorator_list)
-        for node in ast.parse(path.read_text()).body
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
-    }
+        return set()
+    functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, _FUNCTIONS)]
+    return {node.name for node in functions if node.name.startswith("test_")}
 
 
 def _documentation() -> list[str]:
-    return [finding for page in tracked(ROOT, ".md") for finding in unresolved(page, ROOT)]
+    return [finding for page in tracked(ROOT, ".md") for finding in (*unresolved(page, ROOT), *unshown(page))]
 
 
 def _house_rules() -> list[str]:

@@ -71,8 +71,9 @@ def test_a_program_may_speak_of_private_keys(tmp_path: Path) -> None:
     ("words", "findings"),
     [
         ("`tests/test_x.py::test_a`", 0),
-        ("`tests/test_x.py::test_b[1-c]`", 0),
-        ("`tests/test_x.py::test_a[1]`", 1),
+        ("`tests/test_x.py::test_b`", 0),
+        ("`tests/test_x.py::test_b[1-c]`", 1),  # only collecting the tests would tell whether it is there
+        ("`tests/test_x.py::TestC::test_d`", 1),
         ("`tests/test_x.py::test_gone`", 1),
         ("`tests/test_x.py::helper`", 1),
         ("`tests/test_y.py::test_a`", 1),
@@ -88,6 +89,16 @@ def test_a_test_or_a_file_that_documentation_names_must_be_there(
     (tmp_path / "tests" / "test_x.py").write_text(code)
     (tmp_path / "page.md").write_text(words)
     assert len(list(gates.unresolved(tmp_path / "page.md", tmp_path))) == findings
+
+
+@pytest.mark.parametrize(
+    ("row", "findings"),
+    [("| x | `tests/test_x.py::test_a` |", 0), ("| x | the same |", 0), ("| x | |", 1), ("| ::test_a | - |", 1)],
+)
+def test_a_table_of_tests_names_one_in_every_row(tmp_path: Path, row: str, findings: int) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"| what | test |\n|---|---|\n{row}\n\n| what | how |\n|---|---|\n| free | no test |\n")
+    assert len(list(gates.unshown(page))) == findings
 
 
 def test_no_private_key_is_in_the_repository() -> None:
