@@ -26,16 +26,19 @@ class Running:
         return await asyncio.wait_for(self.process.wait(), READY_LIMIT_S)
 
 
-async def spawn(run: Path, argv: Sequence[str], stdin: bytes) -> tuple[asyncio.subprocess.Process, socket.socket]:
-    """Start `python -m argv...` with a notify socket in `run`."""
+async def spawn(
+    run: Path, argv: Sequence[str], stdin: bytes, modules: Path | None = None
+) -> tuple[asyncio.subprocess.Process, socket.socket]:
+    """Start `python -m argv...` with a notify socket in `run`; it finds further modules in `modules`."""
     path = run / f"up-{len(list(run.iterdir()))}"
     notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     notify.bind(str(path))
+    found = [*([str(modules)] if modules else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", *argv),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
-        env={**os.environ, "NOTIFY_SOCKET": str(path)},
+        env={**os.environ, "NOTIFY_SOCKET": str(path), "PYTHONPATH": os.pathsep.join(found)},
     )
     assert process.stdin is not None
     process.stdin.write(stdin)
@@ -45,9 +48,11 @@ async def spawn(run: Path, argv: Sequence[str], stdin: bytes) -> tuple[asyncio.s
 
 
 @contextlib.asynccontextmanager
-async def running(run: Path, argv: Sequence[str], stdin: bytes = b"") -> AsyncIterator[Running]:
+async def running(
+    run: Path, argv: Sequence[str], stdin: bytes = b"", modules: Path | None = None
+) -> AsyncIterator[Running]:
     """A process from READY on; killed at the end if it still runs."""
-    process, notify = await spawn(run, argv, stdin)
+    process, notify = await spawn(run, argv, stdin, modules)
     try:
         reading = asyncio.get_running_loop().sock_recv(notify, 4096)
         said = await asyncio.wait_for(reading, READY_LIMIT_S)

@@ -2,12 +2,15 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
 import pytest
 
 from engine.protos import engine_pb2, engine_pb2_grpc
+from engine.text import service
 from tests.engine.processes import refusal, running
 from tests.engine.tiny_models import TEMPLATE, byte_tokenizer, into_store, write_tokenizer
 
@@ -83,15 +86,48 @@ async def check_both_ways(stub: engine_pb2_grpc.TextServiceStub) -> None:
 async def test_a_wedged_template_ends_the_process_by_the_kernel(tmp_path: Path, socket_dir: Path) -> None:
     stdin = deployment(tmp_path / "model", tmp_path / "store", WEDGED)
     sock = socket_dir / "text.sock"
-    argv = ("engine.text", "--store", str(tmp_path / "store"), "--socket", str(sock))
-    async with running(socket_dir, argv, stdin) as text, grpc.aio.insecure_channel(f"unix:{sock}") as channel:
+    patient = tmp_path / "patient_text.py"  # the same process, but for a clock that ends nobody on a busy machine
+    patient.write_text(
+        "import sys\nfrom engine.text import __main__, service\n"
+        "service.WALL_LIMIT_S = 3600.0\nsys.exit(__main__.main())\n"
+    )
+    argv = (patient.stem, "--store", str(tmp_path / "store"), "--socket", str(sock))
+    async with (
+        running(socket_dir, argv, stdin, tmp_path) as text,
+        grpc.aio.insecure_channel(f"unix:{sock}") as channel,
+    ):
         stub = engine_pb2_grpc.TextServiceStub(channel)
         await stub.Prepare(chat("fine"))
         with pytest.raises(grpc.aio.AioRpcError) as died:
             await stub.Prepare(chat("wedge"))
         assert died.value.code() is grpc.StatusCode.UNAVAILABLE
-        # Processor time; the clock only where others leave it hardly any.
-        assert await text.process.wait() in (-signal.SIGPROF, -signal.SIGALRM)
+        assert await text.process.wait() == -signal.SIGPROF
+
+
+@pytest.mark.parametrize(
+    ("call", "limit", "killed_by"),
+    [
+        ("lambda: time.sleep(3600)", "WALL_LIMIT_S", signal.SIGALRM),
+        ("lambda: [0 for _ in iter(int, 1)]", "CPU_LIMIT_S", signal.SIGPROF),
+    ],
+)
+def test_a_call_ends_with_the_process_once_the_clock_or_the_processor_time_has_run_out(
+    call: str, limit: str, killed_by: signal.Signals
+) -> None:
+    program = f"""
+import time
+from engine.text import service
+service.WALL_LIMIT_S = service.CPU_LIMIT_S = 3600.0
+assert service._timed(lambda: 7) == 7
+service.{limit} = 0.05
+service._timed({call})"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -killed_by
+
+
+def test_limits_end_with_the_call_that_they_are_for() -> None:
+    with pytest.raises(ZeroDivisionError):
+        service._timed(lambda: 1 // 0)
+    assert signal.getitimer(signal.ITIMER_REAL) == signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize("context", [64, 131072])
