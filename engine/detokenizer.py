@@ -64,7 +64,8 @@ class Detokenizer:
     """The text of one answer.
 
     Text that could be the beginning of a stop string is held back until it is decided. A stop string whose last
-    character comes before the answer has `min_tokens` tokens is none.
+    character comes before the answer has `min_tokens` tokens is none, and does not become one later. (So it is in
+    vLLM, which passes over the one that token `min_tokens` completes as well; here an answer may end with it.)
     """
 
     def __init__(self, vocabulary: Vocabulary, stop: StopCriteria) -> None:

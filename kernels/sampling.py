@@ -1,8 +1,9 @@
 """One token from each row of logits, in torch: adjusted, scaled, cut down and drawn, each row as if it were alone.
 
-The order is that of vLLM: bans, bias, repetition penalty, presence and frequency penalties, temperature, min-p,
-top-k, top-p. (transformers cuts by min-p last: the same tokens are left unless top-p is used too.) A greedy row
-takes the likeliest token after the adjustments.
+The order: bans, bias, repetition penalty, frequency and presence penalties, temperature, min-p, top-k, top-p, each
+of these over what the ones before it left. It is that of vLLM (docs.vllm.ai, vllm.v1.sample.sampler, 0.22).
+transformers cuts by min-p last, which leaves the same tokens unless top-p is used too. A greedy row takes the
+likeliest token after the adjustments.
 
 A draw uses one number u in [0, 1): the token at which the cumulative weight first exceeds u times its total.
 Which way a row takes depends on its own parameters and logits only, and every sum runs along the row in order, so
