@@ -71,6 +71,7 @@ def _shown(status: admin_pb2.GetStatusResponse) -> str:
         "version": status.version,
         "gateway": status.gateway_address or "not up",
         "processes": peers,
+        "site": status.site,
         "isolation": status.isolation,
         "profile": status.profile,
         "operator": status.operator,

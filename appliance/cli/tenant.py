@@ -84,8 +84,17 @@ def _suspend(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace, value: object, tenants: Iterable[admin_pb2.Tenant]) -> None:
     rows = [
-        (t.name, ",".join(t.models), t.max_concurrent, t.weight, t.tokens_used, t.tokens_reserved, t.suspended)
+        (
+            t.name,
+            ",".join(t.models),
+            t.requests_open,
+            t.max_concurrent,
+            t.weight,
+            t.tokens_used,
+            t.tokens_reserved,
+            t.suspended,
+        )
         for t in tenants
     ]
-    header = ("tenant", "models", "concurrent", "weight", "used", "reserved", "suspended")
+    header = ("tenant", "models", "open", "concurrent", "weight", "used", "reserved", "suspended")
     emit(args, value, table(header, rows) if rows else "no tenants; `cloister tenant add` makes one")

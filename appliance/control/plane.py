@@ -125,8 +125,9 @@ class ControlPlane:
         server = grpc.aio.server(interceptors=[Gate(self.sessions, self.journal)])
         models = ModelService(self.database, self.imports, self.deployments)
         system = SystemService(
-            models, self.leases, self.journal.log, self.imports, self.deployments, self._profile, self._isolation
-        )
+            models, self.leases, self.journal.log, self.imports, self.deployments, self.site, self._profile,
+            self._isolation,
+        )  # fmt: skip
         tenants = TenantService(self.database, self.keys, self.authority, self.leases, self.site, self.limits)
         admin_pb2_grpc.add_SystemServiceServicer_to_server(system, server)
         admin_pb2_grpc.add_ModelServiceServicer_to_server(models, server)

@@ -56,6 +56,7 @@ class GetStatusResponse(_message.Message):
     PROFILE_FIELD_NUMBER: _builtins.int
     OPERATOR_FIELD_NUMBER: _builtins.int
     AUDIT_BLOCKED_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """Version of the software."""
     gateway_address: _builtins.str
@@ -76,6 +77,8 @@ class GetStatusResponse(_message.Message):
     """The calling operator."""
     audit_blocked: _builtins.str
     """The audit log takes no records at present: why."""
+    site: _builtins.str
+    """The site's name, sealed at init; the trust domain of every identity."""
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
         """The other processes control talks to: importer, engine-host."""
@@ -99,10 +102,11 @@ class GetStatusResponse(_message.Message):
         profile: _builtins.str = ...,
         operator: _builtins.str = ...,
         audit_blocked: _builtins.str = ...,
+        site: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_blocked", b"audit_blocked", "audit_root", b"audit_root", "audit_size", b"audit_size", "deployments", b"deployments", "gateway_address", b"gateway_address", "isolation", b"isolation", "open_leases", b"open_leases", "operator", b"operator", "peers", b"peers", "profile", b"profile", "reserved_tokens", b"reserved_tokens", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["audit_blocked", b"audit_blocked", "audit_root", b"audit_root", "audit_size", b"audit_size", "deployments", b"deployments", "gateway_address", b"gateway_address", "isolation", b"isolation", "open_leases", b"open_leases", "operator", b"operator", "peers", b"peers", "profile", b"profile", "reserved_tokens", b"reserved_tokens", "site", b"site", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -800,6 +804,7 @@ class Tenant(_message.Message):
     CREATED_AT_FIELD_NUMBER: _builtins.int
     TOKENS_USED_FIELD_NUMBER: _builtins.int
     TOKENS_RESERVED_FIELD_NUMBER: _builtins.int
+    REQUESTS_OPEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Lower case letters, digits and hyphens; at most 63."""
     max_concurrent: _builtins.int
@@ -812,6 +817,8 @@ class Tenant(_message.Message):
     """Tokens settled since it was added."""
     tokens_reserved: _builtins.int
     """Tokens reserved by running requests."""
+    requests_open: _builtins.int
+    """Requests admitted and not settled."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The aliases its applications may call; none by default."""
@@ -831,10 +838,11 @@ class Tenant(_message.Message):
         created_at: _timestamp_pb2.Timestamp | None = ...,
         tokens_used: _builtins.int = ...,
         tokens_reserved: _builtins.int = ...,
+        requests_open: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "max_concurrent", b"max_concurrent", "models", b"models", "name", b"name", "suspended", b"suspended", "tokens_reserved", b"tokens_reserved", "tokens_used", b"tokens_used", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "max_concurrent", b"max_concurrent", "models", b"models", "name", b"name", "requests_open", b"requests_open", "suspended", b"suspended", "tokens_reserved", b"tokens_reserved", "tokens_used", b"tokens_used", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -291,6 +291,7 @@ def test_messages_become_plain_values() -> None:
         "created_at": "1970-01-01T00:00:00Z",
         "tokens_used": 1 << 60,
         "tokens_reserved": 0,
+        "requests_open": 0,
     }
     assert output.plain(inference_pb2.Receipt(leaf_hash=b"\xab"))["leaf_hash"] == "ab"
     assert output.plain(inference_pb2.GenerateRequest(text=""))["text"] == ""

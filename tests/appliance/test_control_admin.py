@@ -58,6 +58,7 @@ async def test_the_kernel_s_word_for_the_user_makes_a_session_that_names_the_ope
     assert answer["operator"] == "alice"
     status = await house.system.GetStatus(admin_pb2.GetStatusRequest())
     assert (status.operator, status.profile, status.isolation) == ("alice", "demo", "none")
+    assert status.site == house.plane.site != ""
     assert answer["session"].encode() not in b"".join(r.body for r in house.records())
 
 

@@ -41,7 +41,8 @@ async def test_a_request_is_authorised_admitted_recorded_and_settled(house: Hous
     admitted = await house.control.Admit(
         control_pb2.AdmitRequest(ticket=where.ticket, prompt_tokens=10, max_tokens=20, prompt_sha256=PROMPT)
     )
-    assert (await house.tenant()).tokens_reserved == 30
+    tenant = await house.tenant()
+    assert (tenant.tokens_reserved, tenant.requests_open) == (30, 1)
     intent = await house.control.AwaitIntent(control_pb2.AwaitIntentRequest(lease=admitted.lease))
     settled = await house.settle(admitted.lease)
     records = {r.phase: r for r in house.records("inference.request")}

@@ -24,6 +24,7 @@ class SystemService(admin_pb2_grpc.SystemServiceServicer):
         log: the audit log.
         imports: the importer.
         deployments: engine-host.
+        site: as sealed at init.
         profile: as sealed at init.
         isolation: what separates the processes.
     """
@@ -35,6 +36,7 @@ class SystemService(admin_pb2_grpc.SystemServiceServicer):
         log: AuditLog,
         imports: Imports,
         deployments: Deployments,
+        site: str,
         profile: str,
         isolation: str,
     ) -> None:
@@ -43,6 +45,7 @@ class SystemService(admin_pb2_grpc.SystemServiceServicer):
         self._log = log
         self._imports = imports
         self._deployments = deployments
+        self._site = site
         self._profile = profile
         self._isolation = isolation
 
@@ -67,4 +70,5 @@ class SystemService(admin_pb2_grpc.SystemServiceServicer):
             profile=self._profile,
             operator=gate.operator(),
             audit_blocked=self._log.blocked,
+            site=self._site,
         )

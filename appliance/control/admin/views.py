@@ -27,6 +27,7 @@ def timestamp(nanoseconds: int) -> Timestamp:
 def tenant_view(session: Session, tenant: Tenant) -> admin_pb2.Tenant:
     """A tenant with its grants, what it used, and what it has reserved."""
     models = session.scalars(select(Grant.alias).where(Grant.tenant == tenant.name).order_by(Grant.alias))
+    in_force = reservations.in_force(session, tenant.name)
     return admin_pb2.Tenant(
         name=tenant.name,
         models=models.all(),
@@ -35,7 +36,8 @@ def tenant_view(session: Session, tenant: Tenant) -> admin_pb2.Tenant:
         suspended=tenant.suspended,
         created_at=timestamp(tenant.created_ns),
         tokens_used=tenant.tokens_used,
-        tokens_reserved=reservations.reserved_tokens(session, tenant.name),
+        tokens_reserved=in_force.tokens,
+        requests_open=in_force.requests,
     )
 
 

@@ -93,6 +93,14 @@ class Reservation:
     size: Size
 
 
+@dataclass(frozen=True)
+class InForce:
+    """Open requests of a tenant, and the tokens they may still use."""
+
+    requests: int
+    tokens: int
+
+
 def check_size(size: Size, max_context_tokens: int) -> None:
     """Refuse what cannot fit the model: the prompt and each answer share one context.
 
@@ -168,10 +176,12 @@ def ending_of(session: Session, lease: str) -> Ending | None:
     )
 
 
-def reserved_tokens(session: Session, tenant: str) -> int:
-    """Tokens reserved by a tenant's open requests."""
+def in_force(session: Session, tenant: str) -> InForce:
+    """What a tenant's open requests hold."""
     total = func.coalesce(func.sum(Request.prompt_tokens + Request.max_tokens), 0)
-    return session.scalar(select(total).where(Request.tenant == tenant, Request.state == OPEN)) or 0
+    found = select(func.count(), total).where(Request.tenant == tenant, Request.state == OPEN)
+    requests, tokens = session.execute(found).one()
+    return InForce(requests, tokens)
 
 
 def _check_standing(standing: "Row[*tuple[Any, ...]]") -> None:
