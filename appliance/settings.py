@@ -10,6 +10,8 @@ Source: TOML 1.0.
 import difflib
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -273,9 +275,12 @@ def load(path: Path, flags: Mapping[str, str | int | float] | None = None) -> Co
             if isinstance(table.setdefault(section, {}), dict):
                 table[section][name], sources[key] = value, source
     try:
-        return Configuration(Settings.model_validate(table), sources)
+        settings = Settings.model_validate(table)
     except ValidationError as error:
         raise _invalid(path, _faults(error, text, sources)) from None
+    if fault := _fault_of_inventory(settings.devices.inventory):
+        raise _invalid(path, [f"{_place('devices.inventory', text, sources)[1]}devices.inventory: {fault}"])
+    return Configuration(settings, sources)
 
 
 def example() -> str:
@@ -367,10 +372,28 @@ def _faults(error: ValidationError, text: str, sources: Mapping[str, str]) -> li
     found = []
     for fault in error.errors():
         key = ".".join(map(str, fault["loc"]))
-        line = _line(text, key) if sources.get(key, "file") == "file" else 0
-        where = f"line {line}: " if line else "" if sources.get(key, "file") == "file" else f"{sources[key]}: "
+        line, where = _place(key, text, sources)
         found.append((line, f"{where}{key}: {_reason(fault['type'], key, fault['input'])}"))
     return [words for _, words in sorted(found, key=lambda item: item[0])]
+
+
+def _fault_of_inventory(file: str) -> str:
+    """What engine-host's own reader finds wrong with a recorded inventory; empty for nothing, and for no file."""
+    if not file:
+        return ""
+    command = [sys.executable, "-P", "-m", "engine.host.inventory", file]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    said = done.stderr.strip().splitlines() or [f"cannot be judged, exit status {done.returncode}"]
+    return said[-1] if done.returncode else ""
+
+
+def _place(key: str, text: str, sources: Mapping[str, str]) -> tuple[int, str]:
+    """Where a setting was given: the line, 0 for none, and the words for it."""
+    source = sources.get(key, "file")
+    if source != "file":
+        return 0, f"{source}: "
+    line = _line(text, key)
+    return line, f"line {line}: " if line else ""
 
 
 def _reason(kind: str, key: str, value: object) -> str:

@@ -7,13 +7,14 @@ A recorded inventory is one JSON object, as `cloister gpu list --json` prints it
 
 A device may also have compute_capability, driver and slice_of (text), temperature_c and utilisation_percent
 (numbers), and deployments, which is passed over. The first device is the CPU, and ids are unique. Anything else is
-refused.
+refused. `python -m engine.host.inventory FILE` judges a file and does nothing else.
 
 Source: proc_cpuinfo(5), proc_meminfo(5); sched_getaffinity(2); memory.max of cgroups(7), version 2.
 """
 
 import os
 import platform
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,3 +160,17 @@ def _memory_bytes(meminfo: Path, limit: Path) -> int:
     except OSError:
         return total
     return min(total, int(allowed)) if allowed.isdigit() else total
+
+
+def main(argv: list[str]) -> int:
+    """Judge the file named; 0 when it is a recorded inventory, else 1 with the reason on standard error."""
+    try:
+        read_recorded(Path(argv[0]))
+    except (EngineError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

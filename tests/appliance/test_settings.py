@@ -174,6 +174,31 @@ def test_serve_starts_nothing_with_an_invalid_file(home: Path) -> None:
     assert not (home / "logs").exists()
 
 
+@pytest.mark.parametrize("source", ["file", "flag"])
+def test_an_inventory_that_engine_host_would_refuse_is_found_before_anything_is_started(
+    home: Path, source: str
+) -> None:
+    recorded = home / "recorded.json"
+    recorded.write_text('{"devices": [{"id": "cpu"}]}')
+    for name in ("control", "run"):
+        (home / name).mkdir(mode=0o700)
+    flags = ("--inventory", str(recorded)) if source == "flag" else ()
+    if source == "file":
+        (home / "cloister.toml").write_text(f'[devices]\ninventory = "{recorded}"\n')
+        failed = cloister("--home", str(home), "config", "check", expect=3)
+        assert "line 2: devices.inventory: INVENTORY_INVALID: " in failed.stderr
+        assert doctor._settings(home).level == "FAIL"
+    failed = cloister("--home", str(home), "serve", *flags, expect=3)
+    assert failed.stderr.startswith("error: CONFIG_INVALID:")
+    assert "device 1 lacks kind" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert list((home / "run").iterdir()) == []
+    recorded.write_text(
+        '{"devices": [{"id": "cpu", "kind": "cpu", "name": "x", "memory_bytes": 2, "memory_available_bytes": 1}]}'
+    )
+    cloister("--home", str(home), "config", "show", *flags)
+
+
 def test_the_documented_settings_are_those_of_the_code() -> None:
     (block,) = (DOCS / "configuration.md").read_text().split("```toml\n")[1:]
     assert block.split("```")[0] == example()
