@@ -108,8 +108,8 @@ class Process:
         """Begin to drain, as SIGTERM does."""
         if not self.stopping.is_set():
             self.stopping.set()
-            with contextlib.suppress(OSError):  # who listened for READY may not listen any more
-                _notify("STOPPING=1")
+            with contextlib.suppress(OSError):  # who listened for READY may be gone, or stand still itself
+                _notify("STOPPING=1", socket.MSG_DONTWAIT)
 
 
 def run(name: str, main: Callable[[Process], Awaitable[None]], forbidden: Iterable[str] = ()) -> int:
@@ -229,11 +229,11 @@ def _address(name: str) -> str:
     return "\0" + name[1:] if name.startswith("@") else name
 
 
-def _notify(state: str) -> None:
+def _notify(state: str, flags: int = 0) -> None:
     """Send `state` to $NOTIFY_SOCKET, unless it is empty; nothing when nobody is named there.
 
     Raises:
-        OSError: the one named there is gone.
+        OSError: the one named there is gone, or reads nothing and `flags` say not to wait.
     """
     address = os.environ.get("NOTIFY_SOCKET")
     if not address:
@@ -241,7 +241,7 @@ def _notify(state: str) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.connect(_address(address))
         if state:
-            sock.send(state.encode())
+            sock.send(state.encode(), flags)
 
 
 class _JsonLines(logging.Formatter):

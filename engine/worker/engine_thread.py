@@ -76,7 +76,8 @@ class EngineThread:
         Args:
             limit_s: for one step; the first one may take `COLD_STEP_FACTOR` times as long.
         """
-        since, allowed = self._busy_since, limit_s if self._is_warm else COLD_STEP_FACTOR * limit_s
+        allowed = limit_s if self._is_warm else COLD_STEP_FACTOR * limit_s  # before `since`: the thread runs on
+        since = self._busy_since
         if since is None or self._clock() - since <= allowed:
             return ""
         return f"the engine has had work for {allowed:g} s and has not finished a step"

@@ -179,7 +179,7 @@ async def test_what_a_process_says_before_its_start_was_noticed_is_heard(
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", slowly)
     async with running(home, spec("quick")) as run:
-        await run.ready.wait()
+        await run.until("quick", "ready")
     assert run.states("quick") == ["starting", "ready", "stopping", "stopped"]
 
 
@@ -196,7 +196,8 @@ async def test_a_process_that_cannot_be_forked_now_is_tried_again_and_the_others
     monkeypatch.setattr(asyncio, "create_subprocess_exec", at_first_not)
     late = ProcessSpec("late", "stand_in", ("serve", "late"))
     async with running(home, spec("good"), late) as run:
-        await run.ready.wait()
+        await run.until("late", "ready")
+        await run.until("good", "ready")
     assert run.states("late") == ["ended", "starting", "ready", "stopping", "stopped"]
     assert (await run.until("late", "ended")).detail == "not started: Resource temporarily unavailable"
     assert run.states("good").count("starting") == 1

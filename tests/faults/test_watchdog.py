@@ -130,9 +130,7 @@ def test_a_process_feeds_its_watchdog_and_never_waits_for_one_that_does_not_read
         assert [notify.recv(100), notify.recv(100)] == [b"READY=1", b"WATCHDOG=1"]
         time.sleep(0.5)  # long enough, at one sign in half a millisecond, to fill what the kernel queues
         process.send_signal(signal.SIGTERM)
-        while notify.recv(100) != b"STOPPING=1":
-            pass
-        assert process.wait(timeout=LIMIT_S) == 0
+        assert process.wait(timeout=LIMIT_S) == 0, "it drains, though nobody hears that it does"
 
 
 class Supervised:
