@@ -20,7 +20,7 @@ def register(parser: argparse.ArgumentParser) -> None:
         "--profile",
         choices=("site", "demo"),
         default="site",
-        help="demo: several operators may share one system user; sealed in the audit log, for ever",
+        help="demo: marks a home that is for showing; always displayed, and sealed in the audit log for ever",
     )
     parser.add_argument(
         "--listen-name",

@@ -116,7 +116,7 @@ def test_a_hostile_container_is_refused_by_name(
     assert _code_of(tmp_path / "x", change(_raw(_TWO))) == code
 
 
-def test_an_announced_terabyte_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
+def test_the_largest_size_announced_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(encode_header("header.json", 8**11 - 1) + bytes(1024))
     reader = ContainerReader(open_source(path))
