@@ -27,6 +27,8 @@ class Outbox:
         self._bytes = 0
         self._closed = False
         self._something = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
 
     def push(self, step: int, rows: Iterable[engine_pb2.Row]) -> bool:
         """Add what `step` brought; False when the session had left too much unread before.
@@ -38,6 +40,7 @@ class Outbox:
             self._rows.setdefault((row.handle, row.index), deque()).append(row)
             self._bytes += _size(row)
         self._something.set()
+        self._note_room()
         return behind <= self._max_bytes
 
     def close(self) -> None:
@@ -61,7 +64,18 @@ class Outbox:
             taken = sum(map(_size, its))
             room -= taken
             self._bytes -= taken
+        self._note_room()
         return frame
+
+    async def room(self) -> None:
+        """Wait until no more is unread than may be."""
+        await self._room.wait()
+
+    def _note_room(self) -> None:
+        if self._bytes <= self._max_bytes:
+            self._room.set()
+        else:
+            self._room.clear()
 
     def _take_of(self, answer: tuple[int, int], room: int) -> Sequence[engine_pb2.Row]:
         """The first rows of an answer that fill `room` bytes, or all of them."""

@@ -99,9 +99,10 @@ class WorkerService(engine_pb2_grpc.WorkerServiceServicer):
             session.outbox.close()
 
     async def _read(self, session: _Session, commands: AsyncIterator[engine_pb2.SessionRequest]) -> None:
-        """Carry out a session's commands until it sends no more."""
+        """Carry out a session's commands until it sends no more; they wait while it has too much to read."""
         try:
             async for command in commands:
+                await session.outbox.room()
                 self._obey(session, command)
         finally:
             session.outbox.close()

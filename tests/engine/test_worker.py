@@ -93,10 +93,14 @@ class Session:
 
     async def finish_all(self, handle: int, count: int) -> list[Answer]:
         """Read until each of a request's answers has ended."""
-        answers = [self.answers[handle], *(self.others[handle, i] for i in range(1, count))]
+        answers = self.all_of(handle, count)
         while any(answer.end is None for answer in answers):
             await self.read_frame()
         return answers
+
+    def all_of(self, handle: int, count: int) -> list[Answer]:
+        """The answers to a request, as far as they are."""
+        return [self.answers[handle], *(self.others[handle, i] for i in range(1, count))]
 
     async def end_of(self, command: engine_pb2.Submit) -> engine_pb2.End:
         """Submit and read to the end."""
@@ -222,10 +226,24 @@ async def test_each_of_n_answers_is_the_one_its_own_seed_gives_alone(worker: Wor
 
 async def test_abort_and_refusal_end_each_of_n_answers_once(worker: Worker) -> None:
     session = Session(worker.channel)
+    reasons = set()
+    for moment in range(9):
+        command = submit(100 + moment, (0, *range(40, 80)), max_tokens=6)
+        command.n = 3
+        await session.send(command)
+        until = len(session.frames) + moment
+        while len(session.frames) < until and not all(answer.end for answer in session.all_of(command.handle, 3)):
+            await session.read_frame()
+        await session.send(engine_pb2.Abort(handle=command.handle))
+        reasons |= {answer.end.reason for answer in await session.finish_all(command.handle, 3) if answer.end}
+    assert reasons == {engine_pb2.END_REASON_ABORTED, engine_pb2.END_REASON_LENGTH}
+    status = await worker.until_idle()
+    assert status.blocks_free + status.blocks_cached == status.blocks_total
+
     running = submit(1, max_tokens=240)
     running.n = 3
     await session.send(running)
-    while not all(answer.token_ids for answer in (session.answers[1], *session.others.values())):
+    while not all(answer.token_ids for answer in session.all_of(1, 3)):
         await session.read_frame()
     await session.send(engine_pb2.Abort(handle=1))
     ends = [answer.end for answer in await session.finish_all(1, 3)]
@@ -484,11 +502,7 @@ def test_seeds_of_answers_are_stable_and_differ() -> None:
 async def test_a_session_that_reads_nothing_loses_its_requests_and_is_told(
     tiny_store: tuple[Path, engine_pb2.FileSet],
 ) -> None:
-    store, files = tiny_store
-    launch = Launch(engine_pb2.Deployment(name="tiny", files=files, options=OPTIONS), store, Path("unused"))
-    thread = EngineThread(lambda: build_engine(launch.files, launch.open_file, to_options(OPTIONS)))
-    thread.start()
-    await asyncio.wrap_future(thread.built)
+    thread = await started(*tiny_store)
     service = WorkerService(thread, "cpu", max_pending_bytes=10_000)
     frames = service.Session(commands(submit(1, max_tokens=200), submit(2, max_tokens=200)), None)
     await anext(frames)
@@ -504,6 +518,38 @@ async def test_a_session_that_reads_nothing_loses_its_requests_and_is_told(
     await frames.aclose()
     status = thread.status()
     assert status.blocks_free + status.blocks_cached == status.blocks_total
+
+
+async def started(store: Path, files: engine_pb2.FileSet) -> EngineThread:
+    launch = Launch(engine_pb2.Deployment(name="tiny", files=files, options=OPTIONS), store, Path("unused"))
+    thread = EngineThread(lambda: build_engine(launch.files, launch.open_file, to_options(OPTIONS)))
+    thread.start()
+    await asyncio.wrap_future(thread.built)
+    return thread
+
+
+async def test_what_a_session_sends_waits_while_it_reads_nothing_of_its_refusals(
+    tiny_store: tuple[Path, engine_pb2.FileSet],
+) -> None:
+    sent = 0
+
+    async def without_end() -> AsyncIterator[engine_pb2.SessionRequest]:
+        nonlocal sent
+        while sent < 1000:
+            sent += 1
+            yield engine_pb2.SessionRequest(submit=submit(sent, ()))
+            await asyncio.sleep(0)
+
+    frames = WorkerService(await started(*tiny_store), "cpu", max_pending_bytes=10_000).Session(
+        without_end(), None
+    )
+    refused = len((await anext(frames)).rows)
+    for _ in range(5000):
+        await asyncio.sleep(0)
+    assert sent < 25
+    async for frame in frames:  # all is refused once it is read, each once
+        refused += len(frame.rows)
+    assert (sent, refused) == (1000, 1000)
 
 
 async def commands(*submits: engine_pb2.Submit) -> AsyncIterator[engine_pb2.SessionRequest]:
