@@ -127,5 +127,8 @@ async def test_the_log_is_queried_by_page_and_each_query_is_on_record(house: Hou
     assert [r.facts["method"] for r in house.records("operator.read")] == [
         "/cloister.admin.v1.AuditService/QueryAudit"
     ] * 2
+    far = admin_pb2.QueryAuditRequest(kind_prefix="operator.change")
+    far.since.seconds, far.until.seconds = -(1 << 62), 1 << 62
+    assert len((await house.audit.QueryAudit(far)).records) == 6
     error = await refusal(house.audit.QueryAudit(admin_pb2.QueryAuditRequest(tenant="x" * 2000)))
     assert (error.code, error.field) == ("INVALID_FILTER", "tenant")

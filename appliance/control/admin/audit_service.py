@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
+from google.protobuf.timestamp_pb2 import Timestamp
+
 from appliance.control.admin.views import timestamp
 from appliance.control.audit import AuditLog, StoredRecord
 from appliance.control.audit.query import Filter
@@ -16,7 +18,7 @@ _DEFAULT_LIMIT = 100
 _AT_ONCE = 500
 _MOST_IN_A_PAGE = 200
 _LONGEST_FILTER = 1024
-_HIGHEST_SEQUENCE = 2**63 - 1
+_HIGHEST = 2**63 - 1
 _LOOK_AGAIN_S = 0.2
 
 # grpc.aio gives servicers a context whose type the generated stubs keep private.
@@ -61,7 +63,7 @@ class AuditService(admin_pb2_grpc.AuditServiceServicer):
             if len(getattr(request, name)) > _LONGEST_FILTER:
                 message = f"a filter has at most {_LONGEST_FILTER} characters"
                 raise CloisterError("INVALID_FILTER", message, field=name)
-        if request.before_sequence > _HIGHEST_SEQUENCE:
+        if request.before_sequence > _HIGHEST:
             raise CloisterError("INVALID_FILTER", "no record has such a number", field="before_sequence")
         wanted = Filter(
             kind_prefix=request.kind_prefix,
@@ -69,8 +71,8 @@ class AuditService(admin_pb2_grpc.AuditServiceServicer):
             actor=request.actor,
             decision=request.decision,
             request_id=request.request_id,
-            since_ns=request.since.ToNanoseconds() if request.HasField("since") else None,
-            until_ns=request.until.ToNanoseconds() if request.HasField("until") else None,
+            since_ns=_nanoseconds(request.since) if request.HasField("since") else None,
+            until_ns=_nanoseconds(request.until) if request.HasField("until") else None,
         )
         limit = min(request.limit or _DEFAULT_LIMIT, _MOST_IN_A_PAGE)
         page = await asyncio.to_thread(self._log.query, wanted, request.before_sequence, limit)
@@ -94,6 +96,11 @@ class AuditService(admin_pb2_grpc.AuditServiceServicer):
             message=verdict.message or "",
             open_intents=verdict.open_intents,
         )
+
+
+def _nanoseconds(moment: Timestamp) -> int:
+    """Since the epoch; the year 9999 and others that no record can have become the last or first that one can."""
+    return max(-_HIGHEST, min(moment.seconds * 10**9 + moment.nanos, _HIGHEST))
 
 
 def _view(record: StoredRecord) -> admin_pb2.TailAuditResponse:
