@@ -7,6 +7,7 @@ Source: proc_meminfo(5), MemAvailable; proc_pid_status(5), RssAnon; cgroups(7), 
 memory.current, memory.stat.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -16,12 +17,16 @@ _CGROUP = Path("/sys/fs/cgroup")
 def available_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
     """Bytes that can be taken without swapping and without breaking the limit of any control group above."""
     available = _fields(proc / "meminfo")["MemAvailable"] * 1024
-    group = cgroup / _own_group(proc / "self" / "cgroup")
-    for place in (group, *group.parents):
-        if place == cgroup.parent:
-            break
-        available = min(available, _left_in(place, available))
+    for group in _groups(proc, cgroup):
+        available = min(available, _left_in(group, available))
     return max(0, available)
+
+
+def total_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+    """Physical memory, or less where a control group above allows less."""
+    limits = (_limit(group) for group in _groups(proc, cgroup))
+    physical = _fields(proc / "meminfo")["MemTotal"] * 1024
+    return min([physical, *(limit for limit in limits if limit is not None)])
 
 
 def own_bytes(pid: str = "self", proc: Path = _PROC) -> int:
@@ -32,22 +37,36 @@ def own_bytes(pid: str = "self", proc: Path = _PROC) -> int:
         return 0
 
 
-def _own_group(membership: Path) -> str:
-    """The path of this process's group below the root of version 2; the root where there is no version 2."""
+def _groups(proc: Path, cgroup: Path) -> Iterator[Path]:
+    """This process's control group of version 2 and all above it; the root alone where there is no version 2."""
+    membership = proc / "self" / "cgroup"
     lines = membership.read_text(encoding="utf-8").splitlines() if membership.exists() else []
-    return next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    group = cgroup / next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
+    for place in (group, *group.parents):
+        if place == cgroup.parent:
+            return
+        yield place
+
+
+def _limit(group: Path) -> int | None:
+    """What a group may hold; None where it has no limit."""
+    try:
+        limit = (group / "memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return None
+    return int(limit) if limit.isdigit() else None
 
 
 def _left_in(group: Path, otherwise: int) -> int:
     """What the group's limit leaves; `otherwise` where it has none."""
+    limit = _limit(group)
     try:
-        limit = (group / "memory.max").read_text(encoding="ascii").strip()
         current = int((group / "memory.current").read_text(encoding="ascii"))
         fields = _fields(group / "memory.stat")
     except OSError:
         return otherwise
     droppable = sum(fields.get(name, 0) for name in ("active_file", "inactive_file", "slab_reclaimable"))
-    return int(limit) - current + droppable if limit.isdigit() else otherwise
+    return otherwise if limit is None else limit - current + droppable
 
 
 def _fields(path: Path) -> dict[str, int]:

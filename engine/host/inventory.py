@@ -9,20 +9,19 @@ A device may also have compute_capability, driver and slice_of (text), temperatu
 (numbers), and deployments, which is passed over. The first device is the CPU, and ids are unique. Anything else is
 refused. `python -m engine.host.inventory FILE` judges a file and does nothing else.
 
-Source: proc_cpuinfo(5), proc_meminfo(5); sched_getaffinity(2); memory.max of cgroups(7), version 2.
+Source: proc_cpuinfo(5), sched_getaffinity(2).
 """
 
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError
 from engine.host import nvml
-from engine.memory import available_bytes
+from engine.memory import available_bytes, total_bytes
 from engine.protos import engine_pb2
 from engine.strict_json import load_object
 
@@ -73,7 +72,7 @@ def cpu_device(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
         id=CPU,
         kind=CPU,
         name=_cpu_name(proc / "cpuinfo"),
-        memory_bytes=_memory_bytes(proc / "meminfo", cgroup / "memory.max"),
+        memory_bytes=total_bytes(proc, cgroup),
         cores=len(os.sched_getaffinity(0)),
         memory_available_bytes=available_bytes(proc, cgroup),
     )
@@ -148,18 +147,6 @@ def _cpu_name(cpuinfo: Path) -> str:
         if key.strip() == "model name":
             return value.strip()
     return platform.machine()
-
-
-def _memory_bytes(meminfo: Path, limit: Path) -> int:
-    """Physical memory, or less where a control group allows less."""
-    text = meminfo.read_text(encoding="ascii")
-    fields: Mapping[str, str] = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    total = int(fields["MemTotal"].split()[0]) * 1024
-    try:
-        allowed = limit.read_text(encoding="ascii").strip()
-    except OSError:
-        return total
-    return min(total, int(allowed)) if allowed.isdigit() else total
 
 
 def main(argv: list[str]) -> int:

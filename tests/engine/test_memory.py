@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.memory import available_bytes
+from engine.memory import available_bytes, total_bytes
 
 KIB, GIB = 2**10, 2**30
 
@@ -38,12 +38,14 @@ def test_a_control_group_at_any_height_lowers_it(proc: Path, tmp_path: Path, pla
     limit(root / "site.slice" / "worker", "max", GIB)
     limit(root / place, str(4 * GIB), 3 * GIB, cache=KIB)
     assert available_bytes(proc, root) == GIB + 3 * KIB
+    assert total_bytes(proc, root) == 4 * GIB
 
 
 def test_a_group_without_a_limit_or_with_a_higher_one_changes_nothing(proc: Path, tmp_path: Path) -> None:
     limit(tmp_path / "cgroup", "max", 3 * GIB)
     limit(tmp_path / "cgroup" / "site.slice", str(100 * GIB), 3 * GIB)
     assert available_bytes(proc, tmp_path / "cgroup") == 8 * GIB
+    assert total_bytes(proc, tmp_path / "cgroup") == 32 * GIB
 
 
 def test_a_group_over_its_limit_has_nothing_left(proc: Path, tmp_path: Path) -> None:
