@@ -89,6 +89,19 @@ def test_what_is_remembered_survives_the_loss_of_pages_and_prefixes_of_the_cache
     assert roomy.status().tokens_cached > 200
 
 
+@pytest.mark.parametrize("moment", [1, 12, 30])
+def test_what_is_remembered_holds_the_answer_that_is_found_in_the_cache_again(folder: Path, moment: int) -> None:
+    rest = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_penalty": 0.3}
+    expected = ask(engine(folder, deterministic=True), **rest).token_ids
+    loop = engine(folder, deterministic=True)
+    one = request(0, PROMPT, 40, ignore_eos=True, salt=b"s", **rest)
+    loop.submit(one)
+    found = [token for _ in range(moment) for row in loop.step() for token in row.token_ids]
+    loop.scheduler._preempt(one)
+    assert found + run(loop)[0].token_ids == expected
+    assert one.recomputed_tokens < 8, "less than a page: the rest was in the cache, the answer's part too"
+
+
 def test_neighbours_with_penalties_change_nothing_for_others(folder: Path) -> None:
     loop = engine(folder, deterministic=True)
     alone = ask(loop, temperature=1.0, seed=4).token_ids
