@@ -10,6 +10,7 @@ import pytest
 from appliance.client import CloisterError
 from appliance.gateway import quarantine
 from appliance.gateway.quarantine import HOLD_S, TERM_S, Passage, Quarantine, fingerprint_of
+from appliance.gateway.sessions import Sessions
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
 from engine.protos import engine_pb2
 from tests.appliance.gateway_house import API_KEY, House, Send, end, one_word_then_silence, open_house, say
@@ -28,6 +29,11 @@ async def house() -> AsyncIterator[House]:
 def lengths(house: House) -> list[int]:
     """Prompts the worker was given, by length: the stand-in makes one token of each character."""
     return [len(submit.token_ids) for submit in house.worker.submits]
+
+
+def marks(house: House) -> Any:
+    """What the gateway holds against requests."""
+    return house.gateway._service._neighbours.quarantine._marks
 
 
 async def killed_over(house: House, *texts: str) -> None:
@@ -151,6 +157,51 @@ async def test_who_waits_for_its_turn_may_go_away(house: House) -> None:
         house.worker.script = say("Hello")
         first.cancel()
         assert (await client.generate("notes", "bb").result()).text == "Hello"
+
+
+@pytest.mark.parametrize("refused", ["Admit", "AwaitIntent"])
+async def test_a_suspect_that_control_refuses_leaves_its_place(house: House, refused: str) -> None:
+    await killed_over(house, "a", "bb")
+    house.control.refuse_once[refused] = CloisterError("LIMIT", "x", grpc.StatusCode.RESOURCE_EXHAUSTED)
+    with pytest.raises(CloisterError, match="LIMIT"):
+        await answer(house, "a")
+    assert await asyncio.wait_for(answer(house, "bb"), quarantine.WAIT_S / 2) == "Hello"
+    await _until(lambda: not house.gateway._service._neighbours.quarantine._places)
+
+
+async def test_a_suspect_of_which_one_answer_came_to_no_end_is_not_cleared(house: House) -> None:
+    async def half(submit: Any, send: Send) -> None:
+        send("Hel", [1], index=0)
+        send(end=end(), index=0)
+        await asyncio.Event().wait()
+
+    house.worker.script = one_word_then_silence
+    async with house.client() as client:
+        stream = client.generate("notes", "a", n=2)
+        assert await anext(stream.deltas())
+        await house.kill("worker-notes")
+        await asyncio.gather(stream.result(), return_exceptions=True)
+        await house.start_worker()
+        house.worker.script = half
+        again = client.generate("notes", "a", n=2)
+        assert await anext(again.deltas())
+        again.cancel()
+        await house.worker.aborted.wait()
+        await _until(lambda: not house.gateway._service._neighbours.quarantine._places)
+    assert len(marks(house)) == 1
+
+
+async def test_a_suspect_that_is_forgotten_leaves_its_place(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appliance.gateway.sessions._MOST_GIVEN_UP", 1)
+    known = Quarantine()
+    await suspects(known, b"f")
+    sessions = Sessions()
+    session = await sessions.open(str(house.home / "run" / "worker-notes.sock"))
+    house.worker.script, house.worker.deaf = one_word_then_silence, True
+    for name in (b"f", b"other"):
+        session.release(session.submit(engine_pb2.Submit(token_ids=[1], n=1), await enter(known, name)))
+    assert await is_let_in(known, b"f")
+    await sessions.close()
 
 
 async def test_a_request_the_engine_brought_to_its_end_is_no_suspect_any_more(house: House) -> None:
@@ -362,7 +413,7 @@ async def test_what_was_never_written_to_the_worker_is_not_held_against_a_reques
         await house.kill("worker-notes")
         results = await asyncio.gather(second, first.result(), return_exceptions=True)
     assert [getattr(result, "code", "") for result in results] == ["ENGINE_UNAVAILABLE", "ENGINE_RESTARTED"]
-    assert len(house.gateway._service._neighbours.quarantine._marks) == 1, "only the one that the worker had"
+    assert len(marks(house)) == 1, "only the one that the worker had"
 
 
 async def _until(condition: Callable[[], bool]) -> None:
