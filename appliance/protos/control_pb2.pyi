@@ -255,7 +255,7 @@ class AdmitResponse(_message.Message):
     scope: _builtins.str
     """The engine's opaque, stable name for the tenant."""
     salt: _builtins.bytes
-    """Roots this tenant's prefix cache when there is one; carried, not read yet."""
+    """Roots this tenant's prefix cache; secret."""
     weight: _builtins.int
     """Fair-share weight."""
     def __init__(
