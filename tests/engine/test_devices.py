@@ -1,8 +1,10 @@
 """Devices: NVML asked through ctypes, against a C library with its structures and codes, and recorded files."""
 
+import asyncio
 import json
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,9 @@ from google.protobuf.json_format import MessageToDict
 
 from engine.errors import EngineError
 from engine.host import nvml, planning
-from engine.host.inventory import Inventory, measure, read_recorded
+from engine.host.inventory import Inventory, cpu_device, measure, read_recorded
 from engine.host.planning import Planner
+from engine.host.service import HostService
 from engine.protos import engine_pb2
 from tests.engine.test_worker import OPTIONS
 
@@ -262,3 +265,28 @@ def test_files_that_tell_nothing_are_promised_nothing(cpu: Inventory, tmp_path: 
     with pytest.raises(EngineError) as error:
         planner.plan(lost, {})
     assert error.value.code == "FILE_MISSING"
+
+
+async def test_a_driver_that_hangs_delays_no_plan(
+    tiny_store: tuple[Path, engine_pb2.FileSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wakes = threading.Event()
+
+    def hang() -> Inventory:
+        wakes.wait(60)
+        return Inventory((cpu_device(),))
+
+    monkeypatch.setattr(planning, "measure", hang)
+    service = HostService(tmp_path, tiny_store[0])
+    context: Any = None  # which only a refusal would need
+    asked = [
+        asyncio.create_task(service.GetInventory(engine_pb2.GetInventoryRequest(), context)) for _ in range(40)
+    ]  # more than there are threads to wait in
+    try:
+        wanted = engine_pb2.PlanDeploymentRequest(deployment=deployment(tiny_store[1]))
+        answer = await service.PlanDeployment(wanted, context)
+        assert answer.plan.total_bytes > 0
+        assert not any(task.done() for task in asked)
+    finally:
+        wakes.set()
+    assert {answer.devices[0].id for answer in await asyncio.gather(*asked)} == {"cpu"}
