@@ -1,6 +1,7 @@
 """Disks fail, fill up and lose their process: nothing acknowledged is lost, nothing unrecorded is answered."""
 
 import asyncio
+import errno
 import os
 import resource
 import shutil
@@ -80,6 +81,51 @@ def test_failed_commit_refuses_its_batch_and_the_log_resumes_from_the_disk(tmp_p
     log.close()
     verdict = home.verify()
     assert (verdict.intact, verdict.size) == (True, receipt.sequence)
+
+
+def test_log_whose_files_cannot_even_be_closed_refuses_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """close(2) may report what a dying disk did not write; the lock on the log must not outlive the file."""
+    home, disk = Home(tmp_path), Disk()
+    log = home.create(factory=disk.connection())
+    discard = Ledger.discard
+
+    def failing(self: Ledger) -> None:
+        discard(self)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Ledger, "discard", failing)
+    disk.fail_before_commit = 1
+    with pytest.raises(CloisterError, match="AUDIT_BLOCKED"):
+        log.append(numbered(1)).result(timeout=20)
+    wait_until(lambda: not log.blocked)
+    assert log.append(numbered(2)).result(timeout=20).sequence > 0
+    log.close()
+    assert home.verify().intact
+
+
+def test_a_writer_that_fails_in_a_way_nobody_foresaw_ends_its_process(tmp_path: Path) -> None:
+    """Or every request would wait for a record that nobody writes."""
+    program = """
+import pathlib, sys
+from appliance.control.audit.writer import Writer
+from tests.appliance.audit_logs import Home, numbered
+log = Home(pathlib.Path(sys.argv[1])).create()
+Writer._take = None
+log.append(numbered(1))
+log.append(numbered(2)).result(timeout=20)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, "audit writer failed" in done.stderr) == (1, True)
 
 
 async def test_log_that_cannot_commit_answers_within_the_bounded_wait(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,3 +129,20 @@ def test_a_job_that_was_refused_keeps_its_refusal_when_the_transaction_is_lost(d
     waiting = [database.submit(refused), database.submit(put("big", "x" * 60_000))]
     together.set()
     assert [getattr(f.exception(), "code", "") for f in waiting] == ["KEY_UNKNOWN", "DATABASE_FAILED"]
+
+
+def test_a_thread_that_fails_in_a_way_nobody_foresaw_ends_its_process(tmp_path: Path) -> None:
+    """Or every request would wait for an answer that nobody gives."""
+    program = """
+import pathlib, sys
+from appliance.control.db import database
+opened = database.Database(pathlib.Path(sys.argv[1]))
+database._carry_out = None
+opened.submit(lambda session: 1).result(timeout=20)
+"""
+    root = Path(__file__).parents[2]
+    place = tmp_path / "control.db"
+    done = subprocess.run(
+        [sys.executable, "-c", program, place], cwd=root, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, "the thread of control.db failed" in done.stderr) == (1, True)

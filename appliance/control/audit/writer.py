@@ -10,6 +10,7 @@ Source: "PostgreSQL's fsync() surprise" (2018) for what a failed fsync leaves be
 """
 
 import logging
+import os
 import sqlite3
 import threading
 from collections import deque
@@ -80,6 +81,13 @@ class Writer:
         self._thread.join()
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except BaseException:  # nobody would write, and every request would wait: `serve` starts a clean process
+            log.exception("audit writer failed")
+            os._exit(1)
+
+    def _serve(self) -> None:
         delay = _FIRST_RETRY
         while not self._done():
             if not self.blocked:
@@ -120,11 +128,7 @@ class Writer:
             waiting.future.set_result(receipt)
 
     def _poison(self, batch: Sequence[Waiting], error: Exception) -> None:
-        """Drop the ledger and refuse everything that was promised nothing yet."""
-        if self._ledger is not None:
-            self._keep_readable()
-            self._ledger.discard()
-            self._ledger = None
+        """Refuse everything that was promised nothing yet, and drop the ledger."""
         why = _describe(error)
         log.error("audit log blocked", extra={"reason": why, "refused": len(batch)})
         with self._signal:
@@ -133,12 +137,22 @@ class Writer:
             self._queue.clear()
         for waiting in refused:
             waiting.future.set_exception(blocked(why))
+        self._keep_readable()
+        self._drop()
+
+    def _drop(self) -> None:
+        ledger, self._ledger = self._ledger, None
+        try:
+            if ledger is not None:
+                ledger.discard()
+        except (sqlite3.Error, OSError) as error:  # a disk that fails may fail close(2), too
+            log.warning("audit log not closed", extra={"reason": _describe(error)})
 
     def _keep_readable(self) -> None:
         """Hold the files open for readers until the log is written again."""
         try:
             self._readable = store.connect_reader(self._place.db)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             log.warning("audit log not readable while it is blocked", extra={"reason": _describe(error)})
 
     def _let_go(self) -> None:

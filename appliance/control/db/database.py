@@ -11,6 +11,7 @@ Source: sqlite.org/wal.html, sqlite.org/lang_savepoint.html, sqlite.org/lang_tra
 
 import asyncio
 import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -106,8 +107,12 @@ class Database:
         with session:
             raw: Any = session.connection().connection.driver_connection
             session.rollback()
-            while batch := self._next_batch():
-                _carry_out(session, raw, batch)
+            try:
+                while batch := self._next_batch():
+                    _carry_out(session, raw, batch)
+            except BaseException:  # nobody would be answered any more: `serve` starts a clean process
+                log.exception("the thread of control.db failed")
+                os._exit(1)
         engine.dispose()
 
     def _next_batch(self) -> list[_Job]:
