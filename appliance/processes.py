@@ -44,6 +44,8 @@ class ProcessSpec:
         return (sys.executable, "-P", "-m", self.module, *(places.get(a, a) for a in self.arguments))
 
 
+# Control's start reads the audit log for open intents: a second for half a million records, longer on a slow disk.
+_LOG_READ_WITHIN = 1800.0
 # A gateway that has drained still settles and hangs up.
 _DRAINED_WITHIN = 20.0
 
@@ -52,7 +54,13 @@ def table(settings: "Settings") -> tuple[ProcessSpec, ...]:
     """The rows, in start order; SIGTERM goes the other way round: the last request in is the last one recorded."""
     home, heard = ("--home", "{home}"), settings.watchdog.heard_seconds
     return (
-        ProcessSpec("control", "appliance.control", (*home, *_control(settings)), heard_within=heard),
+        ProcessSpec(
+            "control",
+            "appliance.control",
+            (*home, *_control(settings)),
+            ready_within=_LOG_READ_WITHIN,
+            heard_within=heard,
+        ),
         ProcessSpec("importer", "bundles.importer", home, heard_within=heard),
         ProcessSpec("engine-host", "engine.host", _engine_host(settings), heard_within=heard),
         ProcessSpec(

@@ -63,7 +63,8 @@ async def _supervise(args: argparse.Namespace, home: Path, settings: "Settings")
     def all_ready() -> None:
         listen = settings.gateway.listen
         value = {"state": "ready", "listen": listen, "home": str(home), "isolation": ISOLATION}
-        emit_line(args, value, f"ready on {listen}  home: {printable(str(home))}  isolation: {ISOLATION}")
+        with contextlib.suppress(OSError):
+            emit_line(args, value, f"ready on {listen}  home: {printable(str(home))}  isolation: {ISOLATION}")
         process.ready()
 
     open_log = partial(LogFile, max_bytes=settings.logs.max_bytes, kept=settings.logs.kept)
