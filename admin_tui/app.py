@@ -22,7 +22,7 @@ from admin_tui.drain import TerminalDriver
 from admin_tui.errand import ask
 from admin_tui.pages import PAGES
 from admin_tui.port import Port
-from admin_tui.state import Event, ImportSeen, Noted, State, next_interval, reduce
+from admin_tui.state import Event, ImportSeen, Noted, State, Turned, next_interval, reduce
 from admin_tui.views import chrome
 from admin_tui.widgets import colours
 from admin_tui.widgets.detail import Detail
@@ -43,7 +43,7 @@ _LAYOUT = """
 #pages > Vertical { height: 1fr; }
 .head { height: 2; }
 .two { height: 3; }
-#import { height: 3; }
+#deployments, #tenants-now { margin-bottom: 1; }
 #detail { height: 1fr; }
 .dashboard #pages { height: 3fr; }
 .dashboard #detail { height: 2fr; }
@@ -161,29 +161,31 @@ class ConsoleApp(App[None]):
             return
         symbols, width = self.symbols, self.size.width
         self._line("status", chrome.status_line(self.state, width, symbols))
-        self._line("tabs", chrome.tabs_line(self.page, self._standing(), self.home, width, symbols))
+        self._show_tabs()
         self._line("note", chrome.note_line(self.state, width, symbols))
-        self._line("keys", chrome.keys_line(self.page, width, symbols))
+        detailed = self._main.query_one("#detail").display
+        self._line("keys", chrome.keys_line(self.page, width, detailed))
         PAGES[self.page].show(self._main, self.state, symbols, width)
         self._show_detail()
 
     def on_live_table_chosen(self) -> None:
         """The detail follows the cursor."""
         if self.is_running:
-            self._line(
-                "tabs", chrome.tabs_line(self.page, self._standing(), self.home, self.size.width, self.symbols)
-            )
+            self._show_tabs()
             self._show_detail()
+
+    def _show_tabs(self) -> None:
+        line = chrome.tabs_line(self.state, self.page, self._standing(), self.home, self.size.width, self.symbols)
+        self._line("tabs", line)
 
     def _line(self, name: str, line: Line) -> None:
         self._main.query_one(f"#{name}", Lines).show([line])
 
     def _standing(self) -> Line:
-        """Frozen, sorted, scrolled: how the table stands."""
+        """Frozen, sorted: how the table stands."""
         table = self.table
         frozen = [("FROZEN ", Tone.WARN)] if table.frozen else []
-        text = "  ".join(part for part in (f"by {table.sorted_by}" if table.sorted_by else "", table.span) if part)
-        return (*frozen, (text, Tone.DIM))
+        return (*frozen, (f"by {table.sorted_by}" if table.sorted_by else "", Tone.DIM))
 
     def _last_table(self) -> LiveTable:
         return self._focused.get(self.page) or self.tables[0]
@@ -262,7 +264,7 @@ class ConsoleApp(App[None]):
         self.ask_soon()
         if page is Page.AUDIT and self.state.audit is None:
             self._work.do("refresh")
-        self.state = reduce(self.state, Noted(""))
+        self.state = reduce(self.state, Turned())
         self.call_after_refresh(self.repaint)
 
     def _do_detail(self) -> None:

@@ -64,6 +64,7 @@ class Column:
         right: flush right, for numbers.
         grows: share of the room that is left over.
         from_width: cells the table must have for the column to be shown.
+        ends: what is too long is cut in its middle: names that begin alike differ at their end.
     """
 
     title: str
@@ -71,6 +72,7 @@ class Column:
     right: bool = False
     grows: int = 0
     from_width: int = 0
+    ends: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +106,24 @@ def literal(text: str, symbols: Symbols) -> str:
     return "".join(spelled(c) if _is_spelled(c, symbols.utf8) else c for c in whole)
 
 
-def fit(text: str, width: int, symbols: Symbols, right: bool = False) -> str:
-    """`text` made literal and exactly `width` cells wide: padded, or cut with an ellipsis."""
+def fit(text: str, width: int, symbols: Symbols, right: bool = False, ends: bool = False) -> str:
+    """`text` made literal and exactly `width` cells wide: padded, or cut with an ellipsis; with `ends` amid it."""
     shown = literal(text, symbols)
     length = cell_len(shown)
     if length > width:
+        if ends and width > 4:
+            tail = last_cells(shown, (width - 1) // 2)
+            return set_cell_size(shown, width - 1 - cell_len(tail)) + symbols.ellipsis + tail
         return set_cell_size(set_cell_size(shown, max(0, width - 1)).rstrip() + symbols.ellipsis, width)
     room = " " * (width - length)
     return room + shown if right else shown + room
+
+
+def last_cells(text: str, width: int) -> str:
+    """The end of `text`, at most `width` cells of it."""
+    while cell_len(text) > width:
+        text = text[1:]
+    return text
 
 
 def wrap(text: str, width: int, symbols: Symbols) -> list[str]:

@@ -5,7 +5,7 @@ from datetime import datetime
 
 from admin_tui.actions import Page
 from admin_tui.port import Port
-from admin_tui.state import Event, ModelsRead, Noted, StatusRead, TenantsRead, Unreached
+from admin_tui.state import Event, ModelsRead, StatusRead, TenantsRead, Unanswered, Unreached
 from appliance.errors import CloisterError
 
 # What changes seldom is asked for each time a page is entered, and then once in so many polls.
@@ -35,5 +35,5 @@ def poll(
         elif page is Page.MODELS and turn % SELDOM == 0:
             events.append(ModelsRead(port.versions(), port.aliases()))
     except CloisterError as error:
-        events.append(Noted(str(error), bad=True))
+        events.append(Unanswered("models" if page is Page.MODELS else "tenants", error))
     return events

@@ -43,14 +43,14 @@ class DashboardPage:
             "tenants-now": dashboard.tenants(state),
             "alerts": dashboard.alerts(state),
         }
-        room = root.query_one("#dashboard", Widget).size.height
-        *above, last = (1 + max(1, len(rows)) for rows in given.values())
-        heights = shares([*(lines + 1 for lines in above), last], room)  # a blank line between two tables
+        heard = {"deployments": state.status is not None, "tenants-now": state.tenants is not None}
+        room = root.query_one("#dashboard", Widget).size.height - 2  # a blank line between two tables
+        heights = shares([1 + max(1, len(rows)) for rows in given.values()], room)
         for (name, rows), height in zip(given.items(), heights, strict=True):
             table = root.query_one(f"#{name}", LiveTable)
             if height > 1 and (table.styles.height is None or table.styles.height.value != height):
                 table.styles.height = height
-            table.set_rows(rows)
+            table.set_rows(rows, heard.get(name, bool(rows) or state.status is not None))
 
     def detail(self, state: State, table: str, row: str) -> tuple[Fact, ...]:
         """A deployment, a tenant or an alert."""
@@ -70,7 +70,7 @@ class TenantsPage:
     def show(self, root: DOMNode, state: State, symbols: Symbols, width: int) -> None:
         """Rows."""
         root.query_one("#tenants-head", Lines).show([((f" {tenants.summary(state)}", Tone.DIM),)])
-        root.query_one("#tenant-list", LiveTable).set_rows(tenants.rows(state))
+        root.query_one("#tenant-list", LiveTable).set_rows(tenants.rows(state), state.tenants is not None)
 
     def detail(self, state: State, table: str, row: str) -> tuple[Fact, ...]:
         """A tenant and its keys."""
@@ -81,16 +81,18 @@ class ModelsPage:
     """The versions, and under them the import that was begun here."""
 
     def compose(self) -> Iterator[Widget]:
-        """A table and two lines."""
+        """A table and a few lines."""
         yield LiveTable(models.COLUMNS, models.EMPTY, id="versions")
         yield Lines(id="import")
 
     def show(self, root: DOMNode, state: State, symbols: Symbols, width: int) -> None:
         """Rows and progress."""
-        root.query_one("#versions", LiveTable).set_rows(models.rows(state))
+        root.query_one("#versions", LiveTable).set_rows(models.rows(state), state.versions is not None)
         lines = models.import_lines(state.importing, max(20, width - 2), symbols)
         block = root.query_one("#import", Lines)
         block.display = bool(lines)
+        if block.display and (block.styles.height is None or block.styles.height.value != len(lines) + 1):
+            block.styles.height = len(lines) + 1
         block.show([((" ", Tone.PLAIN), *line) for line in lines])
 
     def detail(self, state: State, table: str, row: str) -> tuple[Fact, ...]:
@@ -115,7 +117,7 @@ class AuditPageView:
             ((" " + fit(audit.position(state), room, symbols), Tone.DIM),),
         )
         root.query_one("#audit-head", Lines).show(head)
-        root.query_one("#records", LiveTable).set_rows(audit.rows(state))
+        root.query_one("#records", LiveTable).set_rows(audit.rows(state), state.audit is not None)
 
     def detail(self, state: State, table: str, row: str) -> tuple[Fact, ...]:
         """A record with its canonical body."""

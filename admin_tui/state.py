@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
+import grpc
+
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
 
@@ -16,6 +18,12 @@ FAST_S, SLOW_S = 1.0, 5.0
 """The console asks every second, and on a slow terminal every five."""
 SLOW_DRAIN_S = 0.3
 """A terminal that takes longer to swallow what is painted is slow."""
+_SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+def is_silence(error: CloisterError) -> bool:
+    """Nobody answered; else somebody said no."""
+    return error.status in _SILENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +45,9 @@ class Import:
         progress: the newest message; None before the first.
         rated: (instant, bytes) from when bytes began to move.
         now: the instant of the newest message.
+        asked: the instant of the newest status; beside `now` it tells how long nothing moved.
         lost: why the console no longer hears of it; the importer goes on.
+        refused: it was refused at the door, so nothing goes on.
     """
 
     path: str
@@ -45,13 +55,20 @@ class Import:
     progress: admin_pb2.ImportBundleResponse | None = None
     rated: tuple[float, int] | None = None
     now: float = 0.0
+    asked: float = 0.0
     lost: str = ""
+    refused: bool = False
 
     @property
     def running(self) -> bool:
         """Neither committed, nor rejected, nor out of sight."""
         ended = self.progress is not None and self.progress.state in ("committed", "rejected")
         return not ended and not self.lost
+
+    @property
+    def silence(self) -> float:
+        """Seconds without a word from the importer."""
+        return max(0.0, self.asked - self.now)
 
     @property
     def rate(self) -> float:
@@ -77,6 +94,7 @@ class State:
     Attributes:
         heard: wall-clock time of the newest status.
         trouble: why the appliance is not reached, None while it is.
+        unanswered: what the page shows and was not told when it last asked, and why; empty when it was.
         note: what the last action said; and whether it is bad.
     """
 
@@ -92,6 +110,7 @@ class State:
     samples: Mapping[str, tuple[Sample, ...]] = field(default_factory=dict)
     heard: datetime | None = None
     trouble: CloisterError | None = None
+    unanswered: str = ""
     note: str = ""
     note_is_bad: bool = False
 
@@ -133,6 +152,19 @@ class Unreached:
     """GetStatus did not answer."""
 
     error: CloisterError
+
+
+@dataclass(frozen=True, slots=True)
+class Unanswered:
+    """The status came, but not `what` the page shows besides."""
+
+    what: str
+    error: CloisterError
+
+
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """Another page is looked at; what was said on the one before is not of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +216,7 @@ class ImportLost:
 
 
 Event = (
-    StatusRead | TenantsRead | ModelsRead | AuditPage | Unreached | Noted
+    StatusRead | TenantsRead | ModelsRead | AuditPage | Unreached | Unanswered | Turned | Noted
     | Verifying | Verified | ImportBegan | ImportTold | ImportLost | ImportSeen
 )  # fmt: skip
 
@@ -193,23 +225,23 @@ def reduce(state: State, event: Event) -> State:
     """The state after `event`."""
     match event:
         case StatusRead():
-            samples = _sampled(state.samples, event)
-            return replace(state, status=event.status, samples=samples, heard=event.time, trouble=None)
+            return _heard(state, event)
         case TenantsRead():
             keys = state.keys if event.keys is None else event.keys
-            return replace(state, tenants=event.tenants, keys=keys)
+            return replace(state, tenants=event.tenants, keys=keys, unanswered="")
         case ModelsRead():
-            return replace(state, versions=event.versions, aliases=event.aliases)
+            return replace(state, versions=event.versions, aliases=event.aliases, unanswered="")
         case AuditPage():
             return replace(state, audit=event)
-        case Unreached():
-            return replace(state, trouble=event.error, samples={})
+        case Unreached() | Unanswered():
+            return _unheard(state, event)
+        case Turned():
+            return replace(state, note="", note_is_bad=False, unanswered="")
         case Noted():
             return replace(state, note=event.text, note_is_bad=event.bad)
-        case Verifying():
-            return replace(state, verifying=True, verdict=None)
-        case Verified():
-            return replace(state, verifying=False, verdict=event.verdict)
+        case Verifying() | Verified():
+            verdict = event.verdict if isinstance(event, Verified) else None
+            return replace(state, verifying=isinstance(event, Verifying), verdict=verdict)
         case ImportBegan() | ImportSeen() | ImportTold() | ImportLost():
             return replace(state, importing=_imported(state.importing, event))
 
@@ -217,6 +249,21 @@ def reduce(state: State, event: Event) -> State:
 def next_interval(interval: float, drain_s: float) -> float:
     """Seconds until the next question: doubled while the terminal is slow, back to one when it is not."""
     return min(SLOW_S, interval * 2) if drain_s > SLOW_DRAIN_S else max(FAST_S, interval / 2)
+
+
+def _heard(state: State, event: StatusRead) -> State:
+    importing = replace(state.importing, asked=event.at) if state.importing else None
+    samples = _sampled(state.samples, event)
+    return replace(
+        state, status=event.status, samples=samples, heard=event.time, trouble=None, importing=importing
+    )
+
+
+def _unheard(state: State, event: Unreached | Unanswered) -> State:
+    if isinstance(event, Unreached):
+        return replace(state, trouble=event.error, samples={})
+    why = "no answer in time" if is_silence(event.error) else str(event.error)
+    return replace(state, unanswered=f"{event.what}: {why}; shown is what was heard before")
 
 
 def _sampled(samples: Mapping[str, tuple[Sample, ...]], event: StatusRead) -> dict[str, tuple[Sample, ...]]:
@@ -236,11 +283,12 @@ def _sampled(samples: Mapping[str, tuple[Sample, ...]], event: StatusRead) -> di
 
 def _imported(before: Import | None, event: "ImportBegan | ImportTold | ImportLost | ImportSeen") -> Import | None:
     if isinstance(event, ImportBegan):
-        return Import(event.path, event.at)
+        return Import(event.path, event.at, now=event.at)
     if before is None or isinstance(event, ImportSeen):
         return None
     if isinstance(event, ImportLost):
-        return replace(before, lost=str(event.error))
+        refused = before.progress is None and not is_silence(event.error)
+        return replace(before, lost=str(event.error), refused=refused)
     rated = before.rated
     if rated is None and event.progress.bytes_total:
         rated = (event.at, event.progress.bytes_done)

@@ -12,11 +12,10 @@ from appliance.protos import admin_pb2
 COLUMNS = (
     Column("SEQ", 7, right=True),
     Column("TIME (UTC)", 14),
-    Column("KIND", 17, grows=2),
-    Column("PHASE", 7),
-    Column("DECISION", 9),
-    Column("TENANT", 10, grows=1),
-    Column("ACTOR", 9, grows=2),
+    Column("KIND", 17),
+    Column("RESULT", 10),
+    Column("WHO", 14, grows=2, ends=True),
+    Column("WHAT", 12, grows=4),
     Column("REQUEST", 36, grows=2, from_width=132),
 )
 EMPTY = "no records match"
@@ -30,6 +29,7 @@ _FIELDS = {
     "request": "request_id",
 }
 _TIMES = ("since", "until")
+_NAMED = ("name", "tenant", "alias", "key_id", "model_version", "path")
 FILTER_HELP = (
     "kind:operator. tenant:NAME actor:TEXT decision:deny request:ID since:2026-11-21 until:2026-11-21T14:00"
 )
@@ -148,17 +148,35 @@ def _cells(record: admin_pb2.TailAuditResponse) -> tuple[Cell, ...]:
         Cell(f"{record.sequence}", order=float(record.sequence)),
         Cell(moment(record.time, "%m-%d %H:%M:%S"), order=record.time.seconds + record.time.nanos / 1e9),
         Cell(record.kind, Tone.STRONG),
-        Cell(record.phase),
-        Cell(record.decision or "-", tone),
-        Cell(record.tenant or "-", Tone.PLAIN if record.tenant else Tone.DIM),
-        Cell(_short_actor(record.actor) or "-"),
+        Cell(_result(record), tone),
+        Cell(_who(record) or "-"),
+        Cell(what(record.body_json) or "-"),
         Cell(record.request_id or "-"),
     )
 
 
-def _short_actor(actor: str) -> str:
-    """An application by its own name, which stands last in its identity; the tenant has a column of its own."""
-    return actor.rpartition("/")[2] if actor.startswith("spiffe://") else actor
+def what(canonical: str) -> str:
+    """What a record is about: the method and the name it was given, or else the model; empty where neither is."""
+    try:
+        facts = json.loads(canonical)["facts"]
+        given = facts.get("arguments", {})
+        words = [facts.get("method", "").rpartition("/")[2], *(given.get(name, "") for name in _NAMED)]
+        return " ".join(str(word) for word in words if word) or str(
+            facts.get("model") or facts.get("reason") or ""
+        )
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return ""  # a record whose body was changed: the detail shows it as it is
+
+
+def _result(record: admin_pb2.TailAuditResponse) -> str:
+    """How it ended; of what has just begun, that it did."""
+    return "begun" if record.phase == "intent" and record.decision == "allow" else record.decision or "-"
+
+
+def _who(record: admin_pb2.TailAuditResponse) -> str:
+    """An operator or a process by name; an application, whose name ends its identity, after its tenant."""
+    actor = record.actor.rpartition("/")[2] if record.actor.startswith("spiffe://") else record.actor
+    return "/".join(word for word in (record.tenant, actor) if word)
 
 
 def _body(canonical: str) -> list[str]:

@@ -8,7 +8,7 @@ from admin_tui.views.figures import UNKNOWN, days_until, number, rate, share, sh
 from appliance.protos import admin_pb2
 
 DEPLOYMENTS = (
-    Column("DEPLOYMENT", 11, grows=2),
+    Column("DEPLOYMENT", 11, grows=2, ends=True),
     Column("STATE", 15),
     Column("MODEL", 22, grows=2, from_width=108),
     Column("RUNS AS", 12, grows=3),
@@ -20,14 +20,14 @@ DEPLOYMENTS = (
     Column("PREEMPT", 7, right=True),
 )
 TENANTS = (
-    Column("TENANT", 16, grows=2),
-    Column("STATE", 15),
-    Column("SPENT", 11, right=True),
-    Column("RESERVED", 9, right=True),
-    Column("AT ONCE", 7, right=True),
+    Column("TENANT", 19, grows=2, ends=True),
+    Column("STATE", 14),
+    Column("REQUESTS", 10, right=True),
+    Column("SPENT", 9, right=True),
+    Column("RESERVED", 8, right=True),
     Column("MODELS", 12, grows=3),
 )
-ALERTS = (Column("ALERTS", 6), Column("", 16, grows=1), Column("", 40, grows=5))
+ALERTS = (Column("ALERTS", 6), Column("", 16, grows=1, ends=True), Column("", 40, grows=5))
 NO_DEPLOYMENTS = "no deployments yet: cloister model load MODEL --as NAME"
 NO_TENANTS = "no tenants yet: cloister tenant add NAME --models ALIAS"
 NO_ALERTS = "none"
@@ -137,9 +137,9 @@ def _tenant(tenant: admin_pb2.Tenant) -> tuple[Cell, ...]:
     return (
         Cell(tenant.name, Tone.STRONG),
         tenant_state(tenant),
+        requests(tenant),
         number(tenant.tokens_used),
         number(tenant.tokens_reserved),
-        number(tenant.max_concurrent),
         Cell(", ".join(tenant.models)) if tenant.models else Cell("none", Tone.DIM),
     )
 
@@ -147,6 +147,13 @@ def _tenant(tenant: admin_pb2.Tenant) -> tuple[Cell, ...]:
 def tenant_state(tenant: admin_pb2.Tenant) -> Cell:
     """May it call?"""
     return levelled(Tone.WARN, "suspended") if tenant.suspended else levelled(Tone.OK, "active")
+
+
+def requests(tenant: admin_pb2.Tenant) -> Cell:
+    """Requests open, of those it may have open at once."""
+    full = tenant.requests_open >= tenant.max_concurrent
+    text = f"{short(tenant.requests_open)}/{short(tenant.max_concurrent)}"
+    return Cell(text, Tone.WARN if full else Tone.PLAIN, float(tenant.requests_open))
 
 
 def _kv_full(engine: admin_pb2.EngineCounters) -> bool:
@@ -158,6 +165,9 @@ def _level(tone: Tone) -> Cell:
 
 
 def _system_alerts(state: State) -> Iterator[tuple[Tone, str, str]]:
+    if state.trouble is not None:
+        since = state.heard.strftime("what is shown is of %H:%M:%SZ") if state.heard else "nothing was heard yet"
+        yield Tone.CRIT, "control", f"does not answer: {since}"
     status = state.status
     if status is None:
         return
@@ -187,6 +197,8 @@ def _tenant_alerts(state: State) -> Iterator[tuple[Tone, str, str]]:
     for tenant in state.tenants or ():
         if tenant.suspended:
             yield Tone.WARN, tenant.name, "suspended: its requests are refused"
+        elif tenant.requests_open >= tenant.max_concurrent:
+            yield Tone.WARN, tenant.name, f"at its limit of {tenant.max_concurrent:,} requests: more are refused"
     if state.heard is None:
         return
     for key in state.keys or ():

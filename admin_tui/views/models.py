@@ -1,13 +1,13 @@
 """The models: committed versions, what is deployed of them, which aliases point there; how far an import is."""
 
-from admin_tui.cells import Cell, Column, Fact, Line, Row, Symbols, Tone, bar, fit
+from admin_tui.cells import Cell, Column, Fact, Line, Row, Symbols, Tone, bar, fit, wrap
 from admin_tui.state import Import, State
 from admin_tui.views.dashboard import state_of
 from admin_tui.views.figures import duration, moment, number, size
 from appliance.protos import admin_pb2
 
 COLUMNS = (
-    Column("MODEL", 20, grows=3),
+    Column("MODEL", 20, grows=3, ends=True),
     Column("SEQ", 4, right=True),
     Column("DIGEST", 12),
     Column("SIGNERS", 7, right=True),
@@ -16,8 +16,10 @@ COLUMNS = (
     Column("IMPORTED (UTC)", 16, from_width=100),
     Column("ARCHITECTURE", 20, grows=1, from_width=124),
 )
-EMPTY = "no model versions yet: I imports a bundle, as cloister bundle import BUNDLE does"
+EMPTY = "no model versions yet: I imports a bundle, as does cloister bundle import"
 _BAR = 24
+_MOST_LINES = 4
+_SILENCE_S = 10.0
 
 
 def rows(state: State) -> tuple[Row, ...]:
@@ -49,29 +51,28 @@ def detail(state: State, digest: str) -> tuple[Fact, ...]:
 
 
 def import_lines(importing: Import | None, width: int, symbols: Symbols) -> tuple[Line, ...]:
-    """An import in two lines: what, then how far or how it ended; none when there was none."""
+    """An import in a few lines: what, then how far and at what, or how it ended; none when there was none."""
     if importing is None:
         return ()
     progress = importing.progress or admin_pb2.ImportBundleResponse(state="asking")
-    head = f"IMPORT {importing.path}"
-    version = f"  {progress.model_version}" if progress.model_version else ""
-    first: Line = ((fit(head + version, width, symbols), Tone.STRONG),)
-    if importing.lost:
-        text = f"WARN {importing.lost}"
-        return (first, ((fit(text, width, symbols), Tone.WARN),))
-    if progress.state == "rejected":
-        text = f"CRIT REJECTED {progress.reason}: {progress.message}"
-        return (first, ((fit(text, width, symbols), Tone.CRIT),))
-    if progress.state == "committed":
-        return (first, ((fit(_committed(progress), width, symbols), Tone.OK),))
-    return (first, _moving(importing, progress, width, symbols))
+    head = "IMPORT " + "  ".join(part for part in (progress.model_version, importing.path) if part)
+    first: Line = ((fit(head, width, symbols, ends=True), Tone.STRONG),)
+    if importing.running:
+        return (first, *_moving(importing, progress, width, symbols))
+    text, bad = ended(importing)
+    level, tone = ("OK ", Tone.OK) if not bad else ("CRIT ", Tone.CRIT)
+    if importing.lost and not importing.refused:
+        level, tone = "WARN ", Tone.WARN
+    return (first, *(((line, tone),) for line in wrap(level + text, width, symbols)[:_MOST_LINES]))
 
 
 def ended(importing: Import) -> tuple[str, bool]:
     """The end of an import for the message line, and whether it is bad; nothing while it runs."""
     progress = importing.progress
+    if importing.refused:
+        return f"REFUSED {importing.lost}", True
     if importing.lost:
-        return f"{importing.lost}; if the import began, the importer goes on: I with the same path joins it", True
+        return f"{importing.lost}; the import may go on: I with the same path joins it, or begins again", True
     if progress is None or progress.state not in ("committed", "rejected"):
         return "", False
     if progress.state == "rejected":
@@ -81,23 +82,30 @@ def ended(importing: Import) -> tuple[str, bool]:
 
 def _committed(progress: admin_pb2.ImportBundleResponse) -> str:
     if progress.bytes_done < progress.bytes_total:
-        return f"OK committed {progress.model_version}: in the store already, the payload was not read"
-    return f"OK committed {progress.model_version}, {size(progress.bytes_done)} verified"
+        return f"committed {progress.model_version}: in the store already, the payload was not read"
+    return f"committed {progress.model_version}, {size(progress.bytes_done)} verified"
 
 
-def _moving(importing: Import, progress: admin_pb2.ImportBundleResponse, width: int, symbols: Symbols) -> Line:
-    """Bar, percentage, bytes, rate, time left, state and file; what comes last is cut first."""
+def _moving(
+    importing: Import, progress: admin_pb2.ImportBundleResponse, width: int, symbols: Symbols
+) -> tuple[Line, Line]:
+    """Bar, percentage, bytes, rate, time left; below them the state, the file, and whether nothing moves."""
+    facts = [progress.state, progress.file]
     if not progress.bytes_total:
-        return (
-            (fit(f"{progress.state}: signatures, root of trust and policy first", width, symbols), Tone.PLAIN),
-        )
+        facts.append("signatures, root of trust and policy first")
+    silent = importing.silence > _SILENCE_S
+    if silent:
+        facts.insert(1, f"WARN nothing moved for {duration(importing.silence)}: is the medium still there?")
+    second = fit("  ".join(fact for fact in facts if fact), width, symbols)
+    below: Line = ((second, Tone.WARN if silent else Tone.PLAIN),)
+    if not progress.bytes_total:
+        return ((bar(0, _BAR, symbols), Tone.BAR),), below
     done, total = progress.bytes_done, progress.bytes_total
     facts = [f"{100 * done // total:3d}%", f"{size(done)} of {size(total)}"]
     if importing.rate:
         facts += [f"{size(importing.rate)}/s", f"{duration((total - done) / importing.rate)} left"]
-    facts += [progress.state, progress.file]
-    text = " " + "  ".join(fact for fact in facts if fact)
-    return ((bar(done / total, _BAR, symbols), Tone.BAR), (fit(text, max(0, width - _BAR), symbols), Tone.PLAIN))
+    text = fit(" " + "  ".join(facts), max(0, width - _BAR), symbols)
+    return ((bar(done / total, _BAR, symbols), Tone.BAR), (text, Tone.PLAIN)), below
 
 
 def _cells(state: State, version: admin_pb2.ModelVersion) -> tuple[Cell, ...]:

@@ -4,19 +4,19 @@ from collections.abc import Iterator
 
 from admin_tui.cells import Cell, Column, Fact, Row, Tone
 from admin_tui.state import State
-from admin_tui.views.dashboard import NO_TENANTS, tenant_state
+from admin_tui.views.dashboard import NO_TENANTS, requests, tenant_state
 from admin_tui.views.figures import days_until, moment, number, short
 from appliance.protos import admin_pb2
 
 COLUMNS = (
-    Column("TENANT", 14, grows=2),
+    Column("TENANT", 14, grows=2, ends=True),
     Column("STATE", 14),
-    Column("AT ONCE", 7, right=True),
+    Column("REQUESTS", 10, right=True),
     Column("WEIGHT", 6, right=True),
-    Column("SPENT", 9, right=True),
+    Column("SPENT", 8, right=True),
     Column("RESERVED", 8, right=True),
     Column("KEYS", 4, right=True),
-    Column("MODELS", 9, grows=3),
+    Column("MODELS", 8, grows=3),
     Column("ADDED", 16, from_width=104),
 )
 EMPTY = NO_TENANTS
@@ -38,7 +38,7 @@ def detail(state: State, name: str) -> tuple[Fact, ...]:
         ("state", tenant_state(found).text, tenant_state(found).tone),
         (
             "limits",
-            f"{found.max_concurrent:,} requests at once, weight {found.weight} of a busy machine",
+            f"{found.max_concurrent:,} requests at once ({found.requests_open:,} now), weight {found.weight}",
             Tone.PLAIN,
         ),
         ("tokens", f"{found.tokens_used:,} spent + {found.tokens_reserved:,} reserved", Tone.PLAIN),
@@ -56,9 +56,14 @@ def detail(state: State, name: str) -> tuple[Fact, ...]:
 
 def summary(state: State) -> str:
     """All tenants in a line."""
-    found = state.tenants or ()
+    found = state.tenants
+    if found is None:
+        return ""
     spent, reserved = sum(t.tokens_used for t in found), sum(t.tokens_reserved for t in found)
-    return f"{len(found)} tenants, {short(spent)} tokens spent + {short(reserved)} reserved"
+    open_now = sum(t.requests_open for t in found)
+    noun = "tenant" if len(found) == 1 else "tenants"
+    tokens = f"{short(spent)} tokens spent + {short(reserved)} reserved"
+    return f"{len(found):,} {noun}, {short(open_now)} requests open, {tokens}"
 
 
 def _cells(state: State, tenant: admin_pb2.Tenant) -> tuple[Cell, ...]:
@@ -66,7 +71,7 @@ def _cells(state: State, tenant: admin_pb2.Tenant) -> tuple[Cell, ...]:
     return (
         Cell(tenant.name, Tone.STRONG),
         tenant_state(tenant),
-        number(tenant.max_concurrent),
+        requests(tenant),
         number(tenant.weight),
         number(tenant.tokens_used),
         number(tenant.tokens_reserved),

@@ -13,6 +13,7 @@ from admin_tui.widgets.lines import Lines
 
 MOST_ROWS = 500
 """Rows beyond these are not taken: the server pages what is longer."""
+NOT_HEARD = "not heard yet"
 
 
 class LiveTable(Lines, can_focus=True):
@@ -44,6 +45,7 @@ class LiveTable(Lines, can_focus=True):
         super().__init__(id=id)
         self._columns = columns
         self._empty = empty
+        self._heard = True
         self._given: tuple[Row, ...] = ()
         self._rows: tuple[Row, ...] = ()
         self._cursor: str | None = None
@@ -72,25 +74,22 @@ class LiveTable(Lines, can_focus=True):
         room = self._room
         if not room or len(self._rows) <= room:
             return ""
-        return f"{self._top + 1}-{min(len(self._rows), self._top + room)} of {len(self._rows)}{self.more}"
+        return f"{self._top + 1}-{min(len(self._rows), self._top + room)}/{len(self._rows)}{self.more}"
 
-    def set_rows(self, rows: Sequence[Row]) -> None:
-        """Take the newest rows; a frozen table shows them when it thaws."""
-        self.more = f" ({len(rows) - MOST_ROWS} more)" if len(rows) > MOST_ROWS else ""
+    def set_rows(self, rows: Sequence[Row], heard: bool = True) -> None:
+        """Take the newest rows; a frozen table shows them when it thaws. Unheard rows are not the same as none."""
+        self._heard = heard
+        self.more = "+" if len(rows) > MOST_ROWS else ""
         self._given = tuple(rows[:MOST_ROWS])
         if not self.frozen:
             self._arrange()
 
     def sort_next(self) -> None:
-        """The next column, each upwards and then downwards; after the last as given."""
+        """The next column, each both ways, numbers from the largest first; after the last as given."""
         shown = [i for i, width in enumerate(self._widths) if width and self._columns[i].title]
-        if self._sort is None:
-            self._sort = (shown[0], False)
-        elif not self._sort[1]:
-            self._sort = (self._sort[0], True)
-        else:
-            later = [i for i in shown if i > self._sort[0]]
-            self._sort = (later[0], False) if later else None
+        ways = [(i, way) for i in shown for way in (self._columns[i].right, not self._columns[i].right)]
+        following = ways.index(self._sort) + 1 if self._sort in ways else 0
+        self._sort = ways[following] if following < len(ways) else None
         self._arrange()
 
     def toggle_freeze(self) -> None:
@@ -166,16 +165,29 @@ class LiveTable(Lines, can_focus=True):
             return
         shown = [self._line(self._top + i, row) for i, row in enumerate(self._rows[self._top :][: self._room])]
         if not self._rows:
-            shown = [((" " + fit(self._empty, max(0, self.size.width - 1), self.symbols), Tone.DIM),)]
+            text = self._empty if self._heard else NOT_HEARD
+            shown = [((" " + fit(text, max(0, self.size.width - 1), self.symbols), Tone.DIM),)]
         self.show((self._heading(), *shown))
 
     def _heading(self) -> Line:
         parts: list[tuple[str, Tone]] = [(" ", Tone.PLAIN)]
-        for index, (column, width) in enumerate(zip(self._columns, self._widths, strict=True)):
+        for title, column, width in zip(self._titles(), self._columns, self._widths, strict=True):
             if width:
-                title = self.sorted_by if self._sort and self._sort[0] == index else column.title
                 parts += [(fit(title, width, self.symbols, column.right), Tone.HEAD), (" ", Tone.PLAIN)]
         return tuple(parts[:-1])
+
+    def _titles(self) -> list[str]:
+        """Headings; the first with room for it tells which rows are seen."""
+        titles = [column.title for column in self._columns]
+        if self._sort:
+            titles[self._sort[0]] = self.sorted_by
+        span = self.span
+        for place, title in enumerate(titles if span else ()):
+            joined = f"{title} {span}".strip()
+            if len(joined) <= self._widths[place]:
+                titles[place] = joined
+                break
+        return titles
 
     def _line(self, place: int, row: Row) -> Line:
         here = place == self._place
@@ -183,7 +195,8 @@ class LiveTable(Lines, can_focus=True):
         parts: list[tuple[str, Tone]] = [(mark, Tone.STRONG)]
         for cell, column, width in zip(row.cells, self._columns, self._widths, strict=True):
             if width:
-                parts += [(fit(cell.text, width, self.symbols, column.right), cell.tone), (" ", Tone.PLAIN)]
+                text = fit(cell.text, width, self.symbols, column.right, column.ends)
+                parts += [(text, cell.tone), (" ", Tone.PLAIN)]
         return tuple(parts[:-1])
 
     def _sorted(self) -> tuple[Row, ...]:

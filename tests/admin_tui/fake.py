@@ -58,6 +58,7 @@ class FakePort:
 
     Attributes:
         failure: raised by every call while it is set.
+        failures: raised by the call of that name.
         calls: names of the calls made.
         queries: what the log was asked for.
         progress: what an import says; it waits for `go` before the last.
@@ -65,17 +66,18 @@ class FakePort:
 
     def __init__(self) -> None:
         self.failure: CloisterError | None = None
+        self.failures: dict[str, CloisterError] = {}
         self.calls: list[str] = []
         self.queries: list[admin_pb2.QueryAuditRequest] = []
         self.answer = admin_pb2.GetStatusResponse(
             version="0.1.0", gateway_address="127.0.0.1:8443", operator="alice", audit_size=1234,
-            audit_root=bytes(range(32)), isolation="none", profile="demo", deployments=[deployment()],
+            audit_root=bytes(range(32)), isolation="none", profile="demo", site="ward", deployments=[deployment()],
             peers=[admin_pb2.Peer(name=name, connected=True) for name in ("importer", "engine-host")],
         )  # fmt: skip
         self.tenant_list = [
             admin_pb2.Tenant(
                 name="ward-notes", models=["notes"], max_concurrent=64, weight=100, tokens_used=12345,
-                tokens_reserved=678,
+                tokens_reserved=678, requests_open=3,
             )
         ]  # fmt: skip
         self.key_list = [
@@ -140,8 +142,9 @@ class FakePort:
 
     def _called(self, name: str) -> None:
         self.calls.append(name)
-        if self.failure is not None:
-            raise self.failure
+        failure = self.failures.get(name, self.failure)
+        if failure is not None:
+            raise failure
 
 
 def console(port: FakePort, clock: Clock | None = None, **options: object) -> ConsoleApp:

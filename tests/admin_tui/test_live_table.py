@@ -83,7 +83,8 @@ async def test_a_frozen_table_holds_its_rows_and_shows_the_newest_when_it_thaws(
         assert shown(app.table) == ["x"]
 
 
-async def test_sorting_goes_through_the_columns_up_and_down_and_back_to_the_order_given() -> None:
+async def test_sorting_goes_through_the_columns_both_ways_and_back_to_the_order_given() -> None:
+    """Numbers begin with the largest: that is what one looks for."""
     app = Host()
     async with app.run_test() as pilot:
         given = [*rows("b", count=10), *rows("a", count=9), *rows("c", count=100)]
@@ -94,7 +95,7 @@ async def test_sorting_goes_through_the_columns_up_and_down_and_back_to_the_orde
             await pilot.pause()
             orders.append(shown(app.table))
         assert orders == [
-            ["b", "a", "c"], ["a", "b", "c"], ["c", "b", "a"], ["a", "b", "c"], ["c", "b", "a"], ["b", "a", "c"],
+            ["b", "a", "c"], ["a", "b", "c"], ["c", "b", "a"], ["c", "b", "a"], ["a", "b", "c"], ["b", "a", "c"],
         ]  # fmt: skip
 
 
@@ -110,4 +111,4 @@ async def test_the_cursor_is_always_in_view(keys: Sequence[str], chosen: str) ->
         await pilot.pause()
         assert app.table.chosen == chosen
         assert chosen in shown(app.table)
-        assert "100 more" in app.table.span
+        assert app.table.span.endswith("/500+")

@@ -10,13 +10,14 @@ from textual.pilot import Pilot
 
 from admin_tui.actions import ACTIONS, Page, offered
 from admin_tui.app import ConsoleApp
-from admin_tui.state import ImportTold
+from admin_tui.state import ImportLost, ImportTold
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
 from tests.admin_tui.fake import GONE, Clock, FakePort, console, deployment, record, screen
 
 SIZES = [(80, 24), (120, 40)]
 ImportState = admin_pb2.ImportBundleResponse
+WHAT_TO_DO = "copy the bundle again from the medium, and if it is refused again ask its publisher for another"
 
 
 @asynccontextmanager
@@ -53,8 +54,9 @@ async def test_the_dashboard_shows_deployments_tenants_and_that_nothing_is_wrong
         assert all(len(line) <= size[0] for line in lines)
         assert re.search(r"CLOISTER  GATEWAY OK  IMPORTER OK  ENGINE OK  CHAIN 1,234 .*alice  14:03:08Z", lines[0])
         assert "[1 Dashboard]" in lines[1]
+        assert lines[1].endswith(" site ward")
         assert re.search(r"notes +OK ready .*cpu f32 det +3 +0 +20% +840 +25% +2", text)
-        assert re.search(r"ward-notes +OK active +12,345 +678 +64 notes", text)
+        assert re.search(r"ward-notes +OK active +3/64 +12,345 +678 notes", text)
         assert re.search(r"ALERTS *\n none", text)
         assert "q quit" in lines[-1]
 
@@ -105,6 +107,69 @@ async def test_alerts_say_what_is_wrong_in_words_the_worst_first() -> None:
         assert re.search(r"ward-notes +WARN suspended", text)
 
 
+async def test_what_was_not_heard_is_not_said_to_be_nothing() -> None:
+    """An operator who looks while control is down must not read that there are no deployments and no alerts."""
+    port = FakePort()
+    port.failure = GONE
+    async with running(port) as (app, pilot):
+        text = screen(app)
+        assert text.count("not heard yet") == 2
+        assert "no deployments" not in text
+        assert re.search(r"CRIT +control +does not answer: nothing was heard yet", text)
+        for key, lie in (("2", "no tenants"), ("3", "no model versions"), ("5", "no records match")):
+            await pilot.press(key)
+            text = await settled(app, pilot)
+            assert "not heard yet" in text
+            assert lie not in text
+
+
+async def test_a_page_that_was_not_answered_says_so_until_it_is() -> None:
+    port = FakePort()
+    late = CloisterError("DEADLINE_EXCEEDED", "Stream removed", grpc.StatusCode.DEADLINE_EXCEEDED)
+    async with running(port) as (app, pilot):
+        await pilot.press("3")
+        await settled(app, pilot)
+        port.failures["versions"] = late
+        app.ask_soon()
+        await app.poll()
+        await pilot.pause()
+        assert "WARN models: no answer in time; shown is what was heard before" in screen(app)
+        assert "demo-notes-s@1.0.1" in screen(app)
+        del port.failures["versions"]
+        app.ask_soon()
+        await app.poll()
+        await pilot.pause()
+        assert "no answer" not in screen(app)
+
+
+async def test_names_that_begin_alike_are_told_apart_and_headings_tell_of_rows_that_are_not_seen() -> None:
+    port = FakePort()
+    names = [f"radiology-reports-of-the-north-{n:02}" for n in range(30)]
+    port.tenant_list = [admin_pb2.Tenant(name=name, max_concurrent=8) for name in names]
+    async with running(port) as (app, _):
+        text = screen(app)
+        shown = re.findall(r"radiology\S*", text)
+        assert len(shown) > 10
+        assert len(set(shown)) == len(shown)
+        assert f"TENANT 1-{len(shown)}/30" in text
+        assert re.search(r"\n\n ALERTS", text)
+
+
+async def test_a_tenant_at_its_limit_is_an_alert() -> None:
+    port = FakePort()
+    port.tenant_list[0].requests_open = 64
+    async with running(port) as (app, _):
+        assert re.search(r"WARN +ward-notes +at its limit of 64 requests: more are refused", screen(app))
+
+
+async def test_the_way_back_is_told_where_a_row_is_open() -> None:
+    async with running(FakePort()) as (app, pilot):
+        assert "esc back" not in screen(app)
+        for _ in range(2):
+            await pilot.press("enter")
+            assert "esc back" in (await settled(app, pilot)).splitlines()[-1]
+
+
 async def test_control_that_is_gone_is_said_and_its_return_noticed() -> None:
     port = FakePort()
     async with running(port) as (app, pilot):
@@ -148,11 +213,11 @@ async def test_tenants_with_their_keys(size: tuple[int, int]) -> None:
         await pilot.press("2")
         text = await settled(app, pilot)
         assert "[2 Tenants]" in text
-        assert "1 tenants, 12,345 tokens spent + 678 reserved" in text
-        assert re.search(r"ward-notes +OK active +64 +100 +12,345 +678 +1 notes", text)
+        assert "1 tenant, 3 requests open, 12,345 tokens spent + 678 reserved" in text
+        assert re.search(r"ward-notes +OK active +3/64 +100 +12,345 +678 +1 notes", text)
         await pilot.press("enter")
         text = await settled(app, pilot)
-        assert "64 requests at once, weight 100" in text
+        assert "64 requests at once (3 now), weight 100" in text
         assert re.search(r"key active +summary +cbb503ba7ff8 +expires 2027-02-19 \(in 90 days\)", text)
 
 
@@ -229,7 +294,8 @@ async def test_an_import_shows_bytes_rate_time_left_state_and_file_and_then_its_
         app.take(ImportTold(streaming(100 << 20), clock()))
         await pilot.pause()
         text = screen(app)
-        assert "IMPORT /m  qwen@2.1" in text
+        assert "IMPORT qwen@2.1  /m" in text
+        assert "streaming  model.safetensors" in text
         assert "████████████░░░░░░░░░░░░  50%  100.0 MiB of 200.0 MiB  10.0 MiB/s  0:10 left" in text
         await pilot.press("I")
         await pilot.pause()
@@ -237,7 +303,44 @@ async def test_an_import_shows_bytes_rate_time_left_state_and_file_and_then_its_
         port.go.set()
         await until(pilot, app, "OK committed qwen@2.1, 200.0 MiB verified")
         await pilot.press("escape")
-        assert "IMPORT /m" not in await settled(app, pilot)
+        assert "IMPORT qwen" not in await settled(app, pilot)
+
+
+async def test_an_import_that_stands_still_is_told_and_its_share_is_seen_from_other_pages() -> None:
+    port, clock = FakePort(), Clock()
+    moving = ImportState(state="streaming", bytes_done=50, bytes_total=200, model_version="qwen@2.1")
+    port.progress = [moving, moving]
+    async with running(port, clock=clock) as (app, pilot):
+        await pilot.press("3", "I", *"/m", "enter", "tab", "enter")
+        await until(pilot, app, "25%")
+        clock.seconds += 9
+        assert "WARN" not in await settled_but_import(app, pilot)
+        clock.seconds += 36
+        text = await settled_but_import(app, pilot)
+        assert "streaming  WARN nothing moved for 0:45: is the medium still there?" in text
+        await pilot.press("2")
+        assert "3 Models 25%" in (await settled_but_import(app, pilot)).splitlines()[1]
+        port.go.set()
+
+
+async def settled_but_import(app: ConsoleApp, pilot: Pilot[None]) -> str:
+    await app.poll()
+    await pilot.pause()
+    return screen(app)
+
+
+async def test_an_import_out_of_sight_says_how_to_find_it_again() -> None:
+    port = FakePort()
+    port.progress = [ImportState(state="streaming", bytes_done=50, bytes_total=200)] * 2
+    async with running(port) as (app, pilot):
+        await pilot.press("3", "I", *"/m", "enter", "tab", "enter")
+        await until(pilot, app, "25%")
+        app.take(ImportLost(GONE))
+        await pilot.pause()
+        text = re.sub(r"\s+", " ", screen(app))
+        assert "WARN NOT_RUNNING: no appliance answers" in text
+        assert "I with the same path joins it" in text
+        port.go.set()
 
 
 async def until(pilot: Pilot[None], app: ConsoleApp, words: str) -> None:
@@ -251,12 +354,15 @@ async def until(pilot: Pilot[None], app: ConsoleApp, words: str) -> None:
 async def test_a_rejected_bundle_shows_code_and_message() -> None:
     port = FakePort()
     port.progress = [
-        ImportState(state="rejected", reason="CHUNK_DIGEST", message="chunk 7 is not what was signed")
+        ImportState(
+            state="rejected", reason="CHUNK_DIGEST", message="chunk 7 is not what was signed; " + WHAT_TO_DO
+        )
     ]
     port.go.set()
     async with running(port) as (app, pilot):
         await pilot.press("3", "I", *"/m", "enter", "tab", "enter")
-        assert "CRIT REJECTED CHUNK_DIGEST: chunk 7 is not what was signed" in await settled(app, pilot)
+        text = re.sub(r"\s+", " ", await settled(app, pilot))
+        assert "CRIT REJECTED CHUNK_DIGEST: chunk 7 is not what was signed; " + WHAT_TO_DO in text
 
 
 async def test_an_import_refused_at_the_door_says_why() -> None:
@@ -265,7 +371,7 @@ async def test_an_import_refused_at_the_door_says_why() -> None:
         await pilot.press("3", "I", *"/m", "enter")
         port.failure = CloisterError("ROLE_REQUIRED", "this needs the role operator")
         await pilot.press("tab", "enter")
-        assert "ROLE_REQUIRED: this needs the role operator" in await settled(app, pilot)
+        assert "CRIT REFUSED ROLE_REQUIRED: this needs the role operator" in await settled(app, pilot)
 
 
 async def test_the_audit_log_is_read_newest_first_page_by_page() -> None:
@@ -274,7 +380,7 @@ async def test_the_audit_log_is_read_newest_first_page_by_page() -> None:
         await pilot.press("5")
         text = await settled(app, pilot)
         assert "151..250 of 250" in text
-        assert re.search(r"▌ +250 11-21 14:07:17 operator.read +event +allow +- +alice", text)
+        assert re.search(r"▌ +250 11-21 14:07:17 operator.read +allow +alice +QueryAudit", text)
         await pilot.press("n")
         assert "51..150 of 250" in await settled(app, pilot)
         await pilot.press("n")
