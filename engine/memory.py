@@ -10,26 +10,26 @@ memory.current, memory.stat.
 from collections.abc import Iterator
 from pathlib import Path
 
-_PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
+CGROUP = Path("/sys/fs/cgroup")
 
 
-def available_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+def available_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """Bytes that can be taken without swapping and without breaking the limit of any control group above."""
     available = _fields(proc / "meminfo")["MemAvailable"] * 1024
-    for group in _groups(proc, cgroup):
+    for group in control_groups(proc, cgroup):
         available = min(available, _left_in(group, available))
     return max(0, available)
 
 
-def total_bytes(proc: Path = _PROC, cgroup: Path = _CGROUP) -> int:
+def total_bytes(proc: Path = PROC, cgroup: Path = CGROUP) -> int:
     """Physical memory, or less where a control group above allows less."""
-    limits = (_limit(group) for group in _groups(proc, cgroup))
+    limits = (_limit(group) for group in control_groups(proc, cgroup))
     physical = _fields(proc / "meminfo")["MemTotal"] * 1024
     return min([physical, *(limit for limit in limits if limit is not None)])
 
 
-def own_bytes(pid: str = "self", proc: Path = _PROC) -> int:
+def own_bytes(pid: str = "self", proc: Path = PROC) -> int:
     """Memory that a process holds and no file backs: RssAnon of proc_pid_status(5); 0 when the process is gone."""
     try:
         return _fields(proc / pid / "status").get("RssAnon", 0) * 1024
@@ -37,7 +37,7 @@ def own_bytes(pid: str = "self", proc: Path = _PROC) -> int:
         return 0
 
 
-def _groups(proc: Path, cgroup: Path) -> Iterator[Path]:
+def control_groups(proc: Path, cgroup: Path) -> Iterator[Path]:
     """This process's control group of version 2 and all above it; the root alone where there is no version 2."""
     membership = proc / "self" / "cgroup"
     lines = membership.read_text(encoding="utf-8").splitlines() if membership.exists() else []

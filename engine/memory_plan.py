@@ -4,11 +4,11 @@ engine-host answers PlanDeployment with it, from config.json and the headers of 
 its options with it before it reads a weight. Needs no torch.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine import footprint
+from engine.cores import usable_cores
 from engine.errors import EngineError
 from engine.footprint import Sizes
 from engine.models.blocks import Shapes
@@ -175,7 +175,7 @@ def plan_memory(model: Model, options: EngineOptions, available: int, cores: int
         EngineError: OPTIONS_INVALID names the option.
     """
     # A spinning thread that shares its core slows a step tenfold: one core is for the other processes.
-    cores = len(os.sched_getaffinity(0)) - 1 if cores is None else cores
+    cores = usable_cores() - 1 if cores is None else cores
     options = _resolve(model, options, available, cores)
     sizes = Sizes(model.config, model.shapes, options)
     weights, kv = footprint.weights_bytes(sizes), footprint.kv_bytes(sizes)

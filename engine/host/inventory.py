@@ -9,16 +9,16 @@ A device may also have compute_capability, driver and slice_of (text), temperatu
 (numbers), and deployments, which is passed over. The first device is the CPU, and ids are unique. Anything else is
 refused. `python -m engine.host.inventory FILE` judges a file and does nothing else.
 
-Source: proc_cpuinfo(5), sched_getaffinity(2).
+Source: proc_cpuinfo(5).
 """
 
-import os
 import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.cores import usable_cores
 from engine.errors import EngineError
 from engine.host import nvml
 from engine.memory import available_bytes, total_bytes
@@ -73,7 +73,7 @@ def cpu_device(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")
         kind=CPU,
         name=_cpu_name(proc / "cpuinfo"),
         memory_bytes=total_bytes(proc, cgroup),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cores(proc, cgroup),
         memory_available_bytes=available_bytes(proc, cgroup),
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
+from engine.cores import usable_cores
 from engine.host.child import ChildSpec
 from engine.host.inventory import cpu_device
 from engine.host.keeper import Keeper, RestartPolicy
@@ -202,7 +203,7 @@ async def test_names_that_are_no_names_are_refused_and_nothing_starts(host: Host
 async def test_the_inventory_names_this_machine(host: Host) -> None:
     inventory = await host.stub.GetInventory(engine_pb2.GetInventoryRequest())
     assert [(device.id, device.kind) for device in inventory.devices] == [("cpu", "cpu")]
-    assert inventory.devices[0].cores == len(os.sched_getaffinity(0))
+    assert inventory.devices[0].cores == usable_cores()
 
 
 def test_the_inventory_reads_the_kernels_files_and_honours_the_memory_limit(tmp_path: Path) -> None:

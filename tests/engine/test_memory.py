@@ -1,9 +1,11 @@
-"""Available memory: the kernel's figure, or what the tightest control group above still allows."""
+"""Memory and cores: the kernel's figures, or what the tightest control group above still allows."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from engine.cores import usable_cores
 from engine.memory import available_bytes, total_bytes
 
 KIB, GIB = 2**10, 2**30
@@ -55,3 +57,15 @@ def test_a_group_over_its_limit_has_nothing_left(proc: Path, tmp_path: Path) -> 
 
 def test_this_machine_has_some() -> None:
     assert 0 < available_bytes() < 2**50
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 64)])
+@pytest.mark.parametrize("place", ["site.slice/worker", ""])
+def test_a_share_of_the_processor_bounds_the_cores(
+    proc: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, quota: str, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
+    group = tmp_path / "cgroup" / place
+    group.mkdir(parents=True)
+    (group / "cpu.max").write_text(quota + "\n")
+    assert usable_cores(proc, tmp_path / "cgroup") == cores
