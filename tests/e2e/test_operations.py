@@ -22,7 +22,9 @@ def folder() -> Iterator[Path]:
 
 
 def test_the_commands_of_the_page_run_as_they_stand(appliance: Appliance, folder: Path) -> None:
-    for commands in blocks(PAGE, "bash"):
+    pages_commands = blocks(PAGE, "bash")
+    assert sum(block.count("cloister ") for block in pages_commands) > 25
+    for commands in pages_commands:
         done = typed(commands, folder, CLOISTER_HOME=str(appliance.home))
         assert done.returncode == 0, done.stdout + done.stderr
     assert [d["name"] for d in appliance.status()["deployments"]] == ["notes"], "the page leaves what it found"
