@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from engine.protos import engine_pb2, engine_pb2_grpc
+from tests import mercy
 from tests.engine.processes import running
 from tests.engine.test_host import READY, RESTARTING, Host, answer, children, deployment
 
@@ -37,9 +38,10 @@ async def host(
 ) -> AsyncIterator[Host]:
     run = socket_dir / "run"
     run.mkdir()
-    (socket_dir / "sitecustomize.py").write_text(HANG)
+    (socket_dir / "sitecustomize.py").write_text(mercy.PROGRAM + HANG)
     monkeypatch.setenv("PYTHONPATH", f"{socket_dir}:{Path(__file__).parents[2]}")
     monkeypatch.setenv("TEST_HANG", str(socket_dir / "hang"))
+    monkeypatch.setenv("TEST_VICTIMS", str(socket_dir / "victims"))
     argv = ("engine.host", "--run", str(run), "--store", str(tiny_store[0]))
     limits = ("--heard-within", "1.5", "--step-within", "1.5")
     async with (
@@ -51,13 +53,14 @@ async def host(
 
 
 async def test_a_stopped_worker_and_a_stopped_text_are_killed_and_serve_again(
-    host: Host, tiny_store: tuple[Path, engine_pb2.FileSet]
+    host: Host, tiny_store: tuple[Path, engine_pb2.FileSet], socket_dir: Path
 ) -> None:
     await host.want(deployment(tiny_store[1]))
     ready = await host.state("notes", READY)
     first = await answer(ready)
     for role in ("worker", "text"):
         pid = children(host.running.process.pid)[f"engine.{role}"]
+        mercy.give_up(socket_dir / "victims", pid)
         os.kill(pid, signal.SIGSTOP)
         died = await host.until(lambda now: now["notes"].state == RESTARTING and bool(now["notes"].reason))
         assert died["notes"].reason == "WATCHDOG"
@@ -75,6 +78,7 @@ async def test_a_step_that_never_comes_back_ends_its_worker_and_the_next_one_ans
     ready = await host.state("notes", READY)
     first = await answer(ready)
     (socket_dir / "hang").write_text(hang)
+    mercy.give_up(socket_dir / "victims", ready.worker_pid)
     with pytest.raises(grpc.aio.AioRpcError):
         await asyncio.wait_for(answer(ready), 60)
     died = await host.until(lambda now: now["notes"].state == RESTARTING)

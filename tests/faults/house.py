@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import grpc
 from appliance.client import AsyncClient, CloisterError
 from engine.protos.engine_pb2 import GetStatusRequest, GetStatusResponse
 from engine.protos.engine_pb2_grpc import WorkerServiceStub
+from tests import mercy
 from tests.e2e.appliance import (
     ALIAS,
     MODULES,
@@ -52,13 +53,14 @@ class Server:
 
     def __init__(self, home: Path) -> None:
         self._home = home
+        self._victims = home / "victims"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self.process: subprocess.Popen[bytes]
 
-    def start(self, program: str = "appliance.cli.main") -> subprocess.Popen[bytes]:
-        """From nothing to READY."""
+    def start(self) -> subprocess.Popen[bytes]:
+        """From nothing to READY; its watchdogs do not take long, with a process that a test has stopped."""
         with short_folder() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
             notify.bind(f"{folder}/notify")
             notify.settimeout(0.5)
@@ -67,7 +69,7 @@ class Server:
                     [
                         sys.executable,
                         "-m",
-                        program,
+                        "tests.faults.impatient",
                         "--home",
                         self._home,
                         "--json",
@@ -76,7 +78,7 @@ class Server:
                         self.address,
                     ],
                     cwd=ROOT,
-                    env={**os.environ, "NOTIFY_SOCKET": f"{folder}/notify"},
+                    env={**os.environ, **mercy.environment(self._victims), "NOTIFY_SOCKET": f"{folder}/notify"},
                     stdout=told,
                 )
             eventually(lambda: self._is_ready(notify), "serve is ready", START_LIMIT_S)
@@ -92,6 +94,17 @@ class Server:
     def told(self) -> str:
         """The lines it has printed."""
         return (self._home / "serve.out").read_text()
+
+    @contextmanager
+    def stopped(self, pid: int) -> Iterator[None]:
+        """A process of this home stands still in here, unless a watchdog ends it; it goes on afterwards."""
+        mercy.give_up(self._victims, pid)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, and what it started ends with it."""
@@ -200,9 +213,9 @@ def load(appliance: Appliance, name: str, *options: str) -> None:
 class Running:
     """One answer under way, to its end, whatever that is; never sent again by itself."""
 
-    def __init__(self, client: AsyncClient, model: str = ALIAS, **options: Any) -> None:
+    def __init__(self, client: AsyncClient, model: str = ALIAS, prompt: str = "", **options: Any) -> None:
         options = {"ignore_eos": True, "retry": False, "return_token_ids": True} | options
-        prompt = f"hello {next(_numbers)}"  # a prompt that was there at two deaths of the engine is a suspect
+        prompt = prompt or f"hello {next(_numbers)}"  # what was there at two deaths of the engine is a suspect
         self._stream = client.generate(model, text=prompt, **options)
         self._begun = asyncio.Event()
         self.end = asyncio.create_task(self._read())
@@ -244,14 +257,10 @@ async def ends(streams: list[Running]) -> list[Ended]:
     return await asyncio.gather(*(stream.end for stream in streams))
 
 
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """A process that stands still in here, unless it is killed; it goes on afterwards."""
-    os.kill(pid, signal.SIGSTOP)
+def gone(pid: int) -> bool:
+    """No such process, or one that has ended."""
     try:
-        yield
-    finally:
-        try:
-            os.kill(pid, signal.SIGCONT)
-        except ProcessLookupError:
-            return
+        with open(f"/proc/{pid}/stat", encoding="ascii") as stat:
+            return stat.read().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

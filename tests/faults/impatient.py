@@ -1,6 +1,6 @@
 """`python -m tests.faults.impatient ...`: `cloister ...`, whose processes may be silent for a few seconds only.
 
-`cloister.toml` does not allow so little, as on a busy machine it would hit the innocent.
+`cloister.toml` does not allow so little, as on a busy machine it would hit the innocent; tests/mercy spares them.
 """
 
 import sys

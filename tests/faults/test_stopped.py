@@ -1,28 +1,17 @@
 """A process stopped (SIGSTOP) under running streams: the watchdog ends it, and all goes on without hands."""
 
+import asyncio
 import json
-from collections.abc import Iterator
 
 import grpc
 import pytest
 
-from tests.faults.house import Ended, House, Running, ends, stopped, under_way
+from tests.e2e.appliance import eventually
+from tests.faults.house import LIMIT_S, Ended, House, Running, ends, gone, under_way
 
 pytestmark = pytest.mark.timeout(600)  # on a busy machine the appliance alone takes a minute to start
 STREAMS = 8
 UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
-
-
-@pytest.fixture(scope="module", autouse=True)
-def impatient(house: House) -> Iterator[None]:
-    """The same appliance, served by one whose watchdog does not take long."""
-    house.server.stop()
-    house.server.start("tests.faults.impatient")
-    house.settled()
-    yield
-    house.server.stop()
-    house.server.start()
-    house.settled()
 
 
 async def test_a_stopped_worker_aborts_its_streams_and_refuses_new_ones_until_it_is_back(house: House) -> None:
@@ -30,7 +19,7 @@ async def test_a_stopped_worker_aborts_its_streams_and_refuses_new_ones_until_it
     with house.as_it_was():
         async with house.client() as client:
             streams = await under_way(client, STREAMS)
-            with stopped(pid):
+            with house.server.stopped(pid):
                 late = Running(client, max_tokens=2)
                 ended = await ends(streams)
                 refused = await late.end
@@ -45,7 +34,7 @@ async def test_a_stopped_gateway_breaks_its_connections_and_is_back_where_it_was
     with house.as_it_was():
         async with house.client() as client:
             streams = await under_way(client, STREAMS)
-            with stopped(pid):
+            with house.server.stopped(pid):
                 ended = await ends(streams)
     assert_ended(ended, (UNAVAILABLE, "UNAVAILABLE"))
     assert killed(house, "gateway") >= {pid}
@@ -56,7 +45,7 @@ async def test_a_stopped_control_ends_what_cannot_be_recorded_and_picks_up_its_l
     with house.as_it_was():
         async with house.client() as client:
             streams = await under_way(client, STREAMS)
-            with stopped(pid):
+            with house.server.stopped(pid):
                 refused = await Running(client, max_tokens=2).end
                 ended = await ends(streams)
     assert (refused.status, refused.code) == (UNAVAILABLE, "CONTROL_UNAVAILABLE")
@@ -64,6 +53,20 @@ async def test_a_stopped_control_ends_what_cannot_be_recorded_and_picks_up_its_l
         (grpc.StatusCode.OK, ""), (grpc.StatusCode.ABORTED, "LEASE_CLOSED"), (UNAVAILABLE, "CONTROL_UNAVAILABLE")
     }  # fmt: skip
     assert killed(house, "control") >= {pid}
+
+
+async def test_a_stopped_engine_host_is_killed_and_its_workers_end_with_it(house: House) -> None:
+    pid, worker = house.appliance.pid_of("engine-host"), house.appliance.pid_of("worker")
+    with house.as_it_was():
+        async with house.client() as client:
+            streams = await under_way(client, STREAMS)
+            with house.server.stopped(pid):
+                ended = await ends(streams)
+                await asyncio.to_thread(eventually, lambda: gone(pid) and gone(worker), "both are gone", LIMIT_S)
+    assert {(end.status, end.code) for end in ended} <= {
+        (grpc.StatusCode.OK, ""), (grpc.StatusCode.ABORTED, "ENGINE_RESTARTED")
+    }  # fmt: skip
+    assert killed(house, "engine-host") >= {pid}
 
 
 def assert_ended(ended: list[Ended], last: tuple[grpc.StatusCode, str]) -> None:
