@@ -1,4 +1,5 @@
-"""How fast the audit log appends, how long a caller waits, how fast it verifies, and what a record costs on disk.
+"""How fast the audit log appends, how long a caller waits, how fast it is verified and searched for open intents
+(which the start of control waits for), and what a record costs on disk.
 
 Run: python -m benchmarks.audit [--records N] [--dir DIR]
 Every append is strict: it counts once it is durable and covered by the signed head.
@@ -42,6 +43,10 @@ def _measure(place: Path, records: int) -> None:
     for callers, each in ((1, 300), (16, 300), (128, 200), (1000, 30)):
         _report(callers, "asyncio", *asyncio.run(_tasks(log, callers, each)))
     _fill(log, max(records - log.size, 10_000))
+    began = time.perf_counter()
+    found = len(log.open_intents())
+    seconds = time.perf_counter() - began
+    print(f"open intents: {found:,} of {log.size:,} records in {seconds:.2f} s, {log.size / seconds:,.0f}/s")
     log.close()
     began, cpu = time.perf_counter(), time.process_time()
     verdict = verify(place / "audit.db", place / "audit.head", log.public_key)
