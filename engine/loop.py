@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 from engine.detokenizer import Detokenizer, Vocabulary
 from engine.errors import EngineError, is_out_of_memory
 from engine.options import EngineOptions
-from engine.plan import PlanRow, ResultRow, StepPlan, StepResult, TokenLogprob
+from engine.plan import ResultRow, StepPlan, StepResult, TokenLogprob
 from engine.request import End, EndReason, Request
 from engine.scheduler import Scheduler
 
@@ -204,17 +204,18 @@ class EngineLoop:
     def _commit(self, plan: StepPlan, result: StepResult) -> Iterable[StepRow]:
         """Take over what the step computed; the rows for whom it meant something."""
         self.scheduler.commit(plan, result)
-        planned = {row.handle: row for row in plan.rows}
+        judged = {row.handle: row.start for row in plan.rows if row.targets}
         now = self._clock()
         for done in result.rows:
             request, _ = self._requests[done.handle]
             if done.fault:
                 yield self._fail(done.handle, EngineError(done.fault, "the model's numbers overflowed"))
                 continue
-            scored = _unreported(request, planned[done.handle], done)
+            scored = _unreported(request, judged[done.handle], done) if done.handle in judged else ()
             request.num_scored += len(scored)
             if done.token_ids:
-                yield self._take(request, done, now)._replace(prompt_logprobs=scored)
+                row = self._take(request, done, now)
+                yield row._replace(prompt_logprobs=scored) if scored else row
             elif scored:
                 yield StepRow(done.handle, (), "", None, prompt_logprobs=scored)
 
@@ -274,6 +275,6 @@ class EngineLoop:
         return StepRow(request.handle, token_ids, text, end)
 
 
-def _unreported(request: Request, row: PlanRow, done: ResultRow) -> tuple[TokenLogprob, ...]:
-    """Of what was computed of the prompt's tokens, what had not been before the request gave up its pages."""
-    return done.prompt_logprobs[max(0, request.num_scored - row.start) :]
+def _unreported(request: Request, start: int, done: ResultRow) -> tuple[TokenLogprob, ...]:
+    """Of what a row from `start` on says of the prompt's tokens, what none had said before a preemption."""
+    return done.prompt_logprobs[max(0, request.num_scored - start) :]

@@ -27,6 +27,8 @@ from engine.lineage import Lineage
 from engine.plan import FULL, BlockTable, PlanRow, SamplerSetup, StepPlan, StepResult
 from engine.request import Request
 
+_Span = tuple[Request, int, int]  # up to which position a step computes it, and how many pages it lacks for that
+
 _CALM_STEPS = 64  # steps that succeed before a step that ran out of memory may be twice as large again
 
 
@@ -151,7 +153,7 @@ class Scheduler:
         Until `commit` reports a row as done, pages to scrub and new sampling slots are named in every plan.
         """
         self._admit()
-        rows = tuple(self._row(request, count) for request, count in self._make_room())
+        rows = tuple(self._row(*span) for span in self._make_room())
         if not rows:
             return None
         self.counters.steps += 1
@@ -185,17 +187,18 @@ class Scheduler:
 
         Pages that it filled are registered for their tokens: none before its keys and values are there.
         """
-        rows = {row.handle: row for row in plan.rows}
+        rows, size = {row.handle: row for row in plan.rows}, self.pool.block_size
         for done in result.rows:
-            request = self._running[done.handle]
-            first = request.num_computed // self.pool.block_size
-            self._advance(request, rows[done.handle].end)
+            request, end = self._running[done.handle], rows[done.handle].end
+            start = request.num_computed
+            self._advance(request, end)
+            self._waiting.charge(request, len(done.token_ids))
             if done.fault:
                 self.pool.discard(request.blocks)  # nobody else must meet these numbers
-            else:
-                self._register(request, first)
-            self._waiting.charge(request, len(done.token_ids))
-            if request.num_computed >= len(request.prompt):
+                continue
+            if start // size < end // size:
+                self._register(request, start // size)
+            if start < len(request.prompt) <= end:
                 for follower in reversed(self._lineage.release(request)):
                     self._waiting.restore(follower)
         if result.rows:
@@ -223,6 +226,8 @@ class Scheduler:
         So a request that is not computed now is not committed to its place yet, and meanwhile its prefix may come
         into the cache.
         """
+        if not (self._waiting and self._slots):
+            return
         promised = sum(map(self._promised, self._running.values()))
         tokens = self._step_tokens - sum(request.num_pending for request in self._running.values())
         most = max(1, self._step_tokens - self.pool.block_size)
@@ -285,13 +290,11 @@ class Scheduler:
             history=tuple(request.tokens[: request.num_computed]) if request.sampling.uses_history else (),
         )
 
-    def _make_room(self) -> list[tuple[Request, int]]:
+    def _make_room(self) -> list[_Span]:
         """What the step computes of each request; others are preempted until it has the pages."""
         while True:
             spans = list(self._spans())
-            ends = ((request, request.num_computed + count) for request, count in spans)
-            missing = sum(max(0, self.pool.blocks_for(end) - len(request.blocks)) for request, end in ends)
-            if missing <= self.pool.num_available:
+            if sum(missing for _, _, missing in spans) <= self.pool.num_available:
                 return spans
             self._preempt(self._victim())
 
@@ -316,27 +319,26 @@ class Scheduler:
         self._new_samplers.pop(request.slot, None)
         request.blocks, request.slot, request.num_computed = [], -1, 0
 
-    def _spans(self) -> Iterator[tuple[Request, int]]:
-        """Requests and how many tokens of each to compute, within the step's budget."""
+    def _spans(self) -> Iterator[_Span]:
+        """What of each request to compute, within the step's budget."""
         budget = self._step_tokens
         for request in sorted(self._running.values(), key=lambda r: r.num_pending > 1):
             count = self._count(request, budget)
             if count > 0:
                 budget -= count
-                yield request, count
+                end = request.num_computed + count
+                yield request, end, max(0, self.pool.blocks_for(end) - len(request.blocks))
 
     def _count(self, request: Request, budget: int) -> int:
         """Tokens of `request` to compute within `budget`."""
-        count = min(request.num_pending, budget)
-        if count < request.num_pending and self.limits.whole_blocks:
-            count -= count % self.pool.block_size
-        return count
+        pending = request.num_pending
+        if pending <= budget or not self.limits.whole_blocks:
+            return min(pending, budget)
+        return budget - budget % self.pool.block_size
 
-    def _row(self, request: Request, count: int) -> PlanRow:
+    def _row(self, request: Request, end: int, missing: int) -> PlanRow:
         start = request.num_computed
-        end = start + count
-        missing = self.pool.blocks_for(end) - len(request.blocks)
-        if missing > 0:
+        if missing:
             allocation = self.pool.allocate(missing, request.scope)
             request.blocks.extend(allocation.blocks)
             self._dirty.extend(allocation.dirty)
@@ -358,11 +360,13 @@ class Scheduler:
         """Count what was computed of `request`, up to the position `end`."""
         start, before = request.num_computed, request.reached
         request.num_computed = end
-        request.reached = max(before, end)
-        again = max(0, min(end, before) - start)
-        request.recomputed_tokens += again
-        self.counters.recomputed += again
-        self.counters.prefilled += max(0, min(end, len(request.prompt)) - max(start, before))
+        if start < before:
+            again = min(end, before) - start
+            request.recomputed_tokens += again
+            self.counters.recomputed += again
+        if end > before:
+            request.reached = end
+            self.counters.prefilled += max(0, min(end, len(request.prompt)) - max(start, before))
 
     def _register(self, request: Request, first: int) -> None:
         """Register the full pages of `request` from index `first` on."""

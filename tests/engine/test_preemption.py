@@ -179,10 +179,11 @@ def test_when_the_first_of_a_group_is_gone_the_next_takes_its_place(folder: Path
     assert ends[3].cached_prompt_tokens == 16
 
 
-def test_nobody_follows_into_another_scope(folder: Path) -> None:
+@pytest.mark.parametrize("other", [{"scope": "b"}, {"salt": b"other"}], ids=["scope", "salt"])
+def test_nobody_follows_into_another_scope_or_salt(folder: Path, other: dict[str, Any]) -> None:
     loop = tiny_pool(folder, 200)
-    loop.submit(request(0, PROMPT, scope="a"))
-    loop.submit(request(1, PROMPT, scope="b", follows=0))
+    loop.submit(request(0, PROMPT, salt=b"salt"))
+    loop.submit(request(1, PROMPT, follows=0, **({"salt": b"salt"} | other)))
     assert run(loop)[1].end.cached_prompt_tokens == 0
 
 

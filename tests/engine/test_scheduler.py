@@ -93,6 +93,25 @@ def test_a_step_in_which_a_prompt_could_starve_is_refused(step: int, running: in
         scheduler(max_step_tokens=step, max_running=running)
 
 
+def test_pages_are_named_to_be_scrubbed_until_a_step_has_succeeded() -> None:
+    s = scheduler(max_step_tokens=64)
+    before = request(0, [1] * 40, scope="a")
+    s.submit(before)
+    assert s.plan() is not None
+    s.remove(before)
+    named = []
+    for handle in (1, 2):
+        one = request(handle, [1] * 40, scope="b")
+        s.submit(one)
+        plan = s.plan()
+        assert plan is not None
+        named.append(set(plan.scrub))
+        s.commit(plan, StepResult(plan.step, ()))
+        s.remove(one)
+    assert len(named[0]) == 8  # two of its ten pages nobody had before
+    assert named[0] <= named[1]
+
+
 class Machine(RuleBasedStateMachine):
     """Any interleaving of submissions, steps, failed steps and aborts conserves pages and always moves on."""
 
