@@ -10,7 +10,6 @@ import pytest
 
 from appliance.client import CloisterError
 from appliance.gateway import events
-from appliance.gateway.rows import MAX_PENDING_BYTES, Rows
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
 from engine.protos import engine_pb2
 from tests.appliance.gateway_house import API_KEY, CONTEXT, House, Send, end, open_house, say, silence
@@ -147,24 +146,6 @@ async def test_a_worker_that_sends_what_nobody_asked_for_loses_its_session_and_t
     assert house.worker.sessions == 2
 
 
-async def test_rows_far_behind_are_merged_by_answer() -> None:
-    rows = Rows(1, lambda: None, answers=2)
-    for token in range(40):
-        rows.put(
-            engine_pb2.Row(
-                handle=1, index=token % 2, token_ids=[token], text=f"{token} ", logprobs=[judged(token)]
-            )
-        )
-    rows.put(engine_pb2.Row(handle=1, index=1, end=end(completion_tokens=21)))
-    first, second = await rows.next(), await rows.next()
-    assert (first.index, list(first.token_ids)) == (0, list(range(0, 40, 2)))
-    assert (second.index, list(second.token_ids)) == (1, list(range(1, 40, 2)))
-    assert [one.token_id for one in second.logprobs] == list(range(1, 40, 2))
-    assert (first.HasField("end"), second.HasField("end")) == (False, True)
-    assert not rows.ended
-    assert rows.completion_tokens == 20 + 21
-
-
 async def test_log_probabilities_come_with_their_tokens(house: House) -> None:
     async def script(submit: Any, send: Send) -> None:
         send("Hel", [7], logprobs=[judged(7, submit.logprobs)])
@@ -210,17 +191,6 @@ async def test_a_long_prompts_log_probabilities_come_first_in_bounded_messages_a
 
 async def _deltas(stream: Any) -> list[Any]:
     return [delta async for delta in stream.deltas()]
-
-
-async def test_the_rows_of_a_prompt_have_room_only_as_far_as_they_were_asked_for() -> None:
-    rows = Rows(1, lambda: None, allowance=MAX_PENDING_BYTES)
-    rows.put(engine_pb2.Row(handle=1, text="y"))
-    await rows.next()
-    for _ in range(15):
-        rows.put(engine_pb2.Row(handle=1, text="y" * (MAX_PENDING_BYTES // 4)))
-    assert rows.error is None
-    rows.put(engine_pb2.Row(handle=1, text="y" * (MAX_PENDING_BYTES // 4)))
-    assert isinstance(rows.error, CloisterError)
 
 
 async def test_every_parameter_reaches_the_engine_and_the_record(house: House) -> None:

@@ -14,7 +14,6 @@ from appliance.control.admission import leases
 from appliance.gateway import server
 from appliance.gateway.limits import Limits
 from appliance.gateway.quarantine import Passage, Quarantine
-from appliance.gateway.rows import MAX_PENDING_BYTES, MERGE_AFTER, EngineGoneError, Rows
 from appliance.gateway.sessions import Sessions
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
 from engine.protos import engine_pb2
@@ -367,47 +366,6 @@ async def test_a_client_that_makes_no_room_for_one_message_is_cut_off(monkeypatc
         call.cancel()
 
 
-def a_row(text: str = "", ids: tuple[int, ...] = (1,), last: engine_pb2.End | None = None) -> engine_pb2.Row:
-    return engine_pb2.Row(handle=1, text=text, token_ids=ids, end=last)
-
-
-async def test_a_client_a_little_behind_gets_each_step_and_far_behind_gets_them_merged() -> None:
-    rows = Rows(1, lambda: None)
-    for index in range(MERGE_AFTER):
-        rows.put(a_row(str(index % 10), (index,)))
-    assert (await rows.next()).text == "0"
-    rows.put(a_row("a"))
-    rows.put(a_row("b", (), end(completion_tokens=MERGE_AFTER + 2)))
-    merged = await rows.next()
-    assert merged.text == "".join(str(index % 10) for index in range(1, MERGE_AFTER)) + "ab"
-    assert list(merged.token_ids) == [*range(1, MERGE_AFTER), 1]
-    assert merged.HasField("end")
-    assert rows.completion_tokens == MERGE_AFTER + 2, "what the worker says, an end token included"
-
-
-async def test_pending_rows_are_bounded_and_the_writer_is_interrupted() -> None:
-    interrupted: list[bool] = []
-    rows = Rows(1, lambda: None)
-    rows.interrupt = lambda: interrupted.append(True)
-    rows.put(a_row("y"))
-    await rows.next()
-    for _ in range(2 * MAX_PENDING_BYTES // 1024 + 1):
-        rows.put(a_row("y" * 1024))
-    assert interrupted == [True]
-    with pytest.raises(CloisterError, match="SLOW_CLIENT"):
-        await rows.next()
-
-
-async def test_many_small_rows_are_merged_before_they_are_too_much() -> None:
-    rows = Rows(1, lambda: None)
-    rows.put(a_row("y"))
-    await rows.next()
-    for _ in range(20_000):
-        rows.put(a_row("y"))
-    assert rows.error is None
-    assert (await rows.next()).text == "y" * 20_000
-
-
 async def test_what_waits_for_the_record_of_the_request_is_not_held_against_the_client(house: House) -> None:
     house.control.hold["AwaitIntent"] = asyncio.Event()
 
@@ -425,27 +383,6 @@ async def test_what_waits_for_the_record_of_the_request_is_not_held_against_the_
             await asyncio.sleep(0.01)
         house.control.hold["AwaitIntent"].set()
         assert (await answer).text == "y" * (80 * 8192)
-
-
-async def test_a_merged_row_stays_small_enough_for_one_message() -> None:
-    rows = Rows(1, lambda: None)
-    for _ in range(80):
-        rows.put(a_row("y" * (64 << 10)))
-    rows.put(a_row("", (), end(completion_tokens=80)))
-    found = [await rows.next()]
-    while not found[-1].HasField("end"):
-        found.append(await rows.next())
-    assert max(row.ByteSize() for row in found) < 1 << 20
-    assert sum(len(row.text) for row in found) == 80 * (64 << 10)
-
-
-async def test_rows_that_came_before_the_engine_went_are_delivered_first() -> None:
-    rows = Rows(1, lambda: None)
-    rows.put(a_row("a"))
-    rows.fail(EngineGoneError())
-    assert (await rows.next()).text == "a"
-    with pytest.raises(EngineGoneError):
-        await rows.next()
 
 
 async def test_more_requests_than_the_gateway_answers_are_refused_at_once() -> None:
