@@ -259,6 +259,7 @@ class ConsoleApp(App[None]):
         self._main.remove_class(self.page.value)
         self._main.add_class(page.value)
         self.page = page
+        self.repaint()  # before it is shown, so that it is painted once
         self._main.query_one("#pages", ContentSwitcher).current = page.value
         self._last_table().focus()
         self.ask_soon()

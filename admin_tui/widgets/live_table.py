@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from textual import events
 from textual.binding import Binding, BindingType
+from textual.geometry import Size
 from textual.message import Message
 from textual.strip import Strip
 
@@ -52,6 +53,7 @@ class LiveTable(Lines, can_focus=True):
         self._place = 0
         self._top = 0
         self._sort: tuple[int, bool] | None = None
+        self._laid_out = Size(0, 0)
         self.frozen = False
         self.more = ""
 
@@ -121,6 +123,9 @@ class LiveTable(Lines, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         """The headings, or a row."""
+        if self._laid_out != self.size:  # painted before it is told of its size: right at once, not blank at first
+            self._follow()
+            self._lines, self._laid_out = self._compose_lines(), self.size
         line = self._at(self._lines, y)
         at = y - 1 + self._top
         on_cursor = self.has_focus and y > 0 and at == self._place and bool(self._rows)
@@ -161,13 +166,16 @@ class LiveTable(Lines, can_focus=True):
 
     def _repaint(self) -> None:
         """Show the rows in view. The cursor is part of a line, so that its leaving and coming are changes, too."""
-        if not self.size.width:
-            return
+        if self.size.width:
+            self._laid_out = self.size
+            self.show(self._compose_lines())
+
+    def _compose_lines(self) -> tuple[Line, ...]:
         shown = [self._line(self._top + i, row) for i, row in enumerate(self._rows[self._top :][: self._room])]
         if not self._rows:
             text = self._empty if self._heard else NOT_HEARD
             shown = [((" " + fit(text, max(0, self.size.width - 1), self.symbols), Tone.DIM),)]
-        self.show((self._heading(), *shown))
+        return (self._heading(), *shown)
 
     def _heading(self) -> Line:
         parts: list[tuple[str, Tone]] = [(" ", Tone.PLAIN)]

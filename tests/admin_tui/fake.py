@@ -147,6 +147,24 @@ class FakePort:
             raise failure
 
 
+def grow(port: FakePort, clock: Clock, second: int) -> None:
+    """One second of a busy appliance: every counter moves."""
+    clock.seconds += 1
+    port.answer.audit_size += 17
+    for number, found in enumerate(port.answer.deployments):
+        found.engine.tokens_generated += 900 + 37 * number + second
+        found.engine.tokens_prefilled += 500
+        found.engine.tokens_cached += 130 + second
+        found.engine.running = 3 + (second + number) % 7
+        found.engine.waiting = (second * 3 + number) % 5
+        found.engine.blocks_free = 120 - (second * 7) % 90
+        found.engine.preemptions += second % 2
+    for tenant in port.tenant_list:
+        tenant.tokens_used += 911 + second
+        tenant.requests_open = second % 8
+        tenant.tokens_reserved = 600 + second * 13 % 400
+
+
 def console(port: FakePort, clock: Clock | None = None, **options: object) -> ConsoleApp:
     """A console on the fake that asks when a test says so."""
     clock = clock or Clock()

@@ -22,8 +22,10 @@ FAKE = [sys.executable, "-m", "tests.admin_tui.console"]
 _SGR = re.compile(r"\x1b\[([0-9;]*)m")
 
 
-@pytest.mark.parametrize("no_color", [False, True], ids=["colour", "NO_COLOR"])
-@pytest.mark.parametrize("term", ["tmux-256color", "screen", "linux", "vt100"])
+@pytest.mark.parametrize(
+    ("term", "no_color"),
+    [*((t, False) for t in ("tmux-256color", "screen", "linux", "vt100")), ("screen", True), ("linux", True)],
+)
 def test_every_terminal_shows_every_page_in_colours_one_can_read(term: str, no_color: bool) -> None:
     environ = {"NO_COLOR": "1"} if no_color else {}
     with terminal(FAKE, environ, term) as pane:
@@ -131,7 +133,7 @@ def test_what_a_tenant_does_is_counted_while_one_looks(appliance: Appliance) -> 
         spent = stream.usage.prompt_tokens + stream.usage.completion_tokens
         used = next(t["tokens_used"] for t in appliance.json("tenant", "list") if t["name"] == "ward-notes")
         assert used >= spent
-        pane.until(rf"ward-notes +OK active +{used:,} +0 ")
+        pane.until(rf"ward-notes +OK active +0/\d+ +{used:,} +0 ")
 
 
 def test_an_import_is_watched_from_its_beginning_to_its_end(appliance: Appliance, tmp_path: Path) -> None:

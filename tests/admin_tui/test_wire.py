@@ -6,29 +6,12 @@ import pytest
 
 from admin_tui.actions import Page
 from appliance.protos import admin_pb2
-from tests.admin_tui.fake import Clock, FakePort, console, deployment, record
+from tests.admin_tui.fake import Clock, FakePort, console, deployment, grow, record
 from tests.admin_tui.painting import PaintingDriver, painted
 
 BUDGET = 2048
 """Bytes per second on a steady dashboard at 80x24."""
 HOSTILE = "\x1b[2J\x1b]0;owned\x07[red]\u202ednegel\u200b\x9b31m\r\nbad"
-
-
-def grow(port: FakePort, clock: Clock, second: int) -> None:
-    """One second of a busy appliance: every counter moves."""
-    clock.seconds += 1
-    port.answer.audit_size += 17
-    for number, found in enumerate(port.answer.deployments):
-        found.engine.tokens_generated += 900 + 37 * number + second
-        found.engine.tokens_prefilled += 500
-        found.engine.tokens_cached += 130 + second
-        found.engine.running = 3 + (second + number) % 7
-        found.engine.waiting = (second * 3 + number) % 5
-        found.engine.blocks_free = 120 - (second * 7) % 90
-        found.engine.preemptions += second % 2
-    for tenant in port.tenant_list:
-        tenant.tokens_used += 911 + second
-        tenant.tokens_reserved = 600 + second * 13 % 400
 
 
 @pytest.mark.parametrize("ansi", [True, False], ids=["ansi", "truecolour"])
