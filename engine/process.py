@@ -28,6 +28,7 @@ import grpc
 _PR_SET_PDEATHSIG = 1
 _MAX_UNIX_PATH = 107
 _SIGNS_PER_LIMIT = 4  # sd_watchdog_enabled(3) recommends two; four leave room on a busy machine
+_PARENT_VARIABLE = "CLOISTER_PARENT"
 _RESERVED = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,12 @@ class ForbiddenModuleError(Exception):
     """The process holds a module that its privileges exclude; it must not become ready."""
 
     code = "FORBIDDEN_MODULE"
+
+
+class OrphanedError(Exception):
+    """Whoever started this process is gone, and nothing could be tied to it any more."""
+
+    code = "ORPHANED"
 
 
 class Process:
@@ -123,7 +130,7 @@ def run(name: str, main: Callable[[Process], Awaitable[None]], forbidden: Iterab
     try:
         if os.environ.get("NOTIFY_SOCKET"):
             die_with_parent()
-            _notify("")  # fails when the parent died before it could be tied to
+            _require_parent()
         asyncio.run(_supervised(process, main))
     except Exception:
         log.exception("failed")
@@ -143,16 +150,35 @@ def die_with_parent(number: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
+def _require_parent() -> None:
+    """Refuse to live on when the parent died before this process could be tied to it.
+
+    Its socket tells, unless a successor listens there already; then the process id that it left here does.
+
+    Raises:
+        OSError: nobody listens for READY.
+        OrphanedError: the parent is another process.
+    """
+    _notify("")
+    parent = os.environ.get(_PARENT_VARIABLE, "")
+    if parent and parent != str(os.getppid()):
+        raise OrphanedError(f"process {parent}, which started this one, is gone")
+
+
 def child_environment(notify: Path, heard_within: float = 0.0) -> dict[str, str]:
-    """What a process of the house is started with: this process's variables, where to report READY, and within how
-    many seconds to give signs of life after that, where somebody watches for them.
+    """What a process of the house is started with: this process's variables and id, where to report READY, and
+    within how many seconds to give signs of life after that, where somebody watches for them.
 
     gRPC's C core writes lines of its own form to standard error, and reads what to write before any of our code
     runs; the logs are JSON lines only.
     """
-    watchdog = {"NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": str(int(heard_within * 1e6))}
+    told = {
+        "NOTIFY_SOCKET": str(notify),
+        "WATCHDOG_USEC": str(int(heard_within * 1e6)),
+        _PARENT_VARIABLE: str(os.getpid()),
+    }
     inherited = {name: value for name, value in os.environ.items() if name != "WATCHDOG_PID"}
-    return {"GRPC_VERBOSITY": "NONE", **inherited, **watchdog}
+    return {"GRPC_VERBOSITY": "NONE", **inherited, **told}
 
 
 class Silence:

@@ -23,6 +23,7 @@ from appliance.logfile import LogFile
 from appliance.processes import LONGEST_SOCKET_NAME, ProcessSpec, problems, table
 from appliance.settings import Settings
 from appliance.supervisor import Report, RestartPolicy, Supervisor, _pump, sole_supervisor
+from engine.process import child_environment
 
 TABLE = table(Settings())
 HASTY = RestartPolicy(first_delay=0.01, longest_delay=0.02, attempts=3)
@@ -261,6 +262,24 @@ def test_a_process_whose_starter_is_gone_ends_before_it_serves(home: Path) -> No
     )
     assert done.returncode == 1
     assert "ConnectionRefusedError" in done.stderr
+
+
+def test_a_process_whose_starter_has_a_successor_already_ends_before_it_serves(home: Path) -> None:
+    """As after a kill -9 of `serve` that somebody starts again at once: the same path, another process."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as successor:
+        successor.bind(str(home / "notify"))
+        done = subprocess.run(
+            [sys.executable, "-m", "stand_in", "tied"],
+            env={**os.environ, **child_environment(home / "notify"), "CLOISTER_PARENT": "1"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        successor.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            successor.recv(100)
+    assert (done.returncode, "process 1, which started this one, is gone" in done.stderr) == (1, True)
 
 
 async def test_a_full_log_disk_does_not_hold_up_the_process_that_logs(home: Path) -> None:
