@@ -8,6 +8,7 @@ Source: TOML 1.0.
 """
 
 import difflib
+import ipaddress
 import os
 import re
 import subprocess
@@ -29,6 +30,7 @@ FILE = "cloister.toml"
 _MAX_FILE_BYTES = 1 << 20
 _LONGEST_SHOWN = 60
 _KEY = re.compile(r'\s*"?([A-Za-z0-9_-]+)"?\s*=')
+_NAME = re.compile(r"[A-Za-z0-9.-]{0,253}")
 _TABLE = re.compile(r'\s*\[\s*"?([A-Za-z0-9_-]+)"?\s*\]')
 
 
@@ -38,9 +40,11 @@ def split_address(text: str) -> tuple[str, int]:
     Raises:
         ValueError: it is not of that form.
     """
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or len(port) > 5 or int(port) > 65535:
         raise ValueError(f"{text!r} is not HOST:PORT")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError(f"{text!r} is not HOST:PORT; an IPv6 host stands in brackets")
     return host, int(port)
 
 
@@ -50,7 +54,9 @@ def _address(text: str) -> str:
 
 
 def _host(text: str) -> str:
-    if len(text) > 253 or not all(c.isascii() and (c.isalnum() or c in ".-:[]") for c in text):
+    if text.startswith("[") and text.endswith("]"):
+        ipaddress.IPv6Address(text[1:-1])
+    elif not _NAME.fullmatch(text):
         raise ValueError("not a host")
     return text
 
@@ -81,7 +87,7 @@ class GatewaySettings(_Section):
         "The host that `cloister key issue` writes into credentials; empty takes the one listened on, or this "
         "machine's name where that is every address. The gateway's certificate must name it (`cloister init "
         "--listen-name`).",
-        "a host name or address",
+        "a host name or address, IPv6 in brackets",
     )
     max_streams: int = _setting(
         512, "Requests answered at once, of all tenants; one more is refused, GATEWAY_BUSY.", ge=1, le=8192

@@ -70,6 +70,10 @@ def test_the_example_with_its_comments_taken_off_sets_every_setting_to_its_defau
         ("[gateway]\nstall_seconds = nan\n", "is nan, must be a number of seconds from 0.1 to 3600"),
         ("[gateway]\nlisten = 'nowhere'\n", "is 'nowhere', must be HOST:PORT"),
         ("[gateway]\nlisten = 'a:99999'\n", "must be HOST:PORT"),
+        ("[gateway]\nlisten = '::1:8443'\n", "must be HOST:PORT, an IPv6 host in brackets"),
+        ("[gateway]\nadvertise = 'llm.ward.example:8443'\n", "must be a host name or address, IPv6 in brackets"),
+        ("[gateway]\nadvertise = '::1'\n", "must be a host name or address, IPv6 in brackets"),
+        ("[gateway]\nadvertise = '[llm]'\n", "must be a host name or address, IPv6 in brackets"),
         ("[logs]\nlevel = 'LOUD'\n", "is 'LOUD', must be one of DEBUG, INFO, WARNING, ERROR"),
         ("gateway = 3\n", "line 1: gateway: is a table, [gateway]"),
         ("[logs]\nkept = 1\nkept = 2\n", "not TOML"),
@@ -107,6 +111,12 @@ def test_a_flag_goes_before_the_environment_and_both_before_the_file(
     monkeypatch.setenv("CLOISTER_LOG", "LOUD")
     with pytest.raises(CloisterError, match=r"environment: logs\.level: is 'LOUD'"):
         load(tmp_path / "x.toml")
+
+
+def test_addresses_of_ipv6_are_taken_in_brackets(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text('[gateway]\nlisten = "[::]:8443"\nadvertise = "[fd00::1]"\n')
+    found = load(tmp_path / "x.toml").settings.gateway
+    assert (found.listen, found.advertise) == ("[::]:8443", "[fd00::1]")
 
 
 def test_a_process_started_by_itself_has_the_defaults_of_the_file() -> None:
