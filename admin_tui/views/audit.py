@@ -164,7 +164,7 @@ def what(canonical: str) -> str:
         return " ".join(str(word) for word in words if word) or str(
             facts.get("model") or facts.get("reason") or ""
         )
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return ""  # a record whose body was changed: the detail shows it as it is
 
 
@@ -183,7 +183,7 @@ def _body(canonical: str) -> list[str]:
     """The body over several lines; as it is when it is no JSON."""
     try:
         return json.dumps(json.loads(canonical), indent=1, ensure_ascii=False).splitlines()
-    except ValueError:
+    except (ValueError, RecursionError):
         return [canonical]
 
 
