@@ -68,9 +68,10 @@ def measure(folder: Path, options: EngineOptions) -> dict[str, Any]:
         loop.submit(request(handle, prompt, 4, ignore_eos=True, **sampling))
     answers = run(loop)
     assert [len(answer.token_ids) for answer in answers.values()] == [4] * len(answers), "a step failed"
-    peak = max(loading, _peak()) - before
-    planned = {"weights": plan.weights, "kv": plan.kv, "total": plan.total - plan.process}
-    return {"planned": planned, "held": held, "peak": peak}
+    steps = _peak() - before
+    planned = {"weights": plan.weights, "kv": plan.kv, "steps": plan.weights + plan.kv + plan.activations}
+    planned["total"] = plan.total - plan.process
+    return {"planned": planned, "held": held, "steps": steps, "peak": max(loading - before, steps)}
 
 
 def _warm_up() -> None:

@@ -77,6 +77,7 @@ def test_weights_and_pages_are_planned_to_the_byte(tiny: Path, layout: dict[str,
 def test_the_total_bounds_what_a_full_engine_takes_and_is_near_it(measured: list[Any], case: int) -> None:
     found = measured[case]
     assert found["held"] == {part: found["planned"][part] for part in ("weights", "kv")}
+    assert found["steps"] <= found["planned"]["steps"]
     assert found["peak"] <= found["planned"]["total"] <= 1.6 * found["peak"]
 
 
