@@ -26,6 +26,6 @@ def typed(commands: str, folder: Path, **environment: str) -> subprocess.Complet
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=500,
         check=False,
     )

@@ -21,6 +21,7 @@ def folder() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+@pytest.mark.timeout(600)  # two dozen commands, each a Python of its own, on a machine that may be busy
 def test_the_commands_of_the_page_run_as_they_stand(appliance: Appliance, folder: Path) -> None:
     pages_commands = blocks(PAGE, "bash")
     assert sum(block.count("cloister ") for block in pages_commands) > 25
