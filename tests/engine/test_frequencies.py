@@ -67,7 +67,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def some_logits(vocabulary: int = 300) -> Tensor:
     """Logits of which a few are far above the rest, the tokens of prompt and answer among them."""
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(5))
-    logits[:12] += torch.linspace(3.0, 1.0, 12)
+    logits[:12] = logits[:12].abs() / 2 + torch.linspace(3.2, 2.4, 12)
     return logits
 
 
@@ -162,6 +162,12 @@ def only_from(adjustments: Adjustments | None, **changes: Any) -> Adjustments:
     return adjustments._replace(**changes)
 
 
+def prompt_counted(adjustments: Adjustments | None) -> tuple[Tensor, ...]:
+    assert adjustments is not None
+    rows, tokens, repetition, taken = adjustments.penalties
+    return rows, tokens, repetition, taken + 0.7 * torch.isin(tokens, torch.tensor(PROMPT))
+
+
 WRONG: dict[str, tuple[str, Callable[[Sampling], Sampling]]] = {
     "a little warmer": ("temperature", lambda s: s._replace(temperature=s.temperature * 1.1)),
     "one token more": ("top-k", lambda s: s._replace(top_k=s.top_k + 1)),
@@ -178,6 +184,10 @@ WRONG: dict[str, tuple[str, Callable[[Sampling], Sampling]]] = {
     "nothing banned": (
         "bans",
         lambda s: s._replace(adjustments=only_from(s.adjustments, banned=(torch.tensor([]).long(),) * 2)),
+    ),
+    "the prompt's tokens taken for the answer's": (
+        "everything",
+        lambda s: s._replace(adjustments=only_from(s.adjustments, penalties=prompt_counted(s.adjustments))),
     ),
     "numbers that do not reach 1": ("temperature", lambda s: s._replace(uniform=s.uniform * 0.97)),
     "numbers that lean to 0": ("temperature", lambda s: s._replace(uniform=s.uniform**1.1)),
