@@ -195,31 +195,6 @@ def test_a_request_that_breaks_its_step_ends_alone(folder: Path, culprit: int) -
         assert harmed[handle].token_ids == healthy[handle].token_ids
 
 
-def test_pages_stay_to_be_scrubbed_until_a_step_has_scrubbed_them(folder: Path) -> None:
-    loop = engine(folder, kv_blocks=8)
-    loop.submit(request(0, PROMPT, scope="a"))
-    run(loop)
-    runner: Any = loop._runner
-    loop._runner = Saboteur(runner, 1)
-    loop._runner.runner = Broken()
-    loop.submit(request(1, PROMPT, scope="b", max_tokens=40))
-    assert run(loop)[1].end.error_code == "ENGINE_STEP_FAILED"
-    loop._runner = runner
-    runner._kv.pages[:, :, :-1] = 1
-    loop.submit(request(2, PROMPT, scope="b"))
-    loop.step()
-    pages = runner._kv.pages.view(2, 4, -1, 8, 12)
-    unwritten = [i for i in range(loop.scheduler.pool.num_blocks) if (pages[:, :, i] == 1).all()]
-    assert len(unwritten) == 8 - 4  # none of the pages that were dirty kept what lay in it
-
-
-class Broken:
-    """A runner that does nothing but fail."""
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        raise RuntimeError("boom")
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_numeric_fault_ends_its_own_request_only(folder: Path, backend: str) -> None:
     loops = [engine(folder, deterministic=True, backend=backend) for _ in range(2)]
