@@ -1,5 +1,6 @@
 """Preemption, for want of pages or of memory: whoever gives up its pages ends as if nothing had been."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,23 @@ def test_when_the_first_of_a_group_is_gone_the_next_takes_its_place(folder: Path
     ends = {handle: answer.end for handle, answer in run(loop).items()}
     assert [ends[handle].reason for handle in (1, 3)] == [EndReason.LENGTH] * 2
     assert ends[3].cached_prompt_tokens == 16
+
+
+def test_when_the_numbers_of_the_first_of_a_group_fail_the_next_takes_its_place(folder: Path) -> None:
+    loop = tiny_pool(folder, 200, max_step_tokens=12, max_running=4)
+    group = [request(i, PROMPT, ignore_eos=True, follows=0 if i else None) for i in range(4)]
+    for one in group:
+        loop.submit(one)
+    loop.step()
+    runner: Any = loop._runner
+    runner._kv.pages[:, :, group[0].blocks[0]] = math.nan  # read by the prompt's last piece
+    loop.step()
+    assert group[0].handle not in loop._requests
+    assert loop.step() == []
+    assert (loop.status().running, loop.status().waiting) == (1, 2)
+    ends = {handle: answer.end for handle, answer in run(loop).items()}
+    assert [ends[handle].cached_prompt_tokens for handle in (1, 2, 3)] == [0, 16, 16]
+    assert {end.reason for end in ends.values()} == {EndReason.LENGTH}
 
 
 @pytest.mark.parametrize("other", [{"scope": "b"}, {"salt": b"other"}], ids=["scope", "salt"])
