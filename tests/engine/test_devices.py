@@ -17,7 +17,7 @@ from engine.host.inventory import Inventory, cpu_device, measure, read_recorded
 from engine.host.planning import Planner
 from engine.host.service import HostService
 from engine.protos import engine_pb2
-from tests.engine.test_worker import OPTIONS
+from tests.engine.sessions import OPTIONS
 
 GIB = 2**30
 COMPILER = shutil.which("cc") or shutil.which("gcc")

@@ -17,7 +17,8 @@ from engine.host.inventory import cpu_device
 from engine.host.keeper import Keeper, RestartPolicy
 from engine.protos import engine_pb2, engine_pb2_grpc
 from tests.engine.processes import Running, running
-from tests.engine.test_worker import OPTIONS, Session, flip_bit, submit
+from tests.engine.sessions import OPTIONS, Session, submit
+from tests.engine.test_worker import flip_bit
 from tests.engine.tiny_models import CONTEXT
 
 LIMIT_S = 60.0
