@@ -1,4 +1,4 @@
-"""The one error of the engine: a stable code and what was wrong; and how memory that ran out looks."""
+"""The engine's errors: of a request, with a stable code; of the engine as a whole; and how lost memory looks."""
 
 
 class EngineError(Exception):
@@ -13,6 +13,10 @@ class EngineError(Exception):
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+
+
+class EngineLostError(Exception):
+    """The engine computes nothing any more, for anybody; only a new process may."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -2,8 +2,8 @@
 
 A bad request kills only itself: a step that raises is carried out again request by request, and the one that
 raises alone ends with an error. A step that runs out of memory is carried out again with less, the newest requests
-preempted; the one whose single page is too much ends with an error. The loop knows no tensor; it is the oracle of
-any faster loop.
+preempted; the one whose single page is too much ends with an error. When step after step fails for everybody, it
+is no request's fault, and the loop raises. The loop knows no tensor; it is the oracle of any faster loop.
 """
 
 import logging
@@ -13,11 +13,14 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from engine.detokenizer import Detokenizer, Vocabulary
-from engine.errors import EngineError, is_out_of_memory
+from engine.errors import EngineError, EngineLostError, is_out_of_memory
 from engine.options import EngineOptions
-from engine.plan import ResultRow, StepPlan, StepResult, TokenLogprob
+from engine.plan import PlanRow, ResultRow, StepPlan, StepResult, TokenLogprob
 from engine.request import End, EndReason, Request
 from engine.scheduler import Scheduler
+
+LOST_STEPS = 8
+"""So many steps in a row that fail for everybody in them are not the fault of a request."""
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +99,8 @@ class EngineLoop:
         self._requests: dict[int, tuple[Request, Detokenizer]] = {}
         self._aborted: list[StepRow] = []
         self._generated = 0
+        self._lost_steps = 0  # in a row
+        self._lost_prompts: set[int] = set()  # hashes of the prompts in them
 
     @property
     def has_work(self) -> bool:
@@ -136,7 +141,11 @@ class EngineLoop:
             self._aborted.append(self._finish(request, (), "", End(EndReason.ABORTED)))
 
     def step(self) -> list[StepRow]:
-        """Compute one step; what it brought, the ends of requests aborted since the last one included."""
+        """Compute one step; what it brought, the ends of requests aborted since the last one included.
+
+        Raises:
+            EngineLostError: `LOST_STEPS` steps in a row have failed for every one of several requests.
+        """
         rows, self._aborted = self._aborted, []
         plan = self.scheduler.plan()
         if plan is None:
@@ -146,6 +155,7 @@ class EngineLoop:
             request, _ = self._requests[planned.handle]
             request.scheduled_ns = request.scheduled_ns or now
         plan, result, failed = self._execute(plan)
+        self._judge(result, failed)
         rows.extend(self._commit(plan, result))
         rows.extend(self._fail(handle, error) for handle, error in failed)
         return rows
@@ -169,25 +179,49 @@ class EngineLoop:
 
     def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult, list[tuple[int, EngineError]]]:
         """What was carried out in the end, its result, and the errors of the rows that could not be computed."""
-        outcome, fewer = self._attempt(plan), 1
-        while isinstance(outcome, EngineError) and outcome.code == "OUT_OF_MEMORY":
-            smaller = self.scheduler.shrink(plan, fewer)
-            if smaller is None:
-                return plan, StepResult(plan.step, ()), [(plan.rows[0].handle, outcome)]
-            plan, fewer = smaller, 2 * fewer
-            outcome = self._attempt(plan)
+        plan, outcome = self._shrink_to_memory(plan)
         if isinstance(outcome, StepResult):
             return plan, outcome, []
+        if outcome.code == "OUT_OF_MEMORY":
+            return plan, StepResult(plan.step, ()), [(plan.rows[0].handle, outcome)]
+        rows: list[PlanRow] = []
         done: list[ResultRow] = []
         failed: list[tuple[int, EngineError]] = []
         for row in plan.rows:
             # What the plan scrubs and sets up rides along until one row succeeds.
-            alone = self._attempt(StepPlan(plan.step, (row,)) if done else plan._replace(rows=(row,)))
-            if isinstance(alone, StepResult):
-                done.extend(alone.rows)
+            alone = StepPlan(plan.step, (row,)) if done else plan._replace(rows=(row,))
+            alone, outcome = self._shrink_to_memory(alone)
+            rows.extend(alone.rows)
+            if isinstance(outcome, StepResult):
+                done.extend(outcome.rows)
             else:
-                failed.append((row.handle, alone))
-        return plan, StepResult(plan.step, tuple(done)), failed
+                failed.append((row.handle, outcome))
+        return plan._replace(rows=tuple(rows)), StepResult(plan.step, tuple(done)), failed
+
+    def _shrink_to_memory(self, plan: StepPlan) -> tuple[StepPlan, StepResult | EngineError]:
+        """As much of `plan` as memory allows, and what came of it; OUT_OF_MEMORY when one page was too much."""
+        outcome, fewer = self._attempt(plan), 1
+        while isinstance(outcome, EngineError) and outcome.code == "OUT_OF_MEMORY":
+            smaller = self.scheduler.shrink(plan, fewer)
+            if smaller is None:
+                break
+            plan, fewer = smaller, 2 * fewer
+            outcome = self._attempt(plan)
+        return plan, outcome
+
+    def _judge(self, result: StepResult, failed: list[tuple[int, EngineError]]) -> None:
+        """Raise when steps fail whoever is in them.
+
+        The same prompt again and again, alone, is its own fault; memory that runs out is not the device's.
+        """
+        if any(not row.fault for row in result.rows):
+            self._lost_steps = 0
+            self._lost_prompts.clear()
+        elif any(error.code == "ENGINE_STEP_FAILED" for _, error in failed):
+            self._lost_steps += 1
+            self._lost_prompts.update(hash(tuple(self._requests[handle][0].prompt)) for handle, _ in failed)
+            if self._lost_steps >= LOST_STEPS and len(self._lost_prompts) > 1:
+                raise EngineLostError(f"{self._lost_steps} steps in a row failed for everybody in them")
 
     def _attempt(self, plan: StepPlan) -> StepResult | EngineError:
         """The result, or why there is none; the exception is let go, and with it what the step had allocated."""

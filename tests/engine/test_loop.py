@@ -1,14 +1,15 @@
 """The loop: how requests end, what an abort frees, and that a bad request kills only itself."""
 
 import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from engine.errors import EngineError
-from engine.loop import EngineLoop
+from engine.errors import EngineError, EngineLostError
+from engine.loop import LOST_STEPS, EngineLoop
 from engine.plan import StepPlan, StepResult
 from engine.request import EndReason
 from tests.engine.tiny import engine, request, run, save_llama
@@ -193,6 +194,79 @@ def test_a_request_that_breaks_its_step_ends_alone(folder: Path, culprit: int) -
     assert "boom" not in end.error_message
     for handle in {0, 1, 2} - {culprit}:
         assert harmed[handle].token_ids == healthy[handle].token_ids
+
+
+class Faulty:
+    """A runner whose steps raise what `fault` finds in them."""
+
+    def __init__(self, loop: EngineLoop, fault: Callable[[StepPlan], Exception | None]) -> None:
+        self.runner, self.fault = loop._runner, fault
+        loop._runner = self
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        error = self.fault(plan)
+        if error is not None:
+            raise error
+        return self.runner.execute(plan)
+
+
+def dead(plan: StepPlan) -> Exception:
+    return RuntimeError("the device is gone")
+
+
+def fail_alone(loop: EngineLoop, prompts: Iterable[Sequence[int]]) -> None:
+    for handle, prompt in enumerate(prompts):
+        loop.submit(request(handle, prompt))
+        assert run(loop)[handle].end.error_code == "ENGINE_STEP_FAILED"
+
+
+def test_when_every_step_fails_whoever_is_in_it_the_engine_gives_up(loop: EngineLoop) -> None:
+    Faulty(loop, dead)
+    fail_alone(loop, [PROMPT[i:] for i in range(LOST_STEPS - 1)])
+    loop.submit(request(99, PROMPT))
+    with pytest.raises(EngineLostError):
+        loop.step()
+
+
+def test_one_request_that_fails_again_and_again_is_not_the_engines_end(loop: EngineLoop) -> None:
+    Faulty(loop, dead)
+    fail_alone(loop, [PROMPT] * (2 * LOST_STEPS))
+
+
+def test_a_step_that_succeeds_for_anybody_shows_that_the_engine_lives(loop: EngineLoop) -> None:
+    faulty = Faulty(loop, dead)
+    for first in range(3):
+        faulty.fault = dead
+        fail_alone(loop, [PROMPT[first + i :] for i in range(LOST_STEPS - 1)])
+        faulty.fault = lambda plan: None
+        assert ask(loop, max_tokens=1).end.reason is EndReason.LENGTH
+
+
+def test_memory_that_is_short_for_everybody_is_not_the_engines_end(loop: EngineLoop) -> None:
+    Faulty(loop, lambda plan: MemoryError())
+    for handle in range(2 * LOST_STEPS):
+        loop.submit(request(handle, PROMPT[handle % 8 :]))
+        assert run(loop)[handle].end.error_code == "OUT_OF_MEMORY"
+
+
+def test_who_is_tried_alone_and_finds_little_memory_is_computed_in_smaller_pieces(folder: Path) -> None:
+    loops = [engine(folder, deterministic=True) for _ in range(2)]
+    culprit = 1
+
+    def fault(plan: StepPlan) -> Exception | None:
+        if any(row.handle == culprit for row in plan.rows):
+            return RuntimeError("boom")
+        return MemoryError() if sum(len(row.token_ids) for row in plan.rows) > 8 else None
+
+    Faulty(loops[1], fault)
+    for loop in loops:
+        for handle in range(3):
+            loop.submit(request(handle, PROMPT[handle:], ignore_eos=True))
+    healthy, harmed = (run(loop) for loop in loops)
+    assert harmed[culprit].end.error_code == "ENGINE_STEP_FAILED"
+    for handle in (0, 2):
+        assert harmed[handle].token_ids == healthy[handle].token_ids
+        assert harmed[handle].end.preemptions == 0
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

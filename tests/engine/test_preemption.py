@@ -99,6 +99,16 @@ def test_the_scope_that_has_had_most_is_preempted_first(folder: Path) -> None:
     assert (ends[0].preemptions, ends[2].preemptions) == (0, 0)
 
 
+def test_the_oldest_is_not_preempted_even_when_its_scope_has_had_most(folder: Path) -> None:
+    loop = tiny_pool(folder, 26)
+    requests = [
+        request(i, [i + 2] * 8, 40, scope, ignore_eos=True, weight=weight)
+        for i, (scope, weight) in enumerate([("greedy", 1), ("modest", 9), ("modest", 9)])
+    ]
+    ends = {handle: answer.end for handle, answer in answers(loop, requests).items()}
+    assert ends[0].preemptions == 0 < ends[2].preemptions
+
+
 def test_who_was_preempted_is_charged_its_tokens_once(folder: Path) -> None:
     loop = tiny_pool(folder)
     answers(loop, long_requests(6, salt=b""))
