@@ -5,6 +5,8 @@ any queue, until its prompt is computed, and then find it in the prefix cache. W
 nobody but them: the engine makes a root up for the group, and the cache forgets it when the last of them is gone.
 """
 
+from collections import Counter
+
 from engine.prefix_cache import chain_root
 from engine.request import Request
 
@@ -20,22 +22,26 @@ class Lineage:
         self._model_digest = model_digest
         self._known: dict[int, Request] = {}
         self._roots: dict[int, bytes] = {}
-        self._held: dict[int, list[Request]] = {}  # by the handle of whom they follow
+        self._holders: Counter[bytes] = Counter()  # requests of each root
+        self._held: dict[int, dict[int, Request]] = {}  # by the handle of whom they follow, then by their own
+        self._held_by: dict[int, int] = {}  # whom each of them follows
         self._private_roots = 0
 
     @property
     def num_held(self) -> int:
         """Requests that wait for the one they follow."""
-        return sum(map(len, self._held.values()))
+        return len(self._held_by)
 
     def add(self, request: Request) -> bool:
         """Take `request` in; whether it may be queued now, not held back."""
         leader = self._leader(request)
         self._known[request.handle] = request
-        self._roots[request.handle] = self._new_root(request) if leader is None else self._roots[leader.handle]
+        root = self._new_root(request) if leader is None else self._roots[leader.handle]
+        self._roots[request.handle] = root
+        self._holders[root] += 1
         if leader is None or leader.reached >= len(leader.prompt):
             return True
-        self._held.setdefault(leader.handle, []).append(request)
+        self._hold(leader.handle, {request.handle: request})
         return False
 
     def root(self, request: Request) -> bytes:
@@ -44,28 +50,40 @@ class Lineage:
 
     def holds(self, request: Request) -> bool:
         """Whether `request` is held back."""
-        return any(request in held for held in self._held.values())
+        return request.handle in self._held_by
 
     def release(self, leader: Request) -> list[Request]:
         """The requests that wait no longer, in order, now that the prompt of `leader` is computed."""
-        return self._held.pop(leader.handle, [])
+        followers = self._held.pop(leader.handle, {})
+        for handle in followers:
+            del self._held_by[handle]
+        return list(followers.values())
 
     def remove(self, request: Request) -> list[Request]:
         """Forget `request`, held back or not; the follower that may be queued in its place, if it had any.
 
         The other followers follow that one.
         """
-        for handle, held in list(self._held.items()):
-            self._held[handle] = [other for other in held if other is not request]
-        del self._known[request.handle], self._roots[request.handle]
-        followers = self._held.pop(request.handle, [])
+        del self._known[request.handle]
+        root = self._roots.pop(request.handle)
+        self._holders[root] -= 1
+        if not self._holders[root]:
+            del self._holders[root]
+        if self.holds(request):
+            del self._held[self._held_by.pop(request.handle)][request.handle]
+        followers = self.release(request)
         if followers[1:]:
-            self._held[followers[0].handle] = followers[1:]
+            self._hold(followers[0].handle, {follower.handle: follower for follower in followers[1:]})
         return followers[:1]
 
     def ends(self, request: Request, root: bytes) -> bool:
         """Whether `root`, of the removed `request`, was private, and its last holder is gone."""
-        return not request.salt and root not in self._roots.values()
+        return not request.salt and root not in self._holders
+
+    def _hold(self, leader: int, followers: dict[int, Request]) -> None:
+        """Let `followers` wait, behind those that do already, for the request with the handle `leader`."""
+        self._held.setdefault(leader, {}).update(followers)
+        self._held_by.update(dict.fromkeys(followers, leader))
 
     def _leader(self, request: Request) -> Request | None:
         """Whom `request` follows: a known request of the same owner."""

@@ -207,6 +207,17 @@ def test_when_the_numbers_of_the_first_of_a_group_fail_the_next_takes_its_place(
     assert {end.reason for end in ends.values()} == {EndReason.LENGTH}
 
 
+def test_who_inherits_a_group_keeps_those_that_followed_it_before(folder: Path) -> None:
+    loop = tiny_pool(folder, 200, max_step_tokens=8, max_running=4)
+    for handle, first in ((0, None), (1, 0), (2, 0), (3, 1)):
+        loop.submit(request(handle, PROMPT, ignore_eos=True, follows=first))
+    loop.abort(0)
+    loop.step()
+    assert (loop.status().running, loop.status().waiting) == (1, 2)
+    ends = {handle: answer.end for handle, answer in run(loop).items()}
+    assert [ends[handle].cached_prompt_tokens for handle in (1, 2, 3)] == [0, 16, 16]
+
+
 @pytest.mark.parametrize("other", [{"scope": "b"}, {"salt": b"other"}], ids=["scope", "salt"])
 def test_nobody_follows_into_another_scope_or_salt(folder: Path, other: dict[str, Any]) -> None:
     loop = tiny_pool(folder, 200)
