@@ -97,6 +97,7 @@ class Scheduler:
         self._running: dict[int, Request] = {}  # in order of admission
         self._lineage = Lineage(model_digest)
         self._slots = list(reversed(range(limits.max_running)))
+        self._refused: dict[int, int] = {}  # by handle: of the available pages, how many it needs
         self._dirty: list[int] = []
         self._new_samplers: dict[int, SamplerSetup] = {}
         self._step_tokens = limits.max_step_tokens
@@ -138,6 +139,7 @@ class Scheduler:
     def remove(self, request: Request) -> None:
         """Forget `request`, waiting or running, and give up its pages."""
         root = self._lineage.root(request)
+        self._refused.pop(request.handle, None)
         if request.handle in self._running:
             self._retire(request)
         elif not self._lineage.holds(request):
@@ -199,6 +201,7 @@ class Scheduler:
             if start // size < end // size:
                 self._register(request, start // size)
             if start < len(request.prompt) <= end:
+                self._refused.clear()  # they may share its pages now
                 for follower in reversed(self._lineage.release(request)):
                     self._waiting.restore(follower)
         if result.rows:
@@ -233,15 +236,29 @@ class Scheduler:
         most = max(1, self._step_tokens - self.pool.block_size)
         while self._waiting and self._slots and tokens > 0 and len(self._running) < most:
             request = self._waiting.peek()
-            request.blocks = list(self._cached_prefix(request))
-            self.pool.share(request.blocks)
-            promised += self._promised(request)
-            if promised > self.pool.num_available:
-                self.pool.release(request.blocks)  # which keeps them from being given up next
-                request.blocks = []
+            if not self._take_prefix(request, promised):
                 return  # nobody overtakes, or a large request would wait for ever
+            promised += self._promised(request)
             self._start(request)
             tokens -= request.num_pending
+
+    def _take_prefix(self, request: Request, promised: int) -> bool:
+        """Let `request` own what the cache has of it, if the rest fits beside the `promised` pages.
+
+        How many of the available pages it would take, cached ones included, changes only with what others own of
+        its prefix; so who was refused is not looked up again until that many are there, or a prompt is computed.
+        """
+        available = self.pool.num_available
+        if promised + self._refused.get(request.handle, 0) > available:
+            return False
+        request.blocks = list(self._cached_prefix(request))
+        self.pool.share(request.blocks)
+        if promised + self._promised(request) <= self.pool.num_available:
+            return True
+        self._refused[request.handle] = self._promised(request) + available - self.pool.num_available
+        self.pool.release(request.blocks)  # which keeps them from being given up next
+        request.blocks = []
+        return False
 
     def _cached_prefix(self, request: Request) -> tuple[int, ...]:
         """Pages that hold the beginning of `request` already; at least its last token is left to be computed.
@@ -268,6 +285,7 @@ class Scheduler:
         """Admit the request that comes next, which owns the pages of its prefix already."""
         cached = len(request.blocks) * self.pool.block_size
         self._waiting.pop(cached)
+        self._refused.pop(request.handle, None)
         if request.preemptions == 0:
             request.cached_prompt_tokens = cached
             self.counters.cached += cached

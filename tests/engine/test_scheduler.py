@@ -1,5 +1,6 @@
 """The scheduler: every admitted request gets on in every order of events, and pages are conserved."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -110,6 +111,47 @@ def test_pages_are_named_to_be_scrubbed_until_a_step_has_succeeded() -> None:
         s.remove(one)
     assert len(named[0]) == 8  # two of its ten pages nobody had before
     assert named[0] <= named[1]
+
+
+def test_who_does_not_fit_is_looked_up_in_the_cache_again_only_when_it_may_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s = scheduler(max_step_tokens=64)
+    live = {i: request(i, [i + 1] * 24, max_tokens=10, salt=b"s") for i in range(3)}
+    for one in live.values():
+        s.submit(one)
+    lookups = []
+    match = s.pool.match
+
+    def counting(root: bytes, tokens: Sequence[int], limit: int) -> tuple[int, ...]:
+        lookups.append(tokens[0])
+        return match(root, tokens, limit)
+
+    monkeypatch.setattr(s.pool, "match", counting)
+    for _ in range(6):
+        plan = s.plan()
+        assert plan is not None
+        commit(s, plan, live)
+    assert lookups == [1, 2, 2]  # refused, and once more when the first one's prompt was computed
+    s.remove(live[0])
+    s.plan()
+    assert lookups == [1, 2, 2, 2, 3]
+    assert s.num_running == 1
+
+
+def test_who_does_not_fit_is_admitted_as_soon_as_another_has_computed_its_prompt() -> None:
+    s = scheduler(max_step_tokens=64)
+    live = {i: request(i, [1] * 29, max_tokens=4, salt=b"s") for i in range(2)}
+    for one in live.values():
+        s.submit(one)
+    running = []
+    for _ in range(2):
+        plan = s.plan()
+        assert plan is not None
+        running.append(s.num_running)
+        commit(s, plan, live)
+    assert running == [1, 2]
+    assert live[1].cached_prompt_tokens == 28
 
 
 class Machine(RuleBasedStateMachine):
