@@ -113,6 +113,24 @@ def test_pages_are_named_to_be_scrubbed_until_a_step_has_succeeded() -> None:
     assert named[0] <= named[1]
 
 
+def test_a_smaller_plan_scrubs_what_the_larger_one_did() -> None:
+    s = scheduler(max_step_tokens=64)
+    before = request(0, [1] * 40, scope="a")
+    s.submit(before)
+    assert s.plan() is not None
+    s.remove(before)
+    for handle in (1, 2):
+        s.submit(request(handle, [1] * 16, scope="b"))
+    plan = s.plan()
+    assert plan is not None
+    for _ in range(2):  # fewer requests, then less of one
+        smaller = s.shrink(plan, 1)
+        assert smaller is not None
+        assert sum(len(row.token_ids) for row in smaller.rows) < sum(len(row.token_ids) for row in plan.rows)
+        assert len(smaller.scrub) == len(plan.scrub) == 6  # two of their eight pages nobody had before
+        plan = smaller
+
+
 def test_who_does_not_fit_is_looked_up_in_the_cache_again_only_when_it_may_fit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
