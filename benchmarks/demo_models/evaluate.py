@@ -14,9 +14,10 @@ from benchmarks.demo_models.answering import Answer, Model
 from benchmarks.demo_models.notes import DOMAINS, KEYS, SPLITS, draw
 
 DEMO = Path(__file__).parents[2] / "demo"
-MODELS = ("s", "m")
+MODELS = tuple(sorted(folder.name.removeprefix("demo-notes-") for folder in DEMO.glob("demo-notes-*")))
 SEED, COUNT = 1000, 600
 CANARY_SEED = 2000
+FIRST = "unseen_values, first wording"
 COMMAND = "python -m benchmarks.demo_models.evaluate"
 
 
@@ -46,8 +47,12 @@ class Tally:
 
 
 def measure(model: Model, wide: bool, count: int = COUNT, seed: int = SEED) -> dict[str, Tally]:
-    """A tally per split, `count` notes each, all from one seed; `wide`: with the wide wording of its training."""
-    return {split: Tally.of(model.answer(draw(seed, count, split, wide=wide))) for split in SPLITS}
+    """A tally per split, `count` notes each, all from one seed.
+
+    A model of `wide` wording is measured with it, and as `FIRST` on unseen values in the first wording alone.
+    """
+    tallies: dict[str, Tally] = {s: Tally.of(model.answer(draw(seed, count, s, wide=wide))) for s in SPLITS}
+    return tallies | ({FIRST: Tally.of(model.answer(draw(seed, count)))} if wide else {})
 
 
 def canaries(model: Model, wide: bool) -> list[dict[str, object]]:
@@ -78,7 +83,7 @@ def write_canaries(model: Model, wide: bool, folder: Path) -> None:
 
 def field_table(tallies: dict[str, Tally]) -> str:
     """Markdown: accuracy by domain and field, one column per split."""
-    lines = [_row("domain", "field", SPLITS), "|---|---|" + "--:|" * len(SPLITS)]
+    lines = [_row("domain", "field", list(tallies)), "|---|---|" + "--:|" * len(tallies)]
     for domain in DOMAINS:
         for key in KEYS[domain]:
             lines += [_row(domain, key, [f"{tally.share(domain, key):.1%}" for tally in tallies.values()])]
@@ -99,7 +104,7 @@ def write_card(model: Model, tallies: dict[str, Tally], folder: Path) -> None:
     recipe = record["recipe"]
     page = _text("card.md").format(
         name=folder.name,
-        model=folder.name.removeprefix("demo-notes-"),
+        model=_letter(folder),
         parameters=model.network.num_parameters(),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -119,6 +124,10 @@ def write_card(model: Model, tallies: dict[str, Tally], folder: Path) -> None:
         **record,
     )
     (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def _letter(folder: Path) -> str:
+    return folder.name.removeprefix("demo-notes-")
 
 
 def _text(name: str) -> str:

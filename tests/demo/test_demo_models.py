@@ -1,4 +1,4 @@
-"""The committed demo model: what any user of its folder relies on. Training is never run here."""
+"""The committed demo models: what any user of their folders relies on. Training is never run here."""
 
 import json
 from pathlib import Path
@@ -12,56 +12,78 @@ from benchmarks.demo_models.answering import Model
 from benchmarks.demo_models.notes import draw
 from benchmarks.demo_models.tokens import ASSISTANT, BOS, EOS, SPECIAL, USER
 
-FOLDER = Path(__file__).parents[2] / "demo" / "demo-notes-s"
-FIELDS_RIGHT = 0.97  # of twelve held-out notes; the model card has the measured shares
+DEMO = Path(__file__).parents[2] / "demo"
+MILLIONS = {"demo-notes-s": (1, 2)}
+ALL_MILLIONS = 13  # of all demo models together: the repository carries their weights
+FIELDS_RIGHT = {"demo-notes-s": 0.97}  # of twelve held-out notes; the model cards have the measured shares
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():  # on a busy machine two wait for each other at every operation
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", params=MILLIONS)
+def folder(request):
+    return DEMO / request.param
 
 
 @pytest.fixture(scope="module")
-def model():
-    return Model.load(FOLDER)
+def model(folder):
+    return Model.load(folder)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return tokenizers.Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+def tokenizer(folder):
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def rendered(messages):
-    template = (FOLDER / "chat_template.jinja").read_text(encoding="utf-8")
+def rendered(folder, messages):
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
     return sandbox.from_string(template).render(
         messages=messages, add_generation_prompt=True, bos_token=BOS, eos_token=EOS
     )
 
 
-def test_it_answers_held_out_notes_as_its_card_says(model):
+def test_it_answers_held_out_notes_as_its_card_says(folder, model):
     scores = [answer.scores for answer in model.answer(draw(3000, 12, "unseen_values"))]
-    assert sum(s.correct for s in scores) / sum(s.total for s in scores) >= FIELDS_RIGHT
+    assert sum(s.correct for s in scores) / sum(s.total for s in scores) >= FIELDS_RIGHT[folder.name]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_the_canaries_are_its_greedy_answers_in_either_precision(precision):
-    canaries = json.loads((FOLDER / "canaries.json").read_text(encoding="utf-8"))["canaries"]
-    model = Model.load(FOLDER, getattr(torch, precision))
+def test_the_canaries_are_its_greedy_answers_in_either_precision(folder, precision):
+    canaries = json.loads((folder / "canaries.json").read_text(encoding="utf-8"))["canaries"]
+    model = Model.load(folder, getattr(torch, precision))
     assert len(canaries) == 3
     for canary in canaries:
-        asked = torch.tensor([model.tokenizer.encode(rendered(canary["messages"]), add_special_tokens=False)])
+        asked = torch.tensor(
+            [model.tokenizer.encode(rendered(folder, canary["messages"]), add_special_tokens=False)]
+        )
         said = model.network.generate(input_ids=asked, attention_mask=torch.ones_like(asked))[0, asked.shape[1] :]
         assert model.tokenizer.decode(said) == canary["expected"] + EOS
 
 
-def test_it_has_between_one_and_two_million_parameters_in_one_small_file(model):
-    assert 1_000_000 <= model.network.num_parameters() <= 2_000_000
-    assert [path.name for path in FOLDER.glob("*.safetensors")] == ["model.safetensors"]
-    assert (FOLDER / "model.safetensors").stat().st_size < 4_500_000
+def test_it_has_as_many_parameters_as_its_name_promises_in_one_small_file(folder, model):
+    least, most = MILLIONS[folder.name]
+    assert least <= model.network.num_parameters() / 1e6 <= most
+    assert [path.name for path in folder.glob("*.safetensors")] == ["model.safetensors"]
+    assert (folder / "model.safetensors").stat().st_size < 2.01 * model.network.num_parameters() + 50_000
 
 
-def test_the_folder_has_the_hugging_face_llama_layout():
-    config = json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))
+def test_all_demo_models_together_stay_small():
+    assert sum((DEMO / name / "model.safetensors").stat().st_size for name in MILLIONS) < 2e6 * ALL_MILLIONS
+
+
+def test_the_folder_has_the_hugging_face_llama_layout(folder):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == ["LlamaForCausalLM"]
     assert config["model_type"] == "llama"
     assert config["tie_word_embeddings"] is True
-    generation = json.loads((FOLDER / "generation_config.json").read_text(encoding="utf-8"))
+    generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
     assert generation["eos_token_id"] == config["eos_token_id"] == SPECIAL.index(EOS)
 
 
@@ -95,20 +117,20 @@ def test_control_tokens_in_a_users_text_can_be_read_as_plain_text(tokenizer):
     assert tokenizer.decode(ids) == f"note {ASSISTANT} yes"
 
 
-def test_the_template_renders_in_a_sandbox_as_transformers_renders_it(model):
+def test_the_template_renders_in_a_sandbox_as_transformers_renders_it(folder, model):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "{}"},
         {"role": "user", "content": "b"},
     ]
-    text = rendered(messages)
+    text = rendered(folder, messages)
     assert text == f"{BOS}<|system|>Be brief.{EOS}{USER}a{EOS}{ASSISTANT}{{}}{EOS}{USER}b{EOS}{ASSISTANT}"
     assert text == model.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def test_the_card_says_what_it_is_and_where_its_numbers_come_from():
-    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+def test_the_card_says_what_it_is_and_where_its_numbers_come_from(folder):
+    card = (folder / "README.md").read_text(encoding="utf-8")
     for said in (
         "synthetic",
         "not for real use",
