@@ -7,6 +7,7 @@ Source: no-color.org; POSIX, LC_ALL, LC_CTYPE, LANG; PEP 538 (the locale that Py
 """
 
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -95,7 +96,11 @@ def _run(home: Path, ansi: bool, utf8: bool) -> int:
 
 
 def prepare(ansi: bool) -> None:
-    """Set what Textual reads when it is imported; of sizes it shall believe the terminal alone."""
+    """Set what Textual reads when it is imported; of sizes it shall believe the terminal alone.
+
+    A console that was told to ignore hang-ups (nohup) would go on without its terminal for ever: it is told otherwise.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.pop("COLUMNS", None)
     os.environ.pop("LINES", None)
     os.environ["TEXTUAL_ANIMATIONS"] = "none"

@@ -77,6 +77,7 @@ class Line:
 def line() -> Iterator[Line]:
     pid, master = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
         environ = {**os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8", "SSH_TTY": "1"}
         os.execve(sys.executable, [sys.executable, "-m", "tests.admin_tui.console", "busy"], environ)
     fcntl.ioctl(master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
