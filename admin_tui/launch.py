@@ -98,7 +98,7 @@ def _run(home: Path, ansi: bool, utf8: bool) -> int:
 def prepare(ansi: bool) -> None:
     """Set what Textual reads when it is imported; of sizes it shall believe the terminal alone.
 
-    A console that was told to ignore hang-ups (nohup) would go on without its terminal for ever: it is told otherwise.
+    A console that ignores hang-ups, as one begun under nohup, would outlive its terminal for ever: it shall not.
     """
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.pop("COLUMNS", None)
