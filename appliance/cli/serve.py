@@ -41,10 +41,11 @@ def _serve(args: argparse.Namespace) -> int:
     home = args.home.resolve()
     _require_home(home)
     settings = configuration(args).settings
-    os.environ["CLOISTER_LOG"] = settings.logs.level
     (home / "logs").mkdir(exist_ok=True)
     with sole_supervisor(home):
-        asyncio.run(_supervise(args, home, settings.with_listen(_usable(settings.gateway.listen))))
+        settings = settings.with_listen(_usable(settings.gateway.listen))
+        os.environ["CLOISTER_LOG"] = settings.logs.level
+        asyncio.run(_supervise(args, home, settings))
     return 0
 
 
