@@ -77,7 +77,16 @@ def test_a_tenant_is_added_changed_suspended_and_listed(cloister: Cloister) -> N
     assert parsed(cloister("tenant", "suspend", "claims", "--json"))["suspended"] is True
     assert parsed(cloister("tenant", "suspend", "claims", "--resume", "--json"))["suspended"] is False
     listed = cloister("tenant", "list").splitlines()
-    assert listed[0].split() == ["TENANT", "MODELS", "OPEN", "CONCURRENT", "WEIGHT", "USED", "RESERVED", "SUSPENDED"]
+    assert listed[0].split() == [
+        "TENANT",
+        "MODELS",
+        "OPEN",
+        "CONCURRENT",
+        "WEIGHT",
+        "USED",
+        "RESERVED",
+        "SUSPENDED",
+    ]
     assert ["claims", "-", "0", "8", "50", "0", "0", "no"] in [line.split() for line in listed]
 
 

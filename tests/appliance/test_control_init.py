@@ -43,7 +43,15 @@ def test_a_home_is_made_whole_and_private(
 ) -> None:
     assert main(argv) == 0
     facts = json.loads(capfd.readouterr().out)
-    assert {p.name for p in home.iterdir()} == {"run", "control", "gateway", "trust", "store", "logs", "cloister.toml"}
+    assert {p.name for p in home.iterdir()} == {
+        "run",
+        "control",
+        "gateway",
+        "trust",
+        "store",
+        "logs",
+        "cloister.toml",
+    }
     for path in home.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or path.suffix == ".pub", path
     assert (home / "trust" / "1.root.json").read_bytes() == (tmp_path / "root.json").read_bytes()
@@ -99,7 +107,15 @@ def test_an_interrupted_init_can_be_run_again(
     assert not (home / "control").exists()
     monkeypatch.undo()
     assert main(argv) == 0
-    assert {p.name for p in home.iterdir()} == {"run", "control", "gateway", "trust", "store", "logs", "cloister.toml"}
+    assert {p.name for p in home.iterdir()} == {
+        "run",
+        "control",
+        "gateway",
+        "trust",
+        "store",
+        "logs",
+        "cloister.toml",
+    }
     assert (home / "trust" / "1.root.json").exists()
 
 
