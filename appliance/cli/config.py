@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from appliance.cli.output import emit, printable, table
 
 if TYPE_CHECKING:
-    from appliance.settings import Configuration
+    from appliance.settings_file import Configuration
 
 # Flag of `cloister serve` -> the setting it takes the place of.
 FLAGS = {"listen": "gateway.listen", "inventory": "devices.inventory"}
@@ -52,18 +52,18 @@ def configuration(args: argparse.Namespace) -> "Configuration":
     Raises:
         CloisterError: CONFIG_INVALID.
     """
-    from appliance import settings
+    from appliance import settings_file
 
     given = {key: getattr(args, flag) for flag, key in FLAGS.items() if getattr(args, flag) is not None}
-    return settings.load(args.home / settings.FILE, given)
+    return settings_file.load(args.home / settings_file.FILE, given)
 
 
 def _check(args: argparse.Namespace) -> int:
-    from appliance import settings
+    from appliance import settings_file
 
-    file = args.file.absolute() if args.file else args.home / settings.FILE
+    file = args.file.absolute() if args.file else args.home / settings_file.FILE
     there = file.exists()
-    entries = list(settings.load(file).entries())
+    entries = list(settings_file.load(file).entries())
     found = {entry.key: entry.value for entry in entries if entry.source == "file"}
     value = {"file": str(file), "exists": there, "settings": found}
     said = (
@@ -82,9 +82,9 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _example(args: argparse.Namespace) -> int:
-    from appliance import settings
+    from appliance import settings_file
 
-    text = settings.example()
+    text = settings_file.example()
     emit(args, {"example": text}, text.rstrip("\n"))
     return 0
 

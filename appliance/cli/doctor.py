@@ -128,15 +128,17 @@ def _home(home: Path) -> Finding:
 
 
 def _settings(home: Path) -> Finding:
-    from appliance import settings
+    from appliance import settings_file
 
     try:
-        found = [entry for entry in settings.load(home / settings.FILE).entries() if entry.source == "file"]
+        found = [
+            entry for entry in settings_file.load(home / settings_file.FILE).entries() if entry.source == "file"
+        ]
     except CloisterError as error:
         return Finding(
             "settings", "FAIL", " ".join(error.message.split()), "mend it; `cloister serve` would not start"
         )
-    return Finding("settings", "OK", f"{len(found)} set in {settings.FILE}, the others have their defaults")
+    return Finding("settings", "OK", f"{len(found)} set in {settings_file.FILE}, the others have their defaults")
 
 
 def _sockets(home: Path) -> Finding:

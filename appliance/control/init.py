@@ -21,7 +21,7 @@ from pathlib import Path
 
 import grpc
 
-from appliance import settings
+from appliance import settings_file
 from appliance.control import records
 from appliance.control.audit import AuditLog, Record, make_key
 from appliance.control.db.database import Database
@@ -85,7 +85,7 @@ def initialise(plan: Plan) -> dict[str, str]:
         for name in _FOLDERS:
             _move(build / name, plan.home / name)
         build.rmdir()
-        _write_example(plan.home / settings.FILE)
+        _write_example(plan.home / settings_file.FILE)
         _sync(plan.home)
     return facts
 
@@ -93,7 +93,7 @@ def initialise(plan: Plan) -> dict[str, str]:
 def _write_example(path: Path) -> None:
     """The settings file, all commented out; one that is there was put there to be used."""
     with contextlib.suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
-        file.write(settings.example())
+        file.write(settings_file.example())
 
 
 def _fill(home: Home, plan: Plan) -> dict[str, str]:

@@ -18,7 +18,8 @@ from appliance.control import limits as control_limits
 from appliance.errors import CloisterError
 from appliance.gateway import limits as gateway_limits
 from appliance.processes import table
-from appliance.settings import Settings, example, load
+from appliance.settings import Settings
+from appliance.settings_file import example, load
 from tests.e2e.appliance import ROOT, cloister
 
 DOCS = ROOT / "docs"
