@@ -36,15 +36,6 @@ def rate(value: float | None) -> Cell:
     return Cell(f"{value:.1f}" if 0 < value < 10 else f"{value:,.0f}", order=value)
 
 
-def size(count: float) -> str:
-    """Bytes: 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
 def duration(seconds: float) -> str:
     """75 -> 1:15."""
     minutes, rest = divmod(int(seconds + 0.5), 60)

@@ -2,8 +2,9 @@
 
 from admin_tui.cells import Cell, Column, Fact, Line, Row, Symbols, Tone, bar, fit, wrap
 from admin_tui.state import Import, State
+from admin_tui.units import size
 from admin_tui.views.dashboard import state_of
-from admin_tui.views.figures import duration, moment, number, size
+from admin_tui.views.figures import duration, moment, number
 from appliance.protos import admin_pb2
 
 COLUMNS = (

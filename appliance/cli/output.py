@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from admin_tui.terminal import printable as printable
 from admin_tui.terminal import printable_text as printable_text
+from admin_tui.units import size as size
 from appliance.cli.failure import Failure
 
 if TYPE_CHECKING:
@@ -60,15 +61,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def plain(message: "Message") -> dict[str, Any]:
     """A protobuf message as JSON-able values: field names as declared, bytes as hex, times as RFC 3339 text."""
     return {f.name: _plain_field(message, f) for f in message.DESCRIPTOR.fields if _is_shown(message, f)}
-
-
-def size(count: float) -> str:
-    """Bytes for people: 1536 -> 1.5 KiB."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
 
 
 def _encodable(text: str) -> str:
