@@ -1,1 +1,1 @@
-"""What an operator's terminal sees: terminal capabilities today, the console's screens as they are built."""
+"""The operator's console: state without a screen, screens without a database, and what a terminal can show."""
