@@ -78,6 +78,7 @@ _GATEWAY = Rule(Audience.GATEWAY, AuditClass.NONE)
 _CONTROL = Rule(Audience.CONTROL, AuditClass.NONE)
 _SEE = Rule(Audience.OPERATOR, AuditClass.NONE, EVERY_ROLE)
 _RUN_MODELS = Rule(Audience.OPERATOR, AuditClass.CHANGE, frozenset({Role.OPERATOR}))
+_APPROVE = Rule(Audience.OPERATOR, AuditClass.CHANGE, frozenset({Role.CUSTODIAN}))
 _RUN_TENANTS = Rule(Audience.OPERATOR, AuditClass.CHANGE, frozenset({Role.TENANT_MANAGER}))
 _READ_AUDIT = Rule(Audience.OPERATOR, AuditClass.READ, frozenset({Role.AUDITOR}))
 
@@ -118,8 +119,16 @@ TABLE: Mapping[str, Rule] = {
     **_rows(
         "cloister.importer.v1.ImporterService",
         ImportBundle=_CONTROL,
+        OfferVolume=_CONTROL,
+        ListImports=_CONTROL,
+        CancelImport=_CONTROL,
         ListModelVersions=_CONTROL,
         GetModelVersion=_CONTROL,
+        RemoveModelVersion=_CONTROL,
+        VerifyApproval=_CONTROL,
+        GetTrust=_CONTROL,
+        GetStore=_CONTROL,
+        ScrubStore=_CONTROL,
         ReadOutbox=_CONTROL,
         AcknowledgeOutbox=_CONTROL,
     ),
@@ -127,7 +136,17 @@ TABLE: Mapping[str, Rule] = {
     **_rows(
         "cloister.admin.v1.ModelService",
         ImportBundle=_RUN_MODELS,
+        OfferVolume=_RUN_MODELS,
+        ListImports=_SEE,
+        CancelImport=_RUN_MODELS,
         ListModelVersions=_SEE,
+        ApproveModelVersion=_APPROVE,
+        ActivateModel=_RUN_MODELS,
+        RollbackAlias=_RUN_MODELS,
+        RemoveModelVersion=_RUN_MODELS,
+        GetStore=_SEE,
+        ScrubStore=_RUN_MODELS,
+        GetTrust=_SEE,
         LoadModel=_RUN_MODELS,
         UnloadModel=_RUN_MODELS,
         ListDeployments=_SEE,

@@ -361,6 +361,12 @@ class ImportBundleResponse(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    VOLUME_WANTED_FIELD_NUMBER: _builtins.int
+    VOLUMES_FIELD_NUMBER: _builtins.int
+    BYTES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    BYTES_REUSED_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    VOLUME_REFUSED_FIELD_NUMBER: _builtins.int
     import_id: _builtins.str
     """Identifies the import."""
     state: _builtins.str
@@ -379,6 +385,18 @@ class ImportBundleResponse(_message.Message):
     """name@version, once the manifest is verified."""
     model_digest: _builtins.str
     """SHA-256 of the signed manifest, hex, once verified."""
+    volume_wanted: _builtins.int
+    """The volume it waits for; 0 while it waits for none."""
+    volumes: _builtins.int
+    """Volumes of the bundle; 1 where it is whole, 0 until the manifest is verified."""
+    bytes_per_second: _builtins.int
+    """Payload bytes per second, over the last seconds."""
+    bytes_reused: _builtins.int
+    """Of bytes_done, those that were there already: staged by an interrupted import, or in the store."""
+    kind: _builtins.str
+    """model, adapter, draft or trust; empty until verified."""
+    volume_refused: _builtins.str
+    """Why the last volume offered was not taken; empty when none was refused."""
     def __init__(
         self,
         *,
@@ -391,14 +409,730 @@ class ImportBundleResponse(_message.Message):
         message: _builtins.str = ...,
         model_version: _builtins.str = ...,
         model_digest: _builtins.str = ...,
+        volume_wanted: _builtins.int = ...,
+        volumes: _builtins.int = ...,
+        bytes_per_second: _builtins.int = ...,
+        bytes_reused: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        volume_refused: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "file", b"file", "import_id", b"import_id", "message", b"message", "model_digest", b"model_digest", "model_version", b"model_version", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_per_second", b"bytes_per_second", "bytes_reused", b"bytes_reused", "bytes_total", b"bytes_total", "file", b"file", "import_id", b"import_id", "kind", b"kind", "message", b"message", "model_digest", b"model_digest", "model_version", b"model_version", "reason", b"reason", "state", b"state", "volume_refused", b"volume_refused", "volume_wanted", b"volume_wanted", "volumes", b"volumes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ImportBundleResponse: _TypeAlias = ImportBundleResponse  # noqa: Y015
+
+@_typing.final
+class OfferVolumeRequest(_message.Message):
+    """Here is the next medium."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMPORT_ID_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    import_id: _builtins.str
+    """The import that waits."""
+    path: _builtins.str
+    """Absolute path of the volume, as the appliance sees it."""
+    def __init__(
+        self,
+        *,
+        import_id: _builtins.str = ...,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["import_id", b"import_id", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferVolumeRequest: _TypeAlias = OfferVolumeRequest  # noqa: Y015
+
+@_typing.final
+class OfferVolumeResponse(_message.Message):
+    """It is the volume that was wanted, and is being read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OfferVolumeResponse: _TypeAlias = OfferVolumeResponse  # noqa: Y015
+
+@_typing.final
+class ListImportsRequest(_message.Message):
+    """Asks for imports."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListImportsRequest: _TypeAlias = ListImportsRequest  # noqa: Y015
+
+@_typing.final
+class ListImportsResponse(_message.Message):
+    """Imports."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMPORTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def imports(self) -> _containers.RepeatedCompositeFieldContainer[Global___Import]:
+        """Newest first; at most 100 that ended."""
+
+    def __init__(
+        self,
+        *,
+        imports: _abc.Iterable[Global___Import] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["imports", b"imports"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListImportsResponse: _TypeAlias = ListImportsResponse  # noqa: Y015
+
+@_typing.final
+class Import(_message.Message):
+    """One import."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    CHANGED_AT_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Where it came from."""
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    @_builtins.property
+    def changed_at(self) -> _timestamp_pb2.Timestamp:
+        """Its last change."""
+
+    @_builtins.property
+    def progress(self) -> Global___ImportBundleResponse:
+        """Where it is."""
+
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
+        changed_at: _timestamp_pb2.Timestamp | None = ...,
+        progress: Global___ImportBundleResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "progress", b"progress", "started_at", b"started_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["changed_at", b"changed_at", "path", b"path", "progress", b"progress", "started_at", b"started_at"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Import: _TypeAlias = Import  # noqa: Y015
+
+@_typing.final
+class CancelImportRequest(_message.Message):
+    """Which import to end."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMPORT_ID_FIELD_NUMBER: _builtins.int
+    import_id: _builtins.str
+    """The import."""
+    def __init__(
+        self,
+        *,
+        import_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["import_id", b"import_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelImportRequest: _TypeAlias = CancelImportRequest  # noqa: Y015
+
+@_typing.final
+class CancelImportResponse(_message.Message):
+    """It has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelImportResponse: _TypeAlias = CancelImportResponse  # noqa: Y015
+
+@_typing.final
+class ApproveModelVersionRequest(_message.Message):
+    """Custodians' signatures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENVELOPE_FIELD_NUMBER: _builtins.int
+    envelope: _builtins.bytes
+    """DSSE envelope made by `cloister trust approve`."""
+    def __init__(
+        self,
+        *,
+        envelope: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["envelope", b"envelope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApproveModelVersionRequest: _TypeAlias = ApproveModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class ApproveModelVersionResponse(_message.Message):
+    """Where the approval stands."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERSION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def version(self) -> Global___ModelVersion:
+        """The version."""
+
+    def __init__(
+        self,
+        *,
+        version: Global___ModelVersion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ApproveModelVersionResponse: _TypeAlias = ApproveModelVersionResponse  # noqa: Y015
+
+@_typing.final
+class ActivateModelRequest(_message.Message):
+    """Put which version behind which alias."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    ACCEPT_LICENCE_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """name@version, a name for its newest, or a digest."""
+    alias: _builtins.str
+    """The alias; made when there is none."""
+    accept_licence: _builtins.bool
+    """The operator accepts the licences that ask for it."""
+    @_builtins.property
+    def options(self) -> Global___DeploymentOptions:
+        """How it should run; absent takes the options of what the alias points at now."""
+
+    def __init__(
+        self,
+        *,
+        model_version: _builtins.str = ...,
+        alias: _builtins.str = ...,
+        options: Global___DeploymentOptions | None = ...,
+        accept_licence: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_licence", b"accept_licence", "alias", b"alias", "model_version", b"model_version", "options", b"options"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivateModelRequest: _TypeAlias = ActivateModelRequest  # noqa: Y015
+
+@_typing.final
+class ActivateModelResponse(_message.Message):
+    """Progress."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def activation(self) -> Global___Activation:
+        """How far it is."""
+
+    def __init__(
+        self,
+        *,
+        activation: Global___Activation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ActivateModelResponse: _TypeAlias = ActivateModelResponse  # noqa: Y015
+
+@_typing.final
+class Activation(_message.Message):
+    """How far an activation or a rollback is. The last message has the stage active or returned."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    CANARIES_DONE_FIELD_NUMBER: _builtins.int
+    CANARIES_TOTAL_FIELD_NUMBER: _builtins.int
+    CANARIES_PASSED_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    stage: _builtins.str
+    """planned, loading, canaries, switched, active (marked good), or returned (the alias is where it was)."""
+    deployment: _builtins.str
+    """The new deployment."""
+    message: _builtins.str
+    """What happens, for people."""
+    canaries_done: _builtins.int
+    """Canaries tried."""
+    canaries_total: _builtins.int
+    """Canaries in all."""
+    canaries_passed: _builtins.int
+    """Canaries passed."""
+    reason: _builtins.str
+    """Stable code, with returned."""
+    model_version: _builtins.str
+    """name@version."""
+    def __init__(
+        self,
+        *,
+        stage: _builtins.str = ...,
+        deployment: _builtins.str = ...,
+        message: _builtins.str = ...,
+        canaries_done: _builtins.int = ...,
+        canaries_total: _builtins.int = ...,
+        canaries_passed: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["canaries_done", b"canaries_done", "canaries_passed", b"canaries_passed", "canaries_total", b"canaries_total", "deployment", b"deployment", "message", b"message", "model_version", b"model_version", "reason", b"reason", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Activation: _TypeAlias = Activation  # noqa: Y015
+
+@_typing.final
+class RollbackAliasRequest(_message.Message):
+    """Which alias to return."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALIAS_FIELD_NUMBER: _builtins.int
+    alias: _builtins.str
+    """The alias."""
+    def __init__(
+        self,
+        *,
+        alias: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAliasRequest: _TypeAlias = RollbackAliasRequest  # noqa: Y015
+
+@_typing.final
+class RollbackAliasResponse(_message.Message):
+    """Progress."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIVATION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def activation(self) -> Global___Activation:
+        """How far it is."""
+
+    def __init__(
+        self,
+        *,
+        activation: Global___Activation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation", b"activation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RollbackAliasResponse: _TypeAlias = RollbackAliasResponse  # noqa: Y015
+
+@_typing.final
+class RemoveModelVersionRequest(_message.Message):
+    """Which version to forget."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """name@version or a digest."""
+    def __init__(
+        self,
+        *,
+        model_version: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveModelVersionRequest: _TypeAlias = RemoveModelVersionRequest  # noqa: Y015
+
+@_typing.final
+class RemoveModelVersionResponse(_message.Message):
+    """It is forgotten."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_VERSION_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    model_version: _builtins.str
+    """name@version."""
+    freed_bytes: _builtins.int
+    """Bytes of files that were deleted."""
+    def __init__(
+        self,
+        *,
+        model_version: _builtins.str = ...,
+        freed_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "model_version", b"model_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveModelVersionResponse: _TypeAlias = RemoveModelVersionResponse  # noqa: Y015
+
+@_typing.final
+class GetStoreRequest(_message.Message):
+    """Asks about the store."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStoreRequest: _TypeAlias = GetStoreRequest  # noqa: Y015
+
+@_typing.final
+class GetStoreResponse(_message.Message):
+    """The store."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    LISTED_BYTES_FIELD_NUMBER: _builtins.int
+    FREE_BYTES_FIELD_NUMBER: _builtins.int
+    QUOTA_BYTES_FIELD_NUMBER: _builtins.int
+    STAGED_BYTES_FIELD_NUMBER: _builtins.int
+    SCRUBBED_AT_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    bytes: _builtins.int
+    """Bytes of all files, each counted once."""
+    files: _builtins.int
+    """Number of files."""
+    listed_bytes: _builtins.int
+    """Bytes that versions list, shared files counted for each."""
+    free_bytes: _builtins.int
+    """Bytes free on its disk."""
+    quota_bytes: _builtins.int
+    """Most bytes it may hold; 0 for no such limit."""
+    staged_bytes: _builtins.int
+    """Bytes staged by imports that were interrupted."""
+    @_builtins.property
+    def scrubbed_at(self) -> _timestamp_pb2.Timestamp:
+        """When the last scrub ended; absent before the first."""
+
+    @_builtins.property
+    def damaged(self) -> _containers.RepeatedCompositeFieldContainer[Global___DamagedFile]:
+        """What it found."""
+
+    def __init__(
+        self,
+        *,
+        bytes: _builtins.int = ...,
+        files: _builtins.int = ...,
+        listed_bytes: _builtins.int = ...,
+        free_bytes: _builtins.int = ...,
+        quota_bytes: _builtins.int = ...,
+        staged_bytes: _builtins.int = ...,
+        scrubbed_at: _timestamp_pb2.Timestamp | None = ...,
+        damaged: _abc.Iterable[Global___DamagedFile] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["scrubbed_at", b"scrubbed_at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "damaged", b"damaged", "files", b"files", "free_bytes", b"free_bytes", "listed_bytes", b"listed_bytes", "quota_bytes", b"quota_bytes", "scrubbed_at", b"scrubbed_at", "staged_bytes", b"staged_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetStoreResponse: _TypeAlias = GetStoreResponse  # noqa: Y015
+
+@_typing.final
+class DamagedFile(_message.Message):
+    """A file that is not what its name says."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    USED_BY_FIELD_NUMBER: _builtins.int
+    FINDING_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """SHA-256 that it should have, hex."""
+    finding: _builtins.str
+    """changed, absent, or unreadable."""
+    @_builtins.property
+    def used_by(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Versions that need it, name@version, each with its path there."""
+
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        used_by: _abc.Iterable[_builtins.str] | None = ...,
+        finding: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finding", b"finding", "sha256", b"sha256", "used_by", b"used_by"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DamagedFile: _TypeAlias = DamagedFile  # noqa: Y015
+
+@_typing.final
+class ScrubStoreRequest(_message.Message):
+    """Starts or joins a scrub."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubStoreRequest: _TypeAlias = ScrubStoreRequest  # noqa: Y015
+
+@_typing.final
+class ScrubStoreResponse(_message.Message):
+    """How far it is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BYTES_DONE_FIELD_NUMBER: _builtins.int
+    BYTES_TOTAL_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    bytes_done: _builtins.int
+    """Bytes hashed."""
+    bytes_total: _builtins.int
+    """Bytes in all."""
+    ended: _builtins.bool
+    """It has ended."""
+    @_builtins.property
+    def damaged(self) -> _containers.RepeatedCompositeFieldContainer[Global___DamagedFile]:
+        """What was found so far."""
+
+    def __init__(
+        self,
+        *,
+        bytes_done: _builtins.int = ...,
+        bytes_total: _builtins.int = ...,
+        damaged: _abc.Iterable[Global___DamagedFile] | None = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_done", b"bytes_done", "bytes_total", b"bytes_total", "damaged", b"damaged", "ended", b"ended"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ScrubStoreResponse: _TypeAlias = ScrubStoreResponse  # noqa: Y015
+
+@_typing.final
+class GetTrustRequest(_message.Message):
+    """Asks for the trust in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTrustRequest: _TypeAlias = GetTrustRequest  # noqa: Y015
+
+@_typing.final
+class GetTrustResponse(_message.Message):
+    """The trust in force."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SequenceFloorsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROOT_VERSION_FIELD_NUMBER: _builtins.int
+    ROOT_EXPIRES_FIELD_NUMBER: _builtins.int
+    ROLES_FIELD_NUMBER: _builtins.int
+    REVOCATION_SEQUENCE_FIELD_NUMBER: _builtins.int
+    REVOCATION_ISSUED_FIELD_NUMBER: _builtins.int
+    REVOCATION_EXPIRES_FIELD_NUMBER: _builtins.int
+    CLOCK_FLOOR_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FLOORS_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    root_version: _builtins.int
+    """Version of the trust root."""
+    revocation_sequence: _builtins.int
+    """Sequence of the newest revocation list; 0 where there is none."""
+    @_builtins.property
+    def root_expires(self) -> _timestamp_pb2.Timestamp:
+        """When it expires."""
+
+    @_builtins.property
+    def roles(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrustRole]:
+        """Its roles."""
+
+    @_builtins.property
+    def revocation_issued(self) -> _timestamp_pb2.Timestamp:
+        """When that list was issued; absent where there is none."""
+
+    @_builtins.property
+    def revocation_expires(self) -> _timestamp_pb2.Timestamp:
+        """When it expires; absent where there is none."""
+
+    @_builtins.property
+    def clock_floor(self) -> _timestamp_pb2.Timestamp:
+        """A moment that has surely passed."""
+
+    @_builtins.property
+    def sequence_floors(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By model name, the lowest sequence that may still be imported."""
+
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What needs attention: stable codes, such as TRUST_STALE or ROOT_EXPIRES_SOON."""
+
+    def __init__(
+        self,
+        *,
+        root_version: _builtins.int = ...,
+        root_expires: _timestamp_pb2.Timestamp | None = ...,
+        roles: _abc.Iterable[Global___TrustRole] | None = ...,
+        revocation_sequence: _builtins.int = ...,
+        revocation_issued: _timestamp_pb2.Timestamp | None = ...,
+        revocation_expires: _timestamp_pb2.Timestamp | None = ...,
+        clock_floor: _timestamp_pb2.Timestamp | None = ...,
+        sequence_floors: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["clock_floor", b"clock_floor", "revocation_expires", b"revocation_expires", "revocation_issued", b"revocation_issued", "root_expires", b"root_expires"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_floor", b"clock_floor", "revocation_expires", b"revocation_expires", "revocation_issued", b"revocation_issued", "revocation_sequence", b"revocation_sequence", "roles", b"roles", "root_expires", b"root_expires", "root_version", b"root_version", "sequence_floors", b"sequence_floors", "warnings", b"warnings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTrustResponse: _TypeAlias = GetTrustResponse  # noqa: Y015
+
+@_typing.final
+class TrustRole(_message.Message):
+    """Who may sign what."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    KEYIDS_FIELD_NUMBER: _builtins.int
+    HYBRID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name."""
+    threshold: _builtins.int
+    """How many must sign."""
+    hybrid: _builtins.bool
+    """A classical and a post-quantum key must both sign."""
+    @_builtins.property
+    def keyids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Key ids."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        threshold: _builtins.int = ...,
+        keyids: _abc.Iterable[_builtins.str] | None = ...,
+        hybrid: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hybrid", b"hybrid", "keyids", b"keyids", "name", b"name", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TrustRole: _TypeAlias = TrustRole  # noqa: Y015
 
 @_typing.final
 class ListModelVersionsRequest(_message.Message):
@@ -456,6 +1190,15 @@ class ModelVersion(_message.Message):
     SIGNERS_FIELD_NUMBER: _builtins.int
     TOTAL_SIZE_FIELD_NUMBER: _builtins.int
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    APPROVALS_FIELD_NUMBER: _builtins.int
+    APPROVALS_REQUIRED_FIELD_NUMBER: _builtins.int
+    LICENCES_FIELD_NUMBER: _builtins.int
+    LICENCE_ACCEPTANCE_FIELD_NUMBER: _builtins.int
+    REQUIRES_FIELD_NUMBER: _builtins.int
+    REVOKED_FIELD_NUMBER: _builtins.int
+    DAMAGED_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """The model's name."""
     version: _builtins.str
@@ -470,6 +1213,14 @@ class ModelVersion(_message.Message):
     """Bytes of all files."""
     architecture: _builtins.str
     """As config.json names it."""
+    state: _builtins.str
+    """committed (wants approvals), approved (may run), active (behind an alias), or retired (was, and is no more)."""
+    approvals_required: _builtins.int
+    """Custodians that must; 0 where the trust root names none."""
+    licence_acceptance: _builtins.bool
+    """A licence asks to be accepted before first use."""
+    revoked: _builtins.str
+    """The trust root or a revocation no longer vouches for it: a stable code; empty where it does."""
     @_builtins.property
     def imported_at(self) -> _timestamp_pb2.Timestamp:
         """When it was committed."""
@@ -477,6 +1228,26 @@ class ModelVersion(_message.Message):
     @_builtins.property
     def signers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Key ids whose signatures counted."""
+
+    @_builtins.property
+    def approvals(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Key ids of the custodians who approved it."""
+
+    @_builtins.property
+    def licences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """SPDX expressions of its licences."""
+
+    @_builtins.property
+    def requires(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models it needs, each a name or a digest; for kinds adapter and draft."""
+
+    @_builtins.property
+    def damaged(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths of files whose bytes the last scrub found changed or gone."""
+
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Aliases it answers."""
 
     def __init__(
         self,
@@ -490,10 +1261,19 @@ class ModelVersion(_message.Message):
         signers: _abc.Iterable[_builtins.str] | None = ...,
         total_size: _builtins.int = ...,
         architecture: _builtins.str = ...,
+        state: _builtins.str = ...,
+        approvals: _abc.Iterable[_builtins.str] | None = ...,
+        approvals_required: _builtins.int = ...,
+        licences: _abc.Iterable[_builtins.str] | None = ...,
+        licence_acceptance: _builtins.bool = ...,
+        requires: _abc.Iterable[_builtins.str] | None = ...,
+        revoked: _builtins.str = ...,
+        damaged: _abc.Iterable[_builtins.str] | None = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["imported_at", b"imported_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["architecture", b"architecture", "imported_at", b"imported_at", "kind", b"kind", "model_digest", b"model_digest", "name", b"name", "sequence", b"sequence", "signers", b"signers", "total_size", b"total_size", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "approvals", b"approvals", "approvals_required", b"approvals_required", "architecture", b"architecture", "damaged", b"damaged", "imported_at", b"imported_at", "kind", b"kind", "licence_acceptance", b"licence_acceptance", "licences", b"licences", "model_digest", b"model_digest", "name", b"name", "requires", b"requires", "revoked", b"revoked", "sequence", b"sequence", "signers", b"signers", "state", b"state", "total_size", b"total_size", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -508,10 +1288,13 @@ class LoadModelRequest(_message.Message):
     MODEL_VERSION_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    ACCEPT_LICENCE_FIELD_NUMBER: _builtins.int
     model_version: _builtins.str
     """name@version, a name for its newest, or a digest."""
     name: _builtins.str
     """The deployment's name."""
+    accept_licence: _builtins.bool
+    """The operator accepts the licences that ask for it."""
     @_builtins.property
     def options(self) -> Global___DeploymentOptions:
         """How it should run."""
@@ -522,10 +1305,11 @@ class LoadModelRequest(_message.Message):
         model_version: _builtins.str = ...,
         name: _builtins.str = ...,
         options: Global___DeploymentOptions | None = ...,
+        accept_licence: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model_version", b"model_version", "name", b"name", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept_licence", b"accept_licence", "model_version", b"model_version", "name", b"name", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

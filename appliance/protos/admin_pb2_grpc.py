@@ -116,10 +116,60 @@ class ModelServiceStub(object):
                 request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ImportBundleRequest.SerializeToString,
                 response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ImportBundleResponse.FromString,
                 _registered_method=True)
+        self.OfferVolume = channel.unary_unary(
+                '/cloister.admin.v1.ModelService/OfferVolume',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.OfferVolumeRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.OfferVolumeResponse.FromString,
+                _registered_method=True)
+        self.ListImports = channel.unary_unary(
+                '/cloister.admin.v1.ModelService/ListImports',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListImportsRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListImportsResponse.FromString,
+                _registered_method=True)
+        self.CancelImport = channel.unary_unary(
+                '/cloister.admin.v1.ModelService/CancelImport',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.CancelImportRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.CancelImportResponse.FromString,
+                _registered_method=True)
         self.ListModelVersions = channel.unary_unary(
                 '/cloister.admin.v1.ModelService/ListModelVersions',
                 request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListModelVersionsRequest.SerializeToString,
                 response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListModelVersionsResponse.FromString,
+                _registered_method=True)
+        self.ApproveModelVersion = channel.unary_unary(
+                '/cloister.admin.v1.ModelService/ApproveModelVersion',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ApproveModelVersionRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ApproveModelVersionResponse.FromString,
+                _registered_method=True)
+        self.ActivateModel = channel.unary_stream(
+                '/cloister.admin.v1.ModelService/ActivateModel',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ActivateModelRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ActivateModelResponse.FromString,
+                _registered_method=True)
+        self.RollbackAlias = channel.unary_stream(
+                '/cloister.admin.v1.ModelService/RollbackAlias',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.RollbackAliasRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.RollbackAliasResponse.FromString,
+                _registered_method=True)
+        self.RemoveModelVersion = channel.unary_unary(
+                '/cloister.admin.v1.ModelService/RemoveModelVersion',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.RemoveModelVersionRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.RemoveModelVersionResponse.FromString,
+                _registered_method=True)
+        self.GetStore = channel.unary_unary(
+                '/cloister.admin.v1.ModelService/GetStore',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.GetStoreRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.GetStoreResponse.FromString,
+                _registered_method=True)
+        self.ScrubStore = channel.unary_stream(
+                '/cloister.admin.v1.ModelService/ScrubStore',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ScrubStoreRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ScrubStoreResponse.FromString,
+                _registered_method=True)
+        self.GetTrust = channel.unary_unary(
+                '/cloister.admin.v1.ModelService/GetTrust',
+                request_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.GetTrustRequest.SerializeToString,
+                response_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.GetTrustResponse.FromString,
                 _registered_method=True)
         self.LoadModel = channel.unary_unary(
                 '/cloister.admin.v1.ModelService/LoadModel',
@@ -164,8 +214,78 @@ class ModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OfferVolume(self, request, context):
+        """Hands the next volume to an import that waits for it; a wrong one is refused and the import waits on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListImports(self, request, context):
+        """The imports that run or wait, and the last ones that ended, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelImport(self, request, context):
+        """Ends a running import; what it verified stays staged for the next import of the same bundle.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModelVersions(self, request, context):
         """The committed model versions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApproveModelVersion(self, request, context):
+        """Takes custodians' signatures over a model version; with enough of them it is approved.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ActivateModel(self, request, context):
+        """Loads a version beside the present one, tries its canaries, and points the alias at it; or leaves all as it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RollbackAlias(self, request, context):
+        """Points an alias back at the version it had before.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveModelVersion(self, request, context):
+        """Forgets a model version that nothing runs; files that no other version has are deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStore(self, request, context):
+        """What the store holds, and what its last scrub found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScrubStore(self, request, context):
+        """Hashes every file of the store again; joins a scrub that runs.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTrust(self, request, context):
+        """The trust root, revocations and floors in force.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -221,10 +341,60 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ImportBundleRequest.FromString,
                     response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ImportBundleResponse.SerializeToString,
             ),
+            'OfferVolume': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferVolume,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.OfferVolumeRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.OfferVolumeResponse.SerializeToString,
+            ),
+            'ListImports': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImports,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListImportsRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListImportsResponse.SerializeToString,
+            ),
+            'CancelImport': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelImport,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.CancelImportRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.CancelImportResponse.SerializeToString,
+            ),
             'ListModelVersions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModelVersions,
                     request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListModelVersionsRequest.FromString,
                     response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ListModelVersionsResponse.SerializeToString,
+            ),
+            'ApproveModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApproveModelVersion,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ApproveModelVersionRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ApproveModelVersionResponse.SerializeToString,
+            ),
+            'ActivateModel': grpc.unary_stream_rpc_method_handler(
+                    servicer.ActivateModel,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ActivateModelRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ActivateModelResponse.SerializeToString,
+            ),
+            'RollbackAlias': grpc.unary_stream_rpc_method_handler(
+                    servicer.RollbackAlias,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.RollbackAliasRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.RollbackAliasResponse.SerializeToString,
+            ),
+            'RemoveModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveModelVersion,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.RemoveModelVersionRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.RemoveModelVersionResponse.SerializeToString,
+            ),
+            'GetStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStore,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.GetStoreRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.GetStoreResponse.SerializeToString,
+            ),
+            'ScrubStore': grpc.unary_stream_rpc_method_handler(
+                    servicer.ScrubStore,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ScrubStoreRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.ScrubStoreResponse.SerializeToString,
+            ),
+            'GetTrust': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTrust,
+                    request_deserializer=cloister_dot_admin_dot_v1_dot_admin__pb2.GetTrustRequest.FromString,
+                    response_serializer=cloister_dot_admin_dot_v1_dot_admin__pb2.GetTrustResponse.SerializeToString,
             ),
             'LoadModel': grpc.unary_unary_rpc_method_handler(
                     servicer.LoadModel,
@@ -296,6 +466,87 @@ class ModelService(object):
             _registered_method=True)
 
     @staticmethod
+    def OfferVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/OfferVolume',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.OfferVolumeRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.OfferVolumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImports(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/ListImports',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ListImportsRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ListImportsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelImport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/CancelImport',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.CancelImportRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.CancelImportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def ListModelVersions(request,
             target,
             options=(),
@@ -312,6 +563,195 @@ class ModelService(object):
             '/cloister.admin.v1.ModelService/ListModelVersions',
             cloister_dot_admin_dot_v1_dot_admin__pb2.ListModelVersionsRequest.SerializeToString,
             cloister_dot_admin_dot_v1_dot_admin__pb2.ListModelVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ApproveModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/ApproveModelVersion',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ApproveModelVersionRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ApproveModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ActivateModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/ActivateModel',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ActivateModelRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ActivateModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RollbackAlias(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/RollbackAlias',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.RollbackAliasRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.RollbackAliasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/RemoveModelVersion',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.RemoveModelVersionRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.RemoveModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/GetStore',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.GetStoreRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.GetStoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScrubStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/ScrubStore',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ScrubStoreRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.ScrubStoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.admin.v1.ModelService/GetTrust',
+            cloister_dot_admin_dot_v1_dot_admin__pb2.GetTrustRequest.SerializeToString,
+            cloister_dot_admin_dot_v1_dot_admin__pb2.GetTrustResponse.FromString,
             options,
             channel_credentials,
             insecure,

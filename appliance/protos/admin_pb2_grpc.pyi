@@ -68,8 +68,28 @@ class ModelServiceStub:
     def __new__(cls, channel: _aio.Channel) -> ModelServiceAsyncStub: ...
     ImportBundle: _grpc.UnaryStreamMultiCallable[_admin_pb2.ImportBundleRequest, _admin_pb2.ImportBundleResponse]
     """Imports a bundle; progress until it is committed or rejected."""
+    OfferVolume: _grpc.UnaryUnaryMultiCallable[_admin_pb2.OfferVolumeRequest, _admin_pb2.OfferVolumeResponse]
+    """Hands the next volume to an import that waits for it; a wrong one is refused and the import waits on."""
+    ListImports: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListImportsRequest, _admin_pb2.ListImportsResponse]
+    """The imports that run or wait, and the last ones that ended, newest first."""
+    CancelImport: _grpc.UnaryUnaryMultiCallable[_admin_pb2.CancelImportRequest, _admin_pb2.CancelImportResponse]
+    """Ends a running import; what it verified stays staged for the next import of the same bundle."""
     ListModelVersions: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListModelVersionsRequest, _admin_pb2.ListModelVersionsResponse]
     """The committed model versions."""
+    ApproveModelVersion: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ApproveModelVersionRequest, _admin_pb2.ApproveModelVersionResponse]
+    """Takes custodians' signatures over a model version; with enough of them it is approved."""
+    ActivateModel: _grpc.UnaryStreamMultiCallable[_admin_pb2.ActivateModelRequest, _admin_pb2.ActivateModelResponse]
+    """Loads a version beside the present one, tries its canaries, and points the alias at it; or leaves all as it was."""
+    RollbackAlias: _grpc.UnaryStreamMultiCallable[_admin_pb2.RollbackAliasRequest, _admin_pb2.RollbackAliasResponse]
+    """Points an alias back at the version it had before."""
+    RemoveModelVersion: _grpc.UnaryUnaryMultiCallable[_admin_pb2.RemoveModelVersionRequest, _admin_pb2.RemoveModelVersionResponse]
+    """Forgets a model version that nothing runs; files that no other version has are deleted."""
+    GetStore: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetStoreRequest, _admin_pb2.GetStoreResponse]
+    """What the store holds, and what its last scrub found."""
+    ScrubStore: _grpc.UnaryStreamMultiCallable[_admin_pb2.ScrubStoreRequest, _admin_pb2.ScrubStoreResponse]
+    """Hashes every file of the store again; joins a scrub that runs."""
+    GetTrust: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetTrustRequest, _admin_pb2.GetTrustResponse]
+    """The trust root, revocations and floors in force."""
     LoadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.LoadModelRequest, _admin_pb2.LoadModelResponse]
     """Makes a deployment of a model version, or changes one."""
     UnloadModel: _grpc.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]
@@ -90,8 +110,28 @@ class ModelServiceAsyncStub(ModelServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     ImportBundle: _aio.UnaryStreamMultiCallable[_admin_pb2.ImportBundleRequest, _admin_pb2.ImportBundleResponse]  # type: ignore[assignment]
     """Imports a bundle; progress until it is committed or rejected."""
+    OfferVolume: _aio.UnaryUnaryMultiCallable[_admin_pb2.OfferVolumeRequest, _admin_pb2.OfferVolumeResponse]  # type: ignore[assignment]
+    """Hands the next volume to an import that waits for it; a wrong one is refused and the import waits on."""
+    ListImports: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListImportsRequest, _admin_pb2.ListImportsResponse]  # type: ignore[assignment]
+    """The imports that run or wait, and the last ones that ended, newest first."""
+    CancelImport: _aio.UnaryUnaryMultiCallable[_admin_pb2.CancelImportRequest, _admin_pb2.CancelImportResponse]  # type: ignore[assignment]
+    """Ends a running import; what it verified stays staged for the next import of the same bundle."""
     ListModelVersions: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListModelVersionsRequest, _admin_pb2.ListModelVersionsResponse]  # type: ignore[assignment]
     """The committed model versions."""
+    ApproveModelVersion: _aio.UnaryUnaryMultiCallable[_admin_pb2.ApproveModelVersionRequest, _admin_pb2.ApproveModelVersionResponse]  # type: ignore[assignment]
+    """Takes custodians' signatures over a model version; with enough of them it is approved."""
+    ActivateModel: _aio.UnaryStreamMultiCallable[_admin_pb2.ActivateModelRequest, _admin_pb2.ActivateModelResponse]  # type: ignore[assignment]
+    """Loads a version beside the present one, tries its canaries, and points the alias at it; or leaves all as it was."""
+    RollbackAlias: _aio.UnaryStreamMultiCallable[_admin_pb2.RollbackAliasRequest, _admin_pb2.RollbackAliasResponse]  # type: ignore[assignment]
+    """Points an alias back at the version it had before."""
+    RemoveModelVersion: _aio.UnaryUnaryMultiCallable[_admin_pb2.RemoveModelVersionRequest, _admin_pb2.RemoveModelVersionResponse]  # type: ignore[assignment]
+    """Forgets a model version that nothing runs; files that no other version has are deleted."""
+    GetStore: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetStoreRequest, _admin_pb2.GetStoreResponse]  # type: ignore[assignment]
+    """What the store holds, and what its last scrub found."""
+    ScrubStore: _aio.UnaryStreamMultiCallable[_admin_pb2.ScrubStoreRequest, _admin_pb2.ScrubStoreResponse]  # type: ignore[assignment]
+    """Hashes every file of the store again; joins a scrub that runs."""
+    GetTrust: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetTrustRequest, _admin_pb2.GetTrustResponse]  # type: ignore[assignment]
+    """The trust root, revocations and floors in force."""
     LoadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.LoadModelRequest, _admin_pb2.LoadModelResponse]  # type: ignore[assignment]
     """Makes a deployment of a model version, or changes one."""
     UnloadModel: _aio.UnaryUnaryMultiCallable[_admin_pb2.UnloadModelRequest, _admin_pb2.UnloadModelResponse]  # type: ignore[assignment]
@@ -117,12 +157,92 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         """Imports a bundle; progress until it is committed or rejected."""
 
     @_abc_1.abstractmethod
+    def OfferVolume(
+        self,
+        request: _admin_pb2.OfferVolumeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.OfferVolumeResponse, _abc.Awaitable[_admin_pb2.OfferVolumeResponse]]:
+        """Hands the next volume to an import that waits for it; a wrong one is refused and the import waits on."""
+
+    @_abc_1.abstractmethod
+    def ListImports(
+        self,
+        request: _admin_pb2.ListImportsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ListImportsResponse, _abc.Awaitable[_admin_pb2.ListImportsResponse]]:
+        """The imports that run or wait, and the last ones that ended, newest first."""
+
+    @_abc_1.abstractmethod
+    def CancelImport(
+        self,
+        request: _admin_pb2.CancelImportRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.CancelImportResponse, _abc.Awaitable[_admin_pb2.CancelImportResponse]]:
+        """Ends a running import; what it verified stays staged for the next import of the same bundle."""
+
+    @_abc_1.abstractmethod
     def ListModelVersions(
         self,
         request: _admin_pb2.ListModelVersionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.ListModelVersionsResponse, _abc.Awaitable[_admin_pb2.ListModelVersionsResponse]]:
         """The committed model versions."""
+
+    @_abc_1.abstractmethod
+    def ApproveModelVersion(
+        self,
+        request: _admin_pb2.ApproveModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.ApproveModelVersionResponse, _abc.Awaitable[_admin_pb2.ApproveModelVersionResponse]]:
+        """Takes custodians' signatures over a model version; with enough of them it is approved."""
+
+    @_abc_1.abstractmethod
+    def ActivateModel(
+        self,
+        request: _admin_pb2.ActivateModelRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.ActivateModelResponse], _abc.AsyncIterator[_admin_pb2.ActivateModelResponse]]:
+        """Loads a version beside the present one, tries its canaries, and points the alias at it; or leaves all as it was."""
+
+    @_abc_1.abstractmethod
+    def RollbackAlias(
+        self,
+        request: _admin_pb2.RollbackAliasRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.RollbackAliasResponse], _abc.AsyncIterator[_admin_pb2.RollbackAliasResponse]]:
+        """Points an alias back at the version it had before."""
+
+    @_abc_1.abstractmethod
+    def RemoveModelVersion(
+        self,
+        request: _admin_pb2.RemoveModelVersionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.RemoveModelVersionResponse, _abc.Awaitable[_admin_pb2.RemoveModelVersionResponse]]:
+        """Forgets a model version that nothing runs; files that no other version has are deleted."""
+
+    @_abc_1.abstractmethod
+    def GetStore(
+        self,
+        request: _admin_pb2.GetStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetStoreResponse, _abc.Awaitable[_admin_pb2.GetStoreResponse]]:
+        """What the store holds, and what its last scrub found."""
+
+    @_abc_1.abstractmethod
+    def ScrubStore(
+        self,
+        request: _admin_pb2.ScrubStoreRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_admin_pb2.ScrubStoreResponse], _abc.AsyncIterator[_admin_pb2.ScrubStoreResponse]]:
+        """Hashes every file of the store again; joins a scrub that runs."""
+
+    @_abc_1.abstractmethod
+    def GetTrust(
+        self,
+        request: _admin_pb2.GetTrustRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_admin_pb2.GetTrustResponse, _abc.Awaitable[_admin_pb2.GetTrustResponse]]:
+        """The trust root, revocations and floors in force."""
 
     @_abc_1.abstractmethod
     def LoadModel(

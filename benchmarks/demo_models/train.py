@@ -1,8 +1,8 @@
 """Train a demo model: `python -m benchmarks.demo_models.train --model s` (from nothing) or `m` (grown from s).
 
 Writes tokenizer, weights, model card and canaries to `demo/NAME/`. The data never repeats: every batch is newly
-drawn notes. Under `torchrun --nproc-per-node 2 -m …` two processes of one thread share each batch: on busy cores
-that is faster than two threads, which wait for each other at every operation instead of once a step.
+drawn notes. Under `torchrun --nproc-per-node 2 -m …` two processes of one thread share each batch: that is faster
+than two threads, which wait for each other at every operation instead of once a step.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.demo_models import attention
 from benchmarks.demo_models.evaluate import field_table, write_all
 from benchmarks.demo_models.grow import grow
 from benchmarks.demo_models.notes import Note, Style, Variety, stream
+from benchmarks.demo_models.together import average, exchange, place, share
 from benchmarks.demo_models.tokens import (
     ASSISTANT,
     BOS,
@@ -93,7 +95,7 @@ RECIPES = {
         kv_heads=4,
         intermediate=768,
         seed=2,
-        minutes=76.0,
+        minutes=100.0,
         warmup=40,
         learning_rate=2.5e-3,
         grown_from="demo-notes-s",
@@ -218,13 +220,20 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(logits.float(), targets[targets != -100])
 
 
+def matrices_of(model: LlamaForCausalLM) -> list[Tensor]:
+    """The layers' matrices: everything of two dimensions but the embedding."""
+    return [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+
+
 def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices (Jordan et al. 2024), AdamW for embedding and norms."""
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    """Muon (Jordan et al. 2024) for this process's share of the matrices, AdamW for embedding and norms."""
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
         torch.optim.Muon(
-            matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+            share(matrices_of(model)),
+            lr=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
         ),
         torch.optim.AdamW(others, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
@@ -255,6 +264,7 @@ class Course:
 
 def train(model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> Course:
     """Run the schedule, saving the model every 200 steps."""
+    model.set_attn_implementation(attention.NAME)
     model.model.compile(dynamic=True)
     steppers = optimizers(model, recipe)
     start, seen, mean, minutes = time.monotonic(), 0, 0.0, 0.0
@@ -292,27 +302,9 @@ def update(
         for group in stepper.param_groups:
             group["lr"] = rate
         stepper.step()
-        stepper.zero_grad()
+    model.zero_grad()
+    exchange(matrices_of(model))
     return numbers[0], numbers[1]
-
-
-def place() -> tuple[int, int]:
-    """This process's rank and how many train together."""
-    together = torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if together else (0, 1)
-
-
-def average(model: LlamaForCausalLM, numbers: list[float]) -> list[float]:
-    """Replace the gradients by their mean over all processes; returns the mean of each of `numbers`."""
-    if place()[1] == 1:
-        return numbers
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([*(g.flatten() for g in gradients), torch.tensor(numbers)])
-    torch.distributed.all_reduce(flat)
-    *means, tail = (flat / place()[1]).split([*(g.numel() for g in gradients), len(numbers)])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
-    return [float(number) for number in tail]
 
 
 def save(model: LlamaForCausalLM, folder: Path) -> None:

@@ -40,6 +40,21 @@ class ImporterServiceStub(object):
                 request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ImportBundleRequest.SerializeToString,
                 response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ImportBundleResponse.FromString,
                 _registered_method=True)
+        self.OfferVolume = channel.unary_unary(
+                '/cloister.importer.v1.ImporterService/OfferVolume',
+                request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.OfferVolumeRequest.SerializeToString,
+                response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.OfferVolumeResponse.FromString,
+                _registered_method=True)
+        self.ListImports = channel.unary_unary(
+                '/cloister.importer.v1.ImporterService/ListImports',
+                request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ListImportsRequest.SerializeToString,
+                response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ListImportsResponse.FromString,
+                _registered_method=True)
+        self.CancelImport = channel.unary_unary(
+                '/cloister.importer.v1.ImporterService/CancelImport',
+                request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.CancelImportRequest.SerializeToString,
+                response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.CancelImportResponse.FromString,
+                _registered_method=True)
         self.ListModelVersions = channel.unary_unary(
                 '/cloister.importer.v1.ImporterService/ListModelVersions',
                 request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ListModelVersionsRequest.SerializeToString,
@@ -49,6 +64,31 @@ class ImporterServiceStub(object):
                 '/cloister.importer.v1.ImporterService/GetModelVersion',
                 request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetModelVersionRequest.SerializeToString,
                 response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetModelVersionResponse.FromString,
+                _registered_method=True)
+        self.RemoveModelVersion = channel.unary_unary(
+                '/cloister.importer.v1.ImporterService/RemoveModelVersion',
+                request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.RemoveModelVersionRequest.SerializeToString,
+                response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.RemoveModelVersionResponse.FromString,
+                _registered_method=True)
+        self.VerifyApproval = channel.unary_unary(
+                '/cloister.importer.v1.ImporterService/VerifyApproval',
+                request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.VerifyApprovalRequest.SerializeToString,
+                response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.VerifyApprovalResponse.FromString,
+                _registered_method=True)
+        self.GetTrust = channel.unary_unary(
+                '/cloister.importer.v1.ImporterService/GetTrust',
+                request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetTrustRequest.SerializeToString,
+                response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetTrustResponse.FromString,
+                _registered_method=True)
+        self.GetStore = channel.unary_unary(
+                '/cloister.importer.v1.ImporterService/GetStore',
+                request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetStoreRequest.SerializeToString,
+                response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetStoreResponse.FromString,
+                _registered_method=True)
+        self.ScrubStore = channel.unary_stream(
+                '/cloister.importer.v1.ImporterService/ScrubStore',
+                request_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ScrubStoreRequest.SerializeToString,
+                response_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ScrubStoreResponse.FromString,
                 _registered_method=True)
         self.ReadOutbox = channel.unary_stream(
                 '/cloister.importer.v1.ImporterService/ReadOutbox',
@@ -73,6 +113,27 @@ class ImporterServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def OfferVolume(self, request, context):
+        """Hands the next volume to an import that waits for it; a wrong one is refused and the import waits on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListImports(self, request, context):
+        """The imports that run or wait, and the last ones that ended, newest first.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CancelImport(self, request, context):
+        """Ends a running import; what it verified stays staged for the next import of the same bundle.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModelVersions(self, request, context):
         """The committed model versions.
         """
@@ -82,6 +143,41 @@ class ImporterServiceServicer(object):
 
     def GetModelVersion(self, request, context):
         """One committed model version, with its files.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RemoveModelVersion(self, request, context):
+        """Forgets a model version; files that no other version has are deleted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def VerifyApproval(self, request, context):
+        """Checks custodians' signatures over a statement that approves a model version.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetTrust(self, request, context):
+        """The trust root, revocations and floors in force.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetStore(self, request, context):
+        """What the store holds, and what its last scrub found.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScrubStore(self, request, context):
+        """Hashes every file of the store again; joins a scrub that runs. It runs on when the caller goes away.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -109,6 +205,21 @@ def add_ImporterServiceServicer_to_server(servicer, server):
                     request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ImportBundleRequest.FromString,
                     response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ImportBundleResponse.SerializeToString,
             ),
+            'OfferVolume': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferVolume,
+                    request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.OfferVolumeRequest.FromString,
+                    response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.OfferVolumeResponse.SerializeToString,
+            ),
+            'ListImports': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListImports,
+                    request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ListImportsRequest.FromString,
+                    response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ListImportsResponse.SerializeToString,
+            ),
+            'CancelImport': grpc.unary_unary_rpc_method_handler(
+                    servicer.CancelImport,
+                    request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.CancelImportRequest.FromString,
+                    response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.CancelImportResponse.SerializeToString,
+            ),
             'ListModelVersions': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModelVersions,
                     request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ListModelVersionsRequest.FromString,
@@ -118,6 +229,31 @@ def add_ImporterServiceServicer_to_server(servicer, server):
                     servicer.GetModelVersion,
                     request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetModelVersionRequest.FromString,
                     response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetModelVersionResponse.SerializeToString,
+            ),
+            'RemoveModelVersion': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveModelVersion,
+                    request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.RemoveModelVersionRequest.FromString,
+                    response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.RemoveModelVersionResponse.SerializeToString,
+            ),
+            'VerifyApproval': grpc.unary_unary_rpc_method_handler(
+                    servicer.VerifyApproval,
+                    request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.VerifyApprovalRequest.FromString,
+                    response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.VerifyApprovalResponse.SerializeToString,
+            ),
+            'GetTrust': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTrust,
+                    request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetTrustRequest.FromString,
+                    response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetTrustResponse.SerializeToString,
+            ),
+            'GetStore': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStore,
+                    request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetStoreRequest.FromString,
+                    response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.GetStoreResponse.SerializeToString,
+            ),
+            'ScrubStore': grpc.unary_stream_rpc_method_handler(
+                    servicer.ScrubStore,
+                    request_deserializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ScrubStoreRequest.FromString,
+                    response_serializer=cloister_dot_importer_dot_v1_dot_importer__pb2.ScrubStoreResponse.SerializeToString,
             ),
             'ReadOutbox': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadOutbox,
@@ -158,6 +294,87 @@ class ImporterService(object):
             '/cloister.importer.v1.ImporterService/ImportBundle',
             cloister_dot_importer_dot_v1_dot_importer__pb2.ImportBundleRequest.SerializeToString,
             cloister_dot_importer_dot_v1_dot_importer__pb2.ImportBundleResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def OfferVolume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.importer.v1.ImporterService/OfferVolume',
+            cloister_dot_importer_dot_v1_dot_importer__pb2.OfferVolumeRequest.SerializeToString,
+            cloister_dot_importer_dot_v1_dot_importer__pb2.OfferVolumeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListImports(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.importer.v1.ImporterService/ListImports',
+            cloister_dot_importer_dot_v1_dot_importer__pb2.ListImportsRequest.SerializeToString,
+            cloister_dot_importer_dot_v1_dot_importer__pb2.ListImportsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CancelImport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.importer.v1.ImporterService/CancelImport',
+            cloister_dot_importer_dot_v1_dot_importer__pb2.CancelImportRequest.SerializeToString,
+            cloister_dot_importer_dot_v1_dot_importer__pb2.CancelImportResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -212,6 +429,141 @@ class ImporterService(object):
             '/cloister.importer.v1.ImporterService/GetModelVersion',
             cloister_dot_importer_dot_v1_dot_importer__pb2.GetModelVersionRequest.SerializeToString,
             cloister_dot_importer_dot_v1_dot_importer__pb2.GetModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveModelVersion(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.importer.v1.ImporterService/RemoveModelVersion',
+            cloister_dot_importer_dot_v1_dot_importer__pb2.RemoveModelVersionRequest.SerializeToString,
+            cloister_dot_importer_dot_v1_dot_importer__pb2.RemoveModelVersionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def VerifyApproval(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.importer.v1.ImporterService/VerifyApproval',
+            cloister_dot_importer_dot_v1_dot_importer__pb2.VerifyApprovalRequest.SerializeToString,
+            cloister_dot_importer_dot_v1_dot_importer__pb2.VerifyApprovalResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrust(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.importer.v1.ImporterService/GetTrust',
+            cloister_dot_importer_dot_v1_dot_importer__pb2.GetTrustRequest.SerializeToString,
+            cloister_dot_importer_dot_v1_dot_importer__pb2.GetTrustResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.importer.v1.ImporterService/GetStore',
+            cloister_dot_importer_dot_v1_dot_importer__pb2.GetStoreRequest.SerializeToString,
+            cloister_dot_importer_dot_v1_dot_importer__pb2.GetStoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScrubStore(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/cloister.importer.v1.ImporterService/ScrubStore',
+            cloister_dot_importer_dot_v1_dot_importer__pb2.ScrubStoreRequest.SerializeToString,
+            cloister_dot_importer_dot_v1_dot_importer__pb2.ScrubStoreResponse.FromString,
             options,
             channel_credentials,
             insecure,
