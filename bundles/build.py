@@ -32,9 +32,9 @@ from bundles.format.paths import check_paths
 from bundles.pipeline import Progress, Report, State, stream_payload
 from bundles.reader import END, HEADER, MANIFEST, OMS, BundleReader, end_document, header_hints, root_member
 from bundles.trust import dsse, oms
-from bundles.trust.keys import Key, PrivateKey
 from bundles.trust.policy import ENGINE_VERSION, Head
 from bundles.trust.roots import Root, parse
+from bundles.trust.signers import Signer
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Signing:
     """
 
     root: Root
-    release_keys: tuple[PrivateKey, ...] = ()
-    publisher_key: PrivateKey | None = None
+    release_keys: tuple[Signer, ...] = ()
+    publisher_key: Signer | None = None
     oms: bytes | None = None
 
 
@@ -160,8 +160,8 @@ def sign(path: Path, signing: Signing, *, report: Report = _silent) -> tuple[str
                 raise _already_signed(len(envelope.signatures))
             manifest = manifest.model_copy(update={"oms_sha256": digest})
             envelope = dsse.Envelope(manifest.encode(), manifests.PAYLOAD_TYPE)
-        for key in signing.release_keys:
-            envelope = envelope.signed_by(key)
+        for signer in signing.release_keys:
+            envelope = envelope.signed_by(signer)
         signed = replace(head, roots=_roots(head, signing.root), envelope=envelope.encode(), oms=oms_raw)
         _copy(reader, manifest, signed, path, report)
     finally:
@@ -178,10 +178,10 @@ def _already_signed(signatures: int) -> BundleError:
 
 
 def _check_roles(signing: Signing) -> None:
-    held = [("release", key) for key in signing.release_keys]
+    held = [("release", signer) for signer in signing.release_keys]
     held += [("publisher", signing.publisher_key)] if signing.publisher_key else []
-    for role, key in held:
-        if Key.of(key.public_key()).keyid not in signing.root.roles[role].keyids:
+    for role, signer in held:
+        if signer.key.keyid not in signing.root.roles[role].keyids:
             raise BundleError("KEY_NOT_IN_ROLE", f"the {role} key is not one of the trust root's {role} keys")
 
 

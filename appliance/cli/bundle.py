@@ -170,7 +170,8 @@ def _release(args: argparse.Namespace) -> "Release":
 
 def _signing(args: argparse.Namespace) -> "Signing":
     from bundles.build import Signing
-    from bundles.trust import keys, roots
+    from bundles.trust import roots
+    from bundles.trust.signers import FileSigner
 
     if args.root is None:
         raise UsageError("signing needs --root ROOT.json, the root of trust over the keys")
@@ -178,8 +179,8 @@ def _signing(args: argparse.Namespace) -> "Signing":
         raise UsageError("give either --publisher-key or --model-sig: a model has one publisher's signature")
     return Signing(
         root=roots.load(args.root),
-        release_keys=tuple(map(keys.load_private_key, args.release_key)),
-        publisher_key=keys.load_private_key(args.publisher_key) if args.publisher_key else None,
+        release_keys=tuple(map(FileSigner, args.release_key)),
+        publisher_key=FileSigner(args.publisher_key) if args.publisher_key else None,
         oms=args.model_sig.read_bytes() if args.model_sig else None,
     )
 

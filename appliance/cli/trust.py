@@ -35,20 +35,21 @@ def _init(args: argparse.Namespace) -> int:
 
     from bundles.durable import write_file
     from bundles.trust import keys, roots
+    from bundles.trust.signers import new_signer
 
     out: Path = args.out
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise FileExistsError(17, "keys are never overwritten; name a new or empty folder", str(out))
-    private = {role: keys.new_private_key(scheme) for role, scheme in _SCHEMES.items()}
-    members = {role: [keys.Key.of(key.public_key())] for role, key in private.items()}
+    held = {role: new_signer(scheme) for role, scheme in _SCHEMES.items()}
+    members = {role: [signer.key] for role, signer in held.items()}
     signed = roots.make(1, datetime.now(UTC) + timedelta(days=args.days), members, {})
-    for role, key in private.items():
-        keys.save_private_key(key, out / f"{role}.key")
-    raw = roots.sign_root(signed, [private["root"]])
+    for role, signer in held.items():
+        keys.save_private_key(signer.private, out / f"{role}.key")
+    raw = roots.sign_root(signed, [held["root"]])
     write_file(out / "root.json", raw)
     root = roots.parse(raw)
-    files = {role: str(out / f"{role}.key") for role in private}
+    files = {role: str(out / f"{role}.key") for role in held}
     text = (
         f"{_describe(root)}\n\nwritten to {printable(str(out))}: root.json, and root.key, release.key and "
         "publisher.key, readable by you alone.\nKeep root.key offline. Compare the fingerprints above before an "

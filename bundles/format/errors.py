@@ -9,6 +9,7 @@ _FAILED = frozenset(
         "SOURCE_NOT_FILE",
         "SOURCE_CHANGED",
         "KEY_UNREADABLE",
+        "SIGNER_FAILED",
         "ROOT_UNREADABLE",
         "STORE_SPACE",
         "STORE_IO",

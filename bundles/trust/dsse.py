@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
-from bundles.trust.keys import Key, PrivateKey, sign
+from bundles.trust.keys import Key
+from bundles.trust.signers import Signer
 
 MAX_SIGNATURES = 64
 
@@ -39,11 +40,11 @@ class Envelope:
         kind = self.payload_type.encode()
         return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(self.payload), self.payload)
 
-    def signed_by(self, key: PrivateKey) -> "Envelope":
-        """This envelope with `key`'s signature, which replaces an older one of the same key."""
-        keyid = Key.of(key.public_key()).keyid
+    def signed_by(self, signer: Signer) -> "Envelope":
+        """This envelope with `signer`'s signature, which replaces an older one of the same key."""
+        keyid = signer.key.keyid
         others = tuple(s for s in self.signatures if s.keyid != keyid)
-        added = Signature(keyid, sign(key, self.signed_bytes))
+        added = Signature(keyid, signer.sign(self.signed_bytes))
         return Envelope(self.payload, self.payload_type, (*others, added))
 
     def valid_keys(self, keys: Iterable[Key]) -> tuple[str, ...]:

@@ -13,12 +13,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
 from bundles.trust import dsse
-from bundles.trust.keys import Key, PrivateKey, pem_of
+from bundles.trust.keys import Key
+from bundles.trust.signers import Signer
 
 MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -49,19 +48,19 @@ class SignedModel:
     keyids: tuple[str, ...]
 
 
-def sign_model(name: str, resources: Iterable[Resource], key: PrivateKey) -> bytes:
+def sign_model(name: str, resources: Iterable[Resource], signer: Signer) -> bytes:
     """An OMS signature over `resources`, as the bytes of a `model.sig`.
 
     Raises:
         BundleError: OMS_KEY_KIND, the key is not ECDSA.
     """
-    if not isinstance(key, ec.EllipticCurvePrivateKey):
-        raise BundleError("OMS_KEY_KIND", "an OMS signature needs an ECDSA key (P-256 or P-384)")
+    if not signer.key.scheme.startswith("ecdsa"):
+        raise BundleError("OMS_KEY_KIND", "an OMS signature needs an ECDSA key (P-256, P-384 or P-521)")
     listed = sorted(resources)
     payload = json.dumps(_statement(name, listed), separators=(",", ":")).encode()
-    signed = dsse.Envelope(payload, PAYLOAD_TYPE).signed_by(key)
+    signed = dsse.Envelope(payload, PAYLOAD_TYPE).signed_by(signer)
     envelope = signed.as_dict() | {"signatures": [_unnamed(signed)]}
-    hint = hashlib.sha256(pem_of(key.public_key()).encode()).hexdigest()
+    hint = hashlib.sha256(signer.key.public.encode()).hexdigest()
     bundle = {
         "mediaType": MEDIA_TYPE,
         "verificationMaterial": {"publicKey": {"hint": hint}, "tlogEntries": []},

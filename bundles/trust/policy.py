@@ -28,6 +28,7 @@ class Head:
     roots: tuple[bytes, ...]
     envelope: bytes
     oms: bytes | None
+    revocation: bytes | None = None
 
 
 @dataclass(frozen=True)

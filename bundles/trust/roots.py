@@ -17,7 +17,8 @@ from pathlib import Path
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
 from bundles.format.manifest import format_time, parse_time
-from bundles.trust.keys import Key, PrivateKey, canonical_json, sign
+from bundles.trust.keys import Key, canonical_json
+from bundles.trust.signers import Signer
 
 SPEC_VERSION = "1.0.34"
 REQUIRED_ROLES = ("root", "release", "publisher")
@@ -162,10 +163,10 @@ def make(
     }
 
 
-def sign_root(signed: Mapping[str, object], keys: Iterable[PrivateKey]) -> bytes:
-    """A root document: `signed` and the signatures of `keys`, as bytes to keep."""
+def sign_root(signed: Mapping[str, object], signers: Iterable[Signer]) -> bytes:
+    """A root document: `signed` and the signatures of `signers`, as bytes to keep."""
     message = canonical_json(dict(signed))
-    signatures = [{"keyid": Key.of(key.public_key()).keyid, "sig": sign(key, message).hex()} for key in keys]
+    signatures = [{"keyid": signer.key.keyid, "sig": signer.sign(message).hex()} for signer in signers]
     return json.dumps({"signatures": signatures, "signed": signed}, indent=1).encode() + b"\n"
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import struct
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -14,9 +14,9 @@ from bundles.build import Release, Signing, build, sign
 from bundles.content.inspector import Inspector
 from bundles.format.container import ContainerReader, ContainerWriter, open_source
 from bundles.format.manifest import PAYLOAD_TYPE
-from bundles.trust import dsse, keys, roots
-from bundles.trust.keys import Key, PrivateKey
+from bundles.trust import dsse, roots
 from bundles.trust.roots import Root
+from bundles.trust.signers import PrivateSigner, Signer, new_signer
 
 CHUNK = 4096
 # Stands in for engine-inspect, a process that this folder does not own.
@@ -29,17 +29,17 @@ class Trust:
     """A root and its private keys."""
 
     root: Root
-    root_key: PrivateKey
-    release_key: PrivateKey
-    publisher_key: PrivateKey
+    root_key: PrivateSigner
+    release_key: PrivateSigner
+    publisher_key: PrivateSigner
 
     def signing(self) -> Signing:
         return Signing(self.root, (self.release_key,), self.publisher_key)
 
 
 def make_trust() -> Trust:
-    root, release = keys.new_private_key("ed25519"), keys.new_private_key("ed25519")
-    publisher = keys.new_private_key("ecdsa-sha2-nistp384")
+    root, release = new_signer("ed25519"), new_signer("ed25519")
+    publisher = new_signer("ecdsa-sha2-nistp384")
     return Trust(
         make_root(1, {"root": [root], "release": [release], "publisher": [publisher]}), root, release, publisher
     )
@@ -47,12 +47,12 @@ def make_trust() -> Trust:
 
 def make_root(
     version: int,
-    roles: Mapping[str, list[PrivateKey]],
+    roles: Mapping[str, Sequence[Signer]],
     thresholds: Mapping[str, int] | None = None,
-    signed_by: list[PrivateKey] | None = None,
+    signed_by: Sequence[Signer] | None = None,
     days: int = 365,
 ) -> Root:
-    members = {role: [Key.of(key.public_key()) for key in held] for role, held in roles.items()}
+    members = {role: [signer.key for signer in held] for role, held in roles.items()}
     signed = roots.make(version, datetime.now(UTC) + timedelta(days=days), members, thresholds or {})
     return roots.parse(roots.sign_root(signed, signed_by or roles["root"]))
 

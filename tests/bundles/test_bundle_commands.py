@@ -8,7 +8,8 @@ import pytest
 from appliance.cli.main import main
 from bundles.content import inspector
 from bundles.format.errors import exit_status_of
-from bundles.trust.keys import new_private_key, save_private_key
+from bundles.trust.keys import save_private_key
+from bundles.trust.signers import new_signer
 from tests.bundles.making import INSPECTOR, make_model, make_root, members_of, replace_member
 
 
@@ -125,10 +126,10 @@ def test_signing_without_a_root_is_bad_usage(
 def test_two_holders_of_release_keys_sign_one_after_the_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = {name: new_private_key("ed25519") for name in ("root", "first", "second")}
-    made["publisher"] = new_private_key("ecdsa-sha2-nistp384")
+    made = {name: new_signer("ed25519") for name in ("root", "first", "second")}
+    made["publisher"] = new_signer("ecdsa-sha2-nistp384")
     for name, key in made.items():
-        save_private_key(key, tmp_path / f"{name}.key")
+        save_private_key(key.private, tmp_path / f"{name}.key")
     roles = {
         "root": [made["root"]],
         "release": [made["first"], made["second"]],

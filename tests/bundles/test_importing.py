@@ -20,7 +20,8 @@ from bundles.importer import floors
 from bundles.importer.importing import Workplace, import_bundle
 from bundles.importer.ledger import Ledger
 from bundles.pipeline import Progress, State
-from bundles.trust import dsse, keys
+from bundles.trust import dsse
+from bundles.trust.signers import new_signer
 from tests.bundles.making import (
     INSPECTOR,
     Trust,
@@ -166,7 +167,7 @@ def test_more_signatures_of_one_manifest_are_kept_when_the_store_is_mended(
     replace_member(
         bundle,
         "manifest.dsse.json",
-        lambda raw: dsse.parse(raw, "it").signed_by(keys.new_private_key("ed25519")).encode(),
+        lambda raw: dsse.parse(raw, "it").signed_by(new_signer("ed25519")).encode(),
     )
     place.store.path_of(version.evidence["manifest.dsse.json"]).unlink()
     assert _import(place, bundle).state is State.COMMITTED
@@ -306,7 +307,7 @@ def test_a_disk_that_fails_is_a_refusal_and_leaves_nothing(
 
 
 def test_a_newer_root_is_kept_once_its_bundle_is_committed(place: Workplace, tmp_path: Path, trust: Trust) -> None:
-    release = keys.new_private_key("ed25519")
+    release = new_signer("ed25519")
     second = make_root(2, {"root": [trust.root_key], "release": [release], "publisher": [trust.publisher_key]})
     path = tmp_path / "b"
     build(make_release(), make_model(tmp_path / "m"), path, inspector=INSPECTOR)

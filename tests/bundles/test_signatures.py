@@ -12,8 +12,9 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from bundles.format.errors import BundleError
-from bundles.trust import dsse, keys, oms
+from bundles.trust import dsse, oms
 from bundles.trust.keys import Key
+from bundles.trust.signers import PrivateSigner, new_signer
 from tests.bundles.making import sha256
 
 VECTOR = Path(__file__).with_name("vectors") / "model_signing_1_1_1"
@@ -22,8 +23,8 @@ RESOURCES = [oms.Resource(*item) for item in FILES.items()]
 
 
 @pytest.fixture(scope="module")
-def publisher() -> keys.PrivateKey:
-    return keys.new_private_key("ecdsa-sha2-nistp384")
+def publisher() -> PrivateSigner:
+    return new_signer("ecdsa-sha2-nistp384")
 
 
 def test_the_signed_bytes_are_the_pre_authentication_encoding_of_version_1() -> None:
@@ -32,17 +33,17 @@ def test_the_signed_bytes_are_the_pre_authentication_encoding_of_version_1() -> 
 
 
 def test_a_signature_over_the_encoding_of_version_0_2_does_not_count() -> None:
-    private = keys.new_private_key("ed25519")
-    key = Key.of(private.public_key())
+    private = new_signer("ed25519")
+    key = private.key
     old = b"DSSEV1" + b" 1 t 1 p"
-    forged = dsse.Envelope(b"p", "t", (dsse.Signature(key.keyid, keys.sign(private, old)),))
+    forged = dsse.Envelope(b"p", "t", (dsse.Signature(key.keyid, private.sign(old)),))
     assert forged.valid_keys([key]) == ()
     assert dsse.Envelope(b"p", "t").signed_by(private).valid_keys([key]) == (key.keyid,)
 
 
 def test_a_key_counts_once_and_a_named_key_vouches_for_no_other() -> None:
-    one, other = keys.new_private_key("ed25519"), keys.new_private_key("ed25519")
-    first, second = Key.of(one.public_key()), Key.of(other.public_key())
+    one, other = new_signer("ed25519"), new_signer("ed25519")
+    first, second = one.key, other.key
     signed = dsse.Envelope(b"p", "t").signed_by(one)
     doubled = dsse.Envelope(b"p", "t", signed.signatures * 2)
     assert doubled.valid_keys([first, second, first]) == (first.keyid,)
@@ -64,7 +65,7 @@ def test_a_key_counts_once_and_a_named_key_vouches_for_no_other() -> None:
     ],
 )
 def test_an_envelope_has_one_form(change: Callable[[dict[str, Any]], None], code: str) -> None:
-    signed = dsse.Envelope(b"p", "t").signed_by(keys.new_private_key("ed25519"))
+    signed = dsse.Envelope(b"p", "t").signed_by(new_signer("ed25519"))
     assert dsse.parse(signed.encode(), "it") == signed
     document = json.loads(signed.encode())
     change(document)
@@ -83,10 +84,10 @@ def test_a_signature_of_the_reference_tool_verifies_over_its_own_order() -> None
     oms.check_files(signed, files)
 
 
-def test_what_we_sign_has_the_form_of_oms_1_0(publisher: keys.PrivateKey) -> None:
+def test_what_we_sign_has_the_form_of_oms_1_0(publisher: PrivateSigner) -> None:
     document = json.loads(oms.sign_model("m", RESOURCES, publisher))
     assert document["mediaType"] == "application/vnd.dev.sigstore.bundle.v0.3+json"
-    pem = publisher.public_key().public_bytes(
+    pem = publisher.private.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
     assert document["verificationMaterial"] == {
@@ -100,8 +101,8 @@ def test_what_we_sign_has_the_form_of_oms_1_0(publisher: keys.PrivateKey) -> Non
     assert statement["subject"] == [{"name": "m", "digest": {"sha256": sha256(digests)}}]
 
 
-def test_a_model_signature_verifies_in_either_base64_alphabet(publisher: keys.PrivateKey) -> None:
-    key = Key.of(publisher.public_key())
+def test_a_model_signature_verifies_in_either_base64_alphabet(publisher: PrivateSigner) -> None:
+    key = publisher.key
     raw = oms.sign_model("m", RESOURCES, publisher)
     document = json.loads(raw)
     signature = document["dsseEnvelope"]["signatures"][0]
@@ -110,7 +111,7 @@ def test_a_model_signature_verifies_in_either_base64_alphabet(publisher: keys.Pr
         assert oms.verify_model(signed, [key]).keyids == (key.keyid,)
 
 
-def _reworded(change: Callable[[dict[str, Any]], None], publisher: keys.PrivateKey) -> bytes:
+def _reworded(change: Callable[[dict[str, Any]], None], publisher: PrivateSigner) -> bytes:
     """A statement changed and signed again."""
     document = json.loads(oms.sign_model("m", RESOURCES, publisher))
     statement = json.loads(base64.b64decode(document["dsseEnvelope"]["payload"]))
@@ -140,16 +141,16 @@ def _reorder(statement: dict[str, Any]) -> None:
     ],
 )
 def test_a_well_signed_statement_of_another_kind_is_refused(
-    publisher: keys.PrivateKey, change: Callable[[dict[str, Any]], None], code: str
+    publisher: PrivateSigner, change: Callable[[dict[str, Any]], None], code: str
 ) -> None:
     with pytest.raises(BundleError) as error:
-        oms.verify_model(_reworded(change, publisher), [Key.of(publisher.public_key())])
+        oms.verify_model(_reworded(change, publisher), [publisher.key])
     assert error.value.code == code
 
 
-def test_a_stranger_or_a_changed_model_is_refused(publisher: keys.PrivateKey) -> None:
+def test_a_stranger_or_a_changed_model_is_refused(publisher: PrivateSigner) -> None:
     raw = oms.sign_model("m", RESOURCES, publisher)
-    stranger = Key.of(keys.new_private_key("ecdsa-sha2-nistp384").public_key())
+    stranger = new_signer("ecdsa-sha2-nistp384").key
     with pytest.raises(BundleError, match="OMS_UNKNOWN_KEY"):
         oms.verify_model(raw, [stranger])
     with pytest.raises(BundleError, match="OMS_UNKNOWN_KEY"):
@@ -157,14 +158,14 @@ def test_a_stranger_or_a_changed_model_is_refused(publisher: keys.PrivateKey) ->
     document = json.loads(raw)
     document["dsseEnvelope"]["payload"] = base64.b64encode(b"{}").decode()
     with pytest.raises(BundleError, match="OMS_SIGNATURE"):
-        oms.verify_model(json.dumps(document).encode(), [Key.of(publisher.public_key())])
+        oms.verify_model(json.dumps(document).encode(), [publisher.key])
 
 
-def test_ignored_paths_excuse_no_file(publisher: keys.PrivateKey) -> None:
+def test_ignored_paths_excuse_no_file(publisher: PrivateSigner) -> None:
     def ignore(statement: dict[str, Any]) -> None:
         statement["predicate"]["serialization"]["ignore_paths"] = ["evil.json"]
 
-    signed = oms.verify_model(_reworded(ignore, publisher), [Key.of(publisher.public_key())])
+    signed = oms.verify_model(_reworded(ignore, publisher), [publisher.key])
     oms.check_files(signed, FILES)
     with pytest.raises(BundleError, match="OMS_FILES_DIFFER"):
         oms.check_files(signed, FILES | {"evil.json": sha256(b"")})
@@ -172,10 +173,10 @@ def test_ignored_paths_excuse_no_file(publisher: keys.PrivateKey) -> None:
         oms.check_files(signed, {"a.txt": FILES["a.txt"]})
 
 
-def test_an_ed25519_key_and_a_certificate_are_no_oms_keys(publisher: keys.PrivateKey) -> None:
+def test_an_ed25519_key_and_a_certificate_are_no_oms_keys(publisher: PrivateSigner) -> None:
     with pytest.raises(BundleError, match="OMS_KEY_KIND"):
-        oms.sign_model("m", RESOURCES, keys.new_private_key("ed25519"))
+        oms.sign_model("m", RESOURCES, new_signer("ed25519"))
     document = json.loads(oms.sign_model("m", RESOURCES, publisher))
     document["verificationMaterial"] = {"x509CertificateChain": {"certificates": []}, "tlogEntries": []}
     with pytest.raises(BundleError, match="OMS_KEY_KIND"):
-        oms.verify_model(json.dumps(document).encode(), [Key.of(publisher.public_key())])
+        oms.verify_model(json.dumps(document).encode(), [publisher.key])

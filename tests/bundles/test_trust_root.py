@@ -11,14 +11,15 @@ import pytest
 from bundles.format.errors import BundleError
 from bundles.trust import keys, roots
 from bundles.trust.keys import Key, canonical_json
+from bundles.trust.signers import FileSigner, PrivateSigner, new_signer
 from tests.bundles.making import Trust, make_root
 
 
-def _new() -> keys.PrivateKey:
-    return keys.new_private_key("ed25519")
+def _new() -> PrivateSigner:
+    return new_signer("ed25519")
 
 
-def _roles(**given: list[keys.PrivateKey]) -> dict[str, list[keys.PrivateKey]]:
+def _roles(**given: list[PrivateSigner]) -> dict[str, list[PrivateSigner]]:
     return {"root": [_new()], "release": [_new()], "publisher": [_new()]} | given
 
 
@@ -31,7 +32,7 @@ def _changed(raw: bytes, change: Callable[[dict[str, Any]], None]) -> bytes:
 def test_a_root_survives_being_written_and_read(trust: Trust) -> None:
     root = roots.parse(trust.root.raw)
     assert root.version == 1
-    assert root.roles["release"].keyids == (Key.of(trust.release_key.public_key()).keyid,)
+    assert root.roles["release"].keyids == (trust.release_key.key.keyid,)
     assert [key.scheme for key in root.role_keys("publisher")] == ["ecdsa-sha2-nistp384"]
 
 
@@ -135,19 +136,19 @@ def test_an_expired_root_is_refused() -> None:
         root.check_fresh(datetime.now(UTC) + timedelta(days=2))
 
 
-@pytest.mark.parametrize("scheme", ["ed25519", "ecdsa-sha2-nistp256", "ecdsa-sha2-nistp384"])
+@pytest.mark.parametrize("scheme", keys.SCHEMES)
 def test_a_key_verifies_its_own_signature_of_the_same_message_only(tmp_path: Path, scheme: keys.Scheme) -> None:
-    private = keys.new_private_key(scheme)
-    keys.save_private_key(private, tmp_path / "key")
+    private = new_signer(scheme)
+    keys.save_private_key(private.private, tmp_path / "key")
     assert (tmp_path / "key").stat().st_mode & 0o777 == 0o600
-    key = Key.of(keys.load_private_key(tmp_path / "key").public_key())
+    key = FileSigner(tmp_path / "key").key
     assert key == Key.from_dict(key.as_dict())
-    signature = keys.sign(private, b"message")
+    signature = private.sign(b"message")
     assert key.verifies(signature, b"message")
     assert not key.verifies(signature, b"massage")
-    assert not Key.of(_new().public_key()).verifies(signature, b"message")
+    assert not _new().key.verifies(signature, b"message")
     with pytest.raises(FileExistsError):
-        keys.save_private_key(private, tmp_path / "key")
+        keys.save_private_key(private.private, tmp_path / "key")
 
 
 def test_a_file_that_is_no_key_is_refused(tmp_path: Path) -> None:

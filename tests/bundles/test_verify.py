@@ -15,9 +15,10 @@ from bundles.format.chunks import CHUNK_SIZE
 from bundles.format.errors import BundleError
 from bundles.format.manifest import format_time
 from bundles.pipeline import Progress, State
-from bundles.trust import dsse, keys, oms
+from bundles.trust import dsse, oms
 from bundles.trust.policy import Floor, Site
 from bundles.trust.roots import Root
+from bundles.trust.signers import new_signer
 from bundles.verify import inspect, verify
 from tests.bundles.making import (
     CHUNK,
@@ -166,8 +167,8 @@ def test_a_bad_head_is_refused_before_any_chunk_is_read(
 def test_a_wrong_signer_is_refused_by_what_is_wrong_with_it(bundle: Path, trust: Trust) -> None:
     raw = dict(members_of(bundle))["manifest.dsse.json"]
     unsigned = dsse.Envelope(dsse.parse(raw, "it").payload, dsse.parse(raw, "it").payload_type)
-    stranger = keys.new_private_key("ed25519")
-    lying = dsse.Signature(dsse.parse(raw, "it").signatures[0].keyid, keys.sign(stranger, unsigned.signed_bytes))
+    stranger = new_signer("ed25519")
+    lying = dsse.Signature(dsse.parse(raw, "it").signatures[0].keyid, stranger.sign(unsigned.signed_bytes))
     cases = [
         (unsigned, "SIGNATURE_MISSING"),
         (unsigned.signed_by(stranger), "SIGNATURE_UNKNOWN_KEY"),
@@ -182,11 +183,11 @@ def test_a_wrong_signer_is_refused_by_what_is_wrong_with_it(bundle: Path, trust:
 
 
 def test_two_release_keys_must_sign_where_the_root_says_two(tmp_path: Path) -> None:
-    first, second = keys.new_private_key("ed25519"), keys.new_private_key("ed25519")
-    publisher = keys.new_private_key("ecdsa-sha2-nistp256")
+    first, second = new_signer("ed25519"), new_signer("ed25519")
+    publisher = new_signer("ecdsa-sha2-nistp256")
     root = make_root(
         1,
-        {"root": [keys.new_private_key("ed25519")], "release": [first, second], "publisher": [publisher]},
+        {"root": [new_signer("ed25519")], "release": [first, second], "publisher": [publisher]},
         {"release": 2},
     )
     path = tmp_path / "b"
@@ -201,7 +202,7 @@ def test_two_release_keys_must_sign_where_the_root_says_two(tmp_path: Path) -> N
 
 def test_a_newer_root_in_the_bundle_is_followed_and_a_stranger_s_is_not(tmp_path: Path) -> None:
     old = make_trust()
-    new_release = keys.new_private_key("ed25519")
+    new_release = new_signer("ed25519")
     roles = {"root": [old.root_key], "release": [new_release], "publisher": [old.publisher_key]}
     second = make_root(2, roles)
     path = tmp_path / "b"
@@ -209,7 +210,7 @@ def test_a_newer_root_in_the_bundle_is_followed_and_a_stranger_s_is_not(tmp_path
     sign(path, Signing(second, (new_release,), old.publisher_key))
     verified = verify(path, old.root, inspector=INSPECTOR)
     assert [root.version for root in verified.new_roots] == [2]
-    usurper = make_root(2, roles | {"root": [keys.new_private_key("ed25519")]})
+    usurper = make_root(2, roles | {"root": [new_signer("ed25519")]})
     replace_member(path, "trust/2.root.json", lambda _: usurper.raw)
     assert _refusal(path, old.root) == "ROOT_NOT_SIGNED_BY_OLD"
 
@@ -295,7 +296,7 @@ def test_a_well_signed_manifest_that_could_be_read_twice_is_refused(
 def test_a_publisher_who_signed_other_files_is_refused(bundle: Path, trust: Trust) -> None:
     found = dict(members_of(bundle))
     other = oms.sign_model("tiny", [oms.Resource("config.json", "0" * 64)], trust.publisher_key)
-    stranger = oms.sign_model("tiny", [], keys.new_private_key("ecdsa-sha2-nistp384"))
+    stranger = oms.sign_model("tiny", [], new_signer("ecdsa-sha2-nistp384"))
     for raw, code in ((other, "OMS_FILES_DIFFER"), (stranger, "OMS_UNKNOWN_KEY")):
         write_members(bundle, list((found | {"oms.sig": raw}).items()))
         forge_manifest(bundle, trust, lambda m, raw=raw: m.update(oms_sha256=sha256(raw)))
