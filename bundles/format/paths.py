@@ -56,23 +56,31 @@ def check_paths(paths: Iterable[str]) -> None:
     """Refuse paths that are bad alone (`check_path`) or together.
 
     Raises:
-        BundleError: as `check_path`, or PATH_DUPLICATE, PATH_CASE_COLLISION (two names that a file system without
-            case would merge), PATH_PREFIX (a file that is also a folder).
+        BundleError: as `check_path`, or PATH_DUPLICATE, PATH_NORMAL_COLLISION and PATH_CASE_COLLISION (two names
+            that a file system which normalises Unicode, or knows no case, would merge), PATH_PREFIX (a file that is
+            also a folder).
     """
+    listed = tuple(paths)
     seen: dict[str, str] = {}
-    folders: set[str] = set()
-    for path in paths:
-        check_path(path)
+    for path in listed:
         folded = _fold(path)
         if folded in seen:
-            code = "PATH_DUPLICATE" if seen[folded] == path else "PATH_CASE_COLLISION"
-            raise BundleError(code, f"the path {path!a} collides with {seen[folded]!a}")
+            raise BundleError(_collision(seen[folded], path), f"the path {path!a} collides with {seen[folded]!a}")
         seen[folded] = path
-        parts = folded.split("/")
-        folders.update("/".join(parts[:i]) for i in range(1, len(parts)))
+    for path in listed:
+        check_path(path)
+    # Only now: a path that was checked is short, and its folders are few.
+    folders = {"/".join(parts[:i]) for parts in (f.split("/") for f in seen) for i in range(1, len(parts))}
     both = sorted(folders & seen.keys())
     if both:
         raise BundleError("PATH_PREFIX", f"the path {seen[both[0]]!a} is a file and a folder")
+
+
+def _collision(one: str, other: str) -> str:
+    if one == other:
+        return "PATH_DUPLICATE"
+    normal = unicodedata.normalize("NFKC", one) == unicodedata.normalize("NFKC", other)
+    return "PATH_NORMAL_COLLISION" if normal else "PATH_CASE_COLLISION"
 
 
 def _is_control(character: str) -> bool:
