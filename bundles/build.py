@@ -8,7 +8,6 @@ key ever signs for bytes that are not there.
 """
 
 import hashlib
-import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -25,12 +24,23 @@ from bundles.content.judge import judge, model_of
 from bundles.durable import replacing
 from bundles.format import manifest as manifests
 from bundles.format.chunks import CHUNK_SIZE, Extent, extents, read_extent
-from bundles.format.container import ContainerWriter, open_source
+from bundles.format.container import ContainerWriter
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest, Resources, Statement
+from bundles.format.members import (
+    END,
+    HEADER,
+    MANIFEST,
+    OMS,
+    encode_hints,
+    end_document,
+    header_hints,
+    root_member,
+)
 from bundles.format.paths import check_paths
+from bundles.format.source import beside
 from bundles.pipeline import Progress, Report, State, stream_payload
-from bundles.reader import END, HEADER, MANIFEST, OMS, BundleReader, end_document, header_hints, root_member
+from bundles.reader import BundleReader
 from bundles.trust import dsse, oms
 from bundles.trust.policy import ENGINE_VERSION, Head
 from bundles.trust.roots import Root, parse
@@ -145,9 +155,8 @@ def sign(path: Path, signing: Signing, *, report: Report = _silent) -> tuple[str
             refused.
     """
     _check_roles(signing)
-    fd = open_source(path)
+    reader = BundleReader(beside(path))
     try:
-        reader = BundleReader(fd)
         head = reader.read_head()
         envelope = dsse.parse(head.envelope, "the signed manifest")
         manifest = manifests.parse(envelope.payload)
@@ -165,7 +174,7 @@ def sign(path: Path, signing: Signing, *, report: Report = _silent) -> tuple[str
         signed = replace(head, roots=_roots(head, signing.root), envelope=envelope.encode(), oms=oms_raw)
         _copy(reader, manifest, signed, path, report)
     finally:
-        os.close(fd)
+        reader.close()
     return tuple(signature.keyid for signature in envelope.signatures)
 
 
@@ -243,8 +252,8 @@ def _copy(reader: BundleReader, manifest: Manifest, head: Head, path: Path, repo
         for document in manifest.documents:
             writer.add(document.member, reader.read_document(document))
         stream_payload(reader, manifest, _CopySink(writer, manifest.chunk_size), at, report)
-        reader.read_end(manifest, head.header)
-        writer.add(END, _compact(end_document(manifest)))
+        reader.read_end()
+        writer.add(END, encode_hints(end_document(manifest, manifest.chunk_count)))
         writer.close()
 
 
@@ -266,7 +275,7 @@ def _write(
     report: Report,
 ) -> None:
     envelope = dsse.Envelope(manifest.encode(), manifests.PAYLOAD_TYPE)
-    head = Head(_compact(header_hints(manifest)), (), envelope.encode(), published)
+    head = Head(encode_hints(header_hints(manifest)), (), envelope.encode(), published)
     at = Progress(State.STREAMING, bytes_total=manifest.total_size, model_version=manifest.reference)
     with replacing(out) as stream:
         writer = ContainerWriter(stream)
@@ -278,7 +287,7 @@ def _write(
                 _write_chunk(writer, files[file.path], extent, digest)
                 at = replace(at, bytes_done=at.bytes_done + extent.length, file=file.path)
                 report(at)
-        writer.add(END, _compact(end_document(manifest)))
+        writer.add(END, encode_hints(end_document(manifest, manifest.chunk_count)))
         writer.close()
 
 
@@ -314,6 +323,7 @@ def _manifest(release: Release, *, files: tuple[File, ...], **parts: object) -> 
         "files": files,
         "total_size": sum(file.size for file in files),
         "volumes": (),
+        "canary_pass_percent": 100,
         "critical": (),
         **parts,
     }
@@ -328,7 +338,3 @@ def _first(error: ValidationError) -> str:
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where} cannot be {first['input']!a}: {first['msg']}"
-
-
-def _compact(value: Mapping[str, object]) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode() + b"\n"

@@ -20,7 +20,6 @@ from bundles.content import forbidden
 from bundles.content.inspector import Inspector, Verdict
 from bundles.content.judge import check_model, judge
 from bundles.format.chunks import BUFFER_SIZE, EMPTY_SHA256, Extent, extents
-from bundles.format.container import ContainerReader
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
 from bundles.reader import BundleReader
@@ -89,6 +88,24 @@ class Sink(Protocol):
         """By path, a read-only descriptor and the size in bytes; of weights it need hold the header only."""
 
 
+class Chunks(Protocol):
+    """Something that hands out chunks: a bundle, or the base that a delta was made against."""
+
+    def open_chunk(self, digest: str, length: int) -> None:
+        """Step to a chunk; its bytes come from `read_into`."""
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill `buffer` from the chunk; how many bytes it got, fewer only at the chunk's end."""
+
+
+class Base(Chunks, Protocol):
+    """The chunks of an older model, for a bundle that leaves them out; in any order, as often as asked."""
+
+    @property
+    def digests(self) -> frozenset[str]:
+        """SHA-256 of every chunk of its manifest, hex."""
+
+
 @dataclass(frozen=True)
 class Accepted:
     """A bundle that passed.
@@ -113,22 +130,23 @@ class Terms:
         now: the clock.
         gate: refuses (BundleError) what is not for here and now; False ends the pass, there is nothing to do.
         inspector: runs engine-inspect.
+        base: finds the base of a delta by its model digest; None where it is not here.
     """
 
     pinned: Root
     now: datetime
     gate: Callable[[Verified], bool]
     inspector: Inspector
+    base: Callable[[str], Base | None] = lambda _: None
 
 
-def read_bundle(fd: int, terms: Terms, sink: Sink, report: Report) -> Accepted | Verified:
+def read_bundle(reader: BundleReader, terms: Terms, sink: Sink, report: Report) -> Accepted | Verified:
     """Take an open bundle through all steps; what passed, or just the manifest when the gate ended it.
 
     Raises:
         BundleError: every code of docs/bundle-format.md.
     """
     report(Progress(State.QUARANTINE))
-    reader = BundleReader(fd)
     head = reader.read_head()
     verified = verify_head(head, terms.pinned, terms.now)
     manifest = verified.manifest
@@ -143,19 +161,24 @@ def read_bundle(fd: int, terms: Terms, sink: Sink, report: Report) -> Accepted |
         return verified
     forbidden.check_names(file.path for file in manifest.files)
     report(replace(at, state=State.POLICY))
-    reader.expect(manifest)
+    base = terms.base(manifest.base) if manifest.base is not None else None
+    reader.expect(manifest, base.digests if base is not None else frozenset())
     for document in manifest.documents:
         sink.keep(document.sha256, reader.read_document(document))
-    stream_payload(reader, manifest, sink, replace(at, state=State.STREAMING), report)
-    reader.read_end(manifest, head.header)
+    stream_payload(reader, manifest, sink, replace(at, state=State.STREAMING), report, base)
+    reader.read_end()
     report(replace(at, state=State.CONTENT, bytes_done=manifest.total_size))
     verdict = judge(sink.files(), terms.inspector)
     check_model(manifest.model, verdict, {file.path: file.sha256 for file in manifest.files})
     return Accepted(verified, head, verdict)
 
 
-def stream_payload(reader: BundleReader, manifest: Manifest, sink: Sink, at: Progress, report: Report) -> None:
+def stream_payload(
+    reader: BundleReader, manifest: Manifest, sink: Sink, at: Progress, report: Report, base: Base | None = None
+) -> None:
     """Read, hash and hand over every chunk, in manifest order; `report` is told `at` as it advances.
+
+    A chunk that a delta leaves out comes from `base`, and is hashed like any other.
 
     Raises:
         BundleError: CHUNK_DIGEST, FILE_DIGEST, the CONTAINER codes.
@@ -167,8 +190,9 @@ def stream_payload(reader: BundleReader, manifest: Manifest, sink: Sink, at: Pro
             whole = hashlib.sha256()
             checks: deque[tuple[int, Future[None]]] = deque()
             for extent, digest in zip(extents(file.size, manifest.chunk_size), file.chunks, strict=True):
-                reader.open_chunk(digest, extent.length)
-                check = ring.pass_chunk(reader.container, extent, digest, _Work(file, whole, sink))
+                chunks: Chunks = reader if base is None or reader.carries(digest) else base
+                chunks.open_chunk(digest, extent.length)
+                check = ring.pass_chunk(chunks, extent, digest, _Work(file, whole, sink))
                 checks.append((extent.length, check))
                 at = _advance(at, file, checks, report, wait=False)
             ring.drain()
@@ -212,15 +236,15 @@ class _Ring:
         self._turn = cycle(range(RING_BUFFERS))
         self._chunk_lane, self._file_lane, self._sink_lane = lanes
 
-    def pass_chunk(self, container: ContainerReader, extent: Extent, digest: str, work: _Work) -> Future[None]:
-        """Send the current member through the workers; the future of its digest's check."""
+    def pass_chunk(self, chunks: Chunks, extent: Extent, digest: str, work: _Work) -> Future[None]:
+        """Send the current chunk through the workers; the future of its digest's check."""
         chunk = hashlib.sha256()
         end, slot = extent.offset + extent.length, 0
         position = extent.offset
         while position < end:
             slot = next(self._turn)
             self._wait(slot)
-            block = self._buffers[slot][: container.read_into(self._buffers[slot])]
+            block = self._buffers[slot][: chunks.read_into(self._buffers[slot])]
             pending = self._pending[slot]
             pending.append(self._chunk_lane.submit(chunk.update, block))
             if len(work.file.chunks) > 1:

@@ -1,89 +1,144 @@
-"""Reads a bundle's members in their one order; what comes out of order, twice or unlisted is refused."""
+"""Reads a bundle's members in their one order, over all its volumes; what is out of order or unlisted is refused.
+
+    reader = BundleReader(beside(Path("demo.bundle")))
+    head = reader.read_head()          # nothing of it is believed
+    reader.expect(manifest)            # parsed from what verified
+    ...                                # read_document, open_chunk and read_into, or skip_chunk, in manifest order
+    reader.read_end()
+
+Sources are one volume's file or one folder each; this reader knows no difference between them.
+"""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
 
-from bundles.format import strict_json
-from bundles.format.container import ContainerReader, Member
+from bundles.format import members, strict_json
+from bundles.format.container import Member
 from bundles.format.errors import BundleError
-from bundles.format.manifest import Document, Manifest
+from bundles.format.manifest import Document, Manifest, Volume
+from bundles.format.members import FIXED, MAX_HEADER, TrustHead
+from bundles.format.source import Source, open_source
 from bundles.trust.oms import MAX_SIGNATURE
 from bundles.trust.policy import Head
 from bundles.trust.roots import MAX_ROOT, MAX_ROOTS
 
-HEADER = "header.json"
-REVOCATION = "trust/revocation.json"
-MANIFEST = "manifest.dsse.json"
-OMS = "oms.sig"
-END = "end.json"
-FORMAT = "cloister.bundle"
-FORMAT_VERSION = 1
-MAX_HEADER = 4096
-MAX_ENVELOPE = 44 * 1024 * 1024
-_FIXED = frozenset({HEADER, REVOCATION, MANIFEST, OMS, END})
-
-
-def root_member(version: int) -> str:
-    """The member name of a trust root."""
-    return f"trust/{version}.root.json"
-
-
-def header_hints(manifest: Manifest) -> dict[str, object]:
-    """What `header.json` says: hints for people and tools, believed by nobody."""
-    return {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "bundle_id": manifest.bundle_id,
-        "kind": manifest.kind,
-        "name": manifest.name,
-        "version": manifest.version,
-        "total_size": manifest.total_size,
-    }
-
-
-def end_document(manifest: Manifest) -> dict[str, object]:
-    """What `end.json` must say."""
-    return {"bundle_id": manifest.bundle_id, "chunks": sum(len(file.chunks) for file in manifest.files)}
+_THE_END = "the end"
 
 
 class BundleReader:
-    """The members of an open bundle, front to back, once.
+    """The members of a bundle, front to back, once.
 
     Args:
-        fd: a regular file; the caller closes it.
+        volumes: opens a volume by its number, from 1; asked for the next one when the one before is at its end and
+            closed. It may wait for a medium, and raise.
     """
 
-    def __init__(self, fd: int) -> None:
-        self.container = ContainerReader(fd)
+    def __init__(self, volumes: Callable[[int], Source]) -> None:
+        self._volumes = volumes
+        self._volume = 1
+        self._source = volumes(1)
+        self._read_before = 0
         self._ahead: Member | None = None
         self._seen: set[str] = set()
-        self._listed: frozenset[str] = _FIXED
+        self._manifest: Manifest | None = None
+        self._listed = FIXED
+        self._carried: frozenset[str] = frozenset()
+        self._plan: tuple[Volume, ...] = ()
+        self._chunks_left = 0
+        self._kind = ""
+        self.header = b""
 
-    def read_head(self) -> Head:
-        """Everything before the documents; nothing of it is believed yet.
+    @property
+    def bytes_read(self) -> int:
+        """All bytes taken from the media so far."""
+        return self._read_before + self._source.bytes_read
+
+    def close(self) -> None:
+        """Close the volume that is open."""
+        self._source.close()
+
+    def read_header(self) -> str:
+        """Read the first member; the kind of bundle that it says this is: model, adapter, draft or trust.
 
         Raises:
-            BundleError: HEADER_FORMAT, the CONTAINER and JSON codes.
+            BundleError: HEADER_FORMAT, VOLUME_ORDER, the CONTAINER and JSON codes.
         """
-        header = self._read(HEADER, MAX_HEADER)
-        hints = strict_json.parse_object(header, HEADER)
-        if (hints.get("format"), hints.get("format_version")) != (FORMAT, FORMAT_VERSION):
-            raise BundleError("HEADER_FORMAT", "this is no bundle of a format that this version reads")
+        self.header = self._read(members.HEADER, MAX_HEADER)
+        self._kind = members.check_first(self.header)
+        return self._kind
+
+    def read_head(self) -> Head:
+        """Everything before the documents, and the header unless it was read; nothing of it is believed yet.
+
+        Raises:
+            BundleError: HEADER_FORMAT, VOLUME_ORDER, the CONTAINER and JSON codes.
+        """
+        if (self._kind or self.read_header()) == members.TRUST:
+            raise BundleError("HEADER_FORMAT", "this is a trust bundle, which holds no model")
         roots = tuple(self._roots())
-        if self._peek() == REVOCATION:
-            raise BundleError("REVOCATION_UNREADABLE", "the bundle carries revocations; it needs a newer Cloister")
-        envelope = self._read(MANIFEST, MAX_ENVELOPE)
+        revocation = self._revocation()
+        envelope = self._read(members.MANIFEST, members.MAX_ENVELOPE)
         found = self._peek() or ""
         if found in self._seen or found.startswith("trust/"):
-            raise self._refusal(found, OMS)
-        oms = self._read(OMS, MAX_SIGNATURE) if found == OMS else None
-        return Head(header, roots, envelope, oms)
+            raise self._refusal(found, members.OMS)
+        oms = self._read(members.OMS, MAX_SIGNATURE) if found == members.OMS else None
+        return Head(self.header, roots, envelope, oms, revocation)
 
-    def expect(self, manifest: Manifest) -> None:
-        """Take the verified manifest, which decides what may come next."""
-        names = {document.member for document in manifest.documents}
-        names.update(f"c/{digest}" for file in manifest.files for digest in file.chunks)
-        self._listed = _FIXED | names
+    def read_trust(self) -> TrustHead:
+        """All of a trust bundle behind the header that `read_header` read; nothing of it is believed yet.
+
+        Raises:
+            BundleError: HEADER_FORMAT, BUNDLE_MIXED, the CONTAINER and JSON codes.
+        """
+        if not members.same(strict_json.parse_object(self.header, members.HEADER), members.trust_header()):
+            raise BundleError("HEADER_FORMAT", "this is no trust bundle of a format that this version reads")
+        roots = tuple(self._roots())
+        revocation = self._revocation()
+        documents = len(roots) + (revocation is not None)
+        if not documents and self._peek() == members.END:
+            raise BundleError("CONTAINER_MISSING", "the trust bundle has neither a root nor revocations")
+        self._read_end_document(members.trust_end(documents), "BUNDLE_MIXED")
+        return TrustHead(self.header, roots, revocation)
+
+    def expect(self, manifest: Manifest, base_chunks: frozenset[str] = frozenset()) -> None:
+        """Take the verified manifest, which decides what may come next.
+
+        Args:
+            manifest: as it verified.
+            base_chunks: digests of all chunks of the base that a delta names; they are not in the bundle.
+
+        Raises:
+            BundleError: BUNDLE_MIXED, BASE_ABSENT, MANIFEST_VOLUMES, CONTAINER_UNLISTED.
+        """
+        hints = strict_json.parse_object(self.header, members.HEADER)
+        if not members.same(hints, members.header_hints(manifest)):
+            raise BundleError(
+                "BUNDLE_MIXED", f"{members.HEADER} and the signed manifest belong to different bundles"
+            )
+        if manifest.base is not None and not base_chunks:
+            raise BundleError(
+                "BASE_ABSENT",
+                f"the bundle holds only what changed since the model {manifest.base[:12]}.., which is not here; "
+                "import that one first, or carry in the whole bundle",
+            )
+        absent = base_chunks if manifest.base is not None else frozenset()
+        digests = (digest for file in manifest.files for digest in file.chunks)
+        self._carried = frozenset(digest for digest in digests if digest not in absent)
+        chunks = sum(digest in self._carried for file in manifest.files for digest in file.chunks)
+        plan = manifest.volumes or (Volume(index=1, chunks=chunks),)
+        if sum(volume.chunks for volume in plan) != chunks:
+            raise BundleError(
+                "MANIFEST_VOLUMES", f"the volumes do not carry {chunks} chunks, which the base lacks"
+            )
+        self._manifest, self._plan = manifest, plan
+        self._listed = FIXED | {document.member for document in manifest.documents}
+        self._arrange([document.member for document in manifest.documents])
+
+    def carries(self, digest: str) -> bool:
+        """Whether a chunk of the manifest is in the bundle, and not left to the base."""
+        return digest in self._carried
 
     def read_document(self, document: Document) -> bytes:
         """An attestation or licence, verified.
@@ -92,56 +147,112 @@ class BundleReader:
             BundleError: DOCUMENT_DIGEST, the CONTAINER codes.
         """
         self._open(document.member, document.size)
-        content = self.container.read(document.size)
+        content = self._source.read(document.size)
         if hashlib.sha256(content).hexdigest() != document.sha256:
             raise BundleError("DOCUMENT_DIGEST", f"{document.member} is not the document that the manifest names")
         return content
 
     def open_chunk(self, digest: str, length: int) -> None:
-        """Step to a chunk; its bytes come from `container.read_into`.
+        """Step to a chunk, in the next volume where this one has no more; its bytes come from `read_into`.
 
         Raises:
-            BundleError: the CONTAINER codes.
+            BundleError: the CONTAINER and VOLUME codes, and what the next volume's opening raises.
         """
-        self._open(f"c/{digest}", length)
+        while self._chunks_left == 0 and self._volume < len(self._plan):
+            self._next_volume()
+        self._open(members.chunk_member(digest), length)
+        self._chunks_left -= 1
 
-    def read_end(self, manifest: Manifest, header: bytes) -> None:
-        """The last member and the end of the file.
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill `buffer` from the chunk; how many bytes it got, fewer only at the chunk's end.
 
         Raises:
-            BundleError: BUNDLE_MIXED, the CONTAINER and JSON codes.
+            BundleError: CONTAINER_TRUNCATED, SOURCE_CHANGED, SOURCE_UNREADABLE.
         """
-        end = strict_json.parse_object(self._read(END, MAX_HEADER), END)
-        hints = strict_json.parse_object(header, HEADER)
-        if end != end_document(manifest) or hints != header_hints(manifest):
+        return self._source.read_into(buffer)
+
+    def skip_chunk(self, digest: str, length: int) -> None:
+        """Step over a chunk that is not needed any more; its bytes are not read.
+
+        Raises:
+            BundleError: as `open_chunk`.
+        """
+        self.open_chunk(digest, length)
+        self._source.skip()
+
+    def read_end(self) -> None:
+        """The last member and the end of the last volume.
+
+        Raises:
+            BundleError: BUNDLE_MIXED, VOLUME_MIXED, the CONTAINER and JSON codes.
+        """
+        self._end_volume()
+
+    def _next_volume(self) -> None:
+        """Close this volume, once it is known to end as it must, and open the next."""
+        self._end_volume()
+        self._source.close()
+        self._read_before += self._source.bytes_read
+        self._source, self._volume = self._volumes(self._volume + 1), self._volume + 1
+        self._ahead = None
+        self._seen = set()
+        members.check_volume(self._read(members.HEADER, MAX_HEADER), self._known, self._volume)
+        self._arrange([])
+
+    def _end_volume(self) -> None:
+        expected = members.end_document(self._known, self._plan[self._volume - 1].chunks, self._volume)
+        self._read_end_document(expected, "VOLUME_MIXED" if len(self._plan) > 1 else "BUNDLE_MIXED")
+
+    def _read_end_document(self, expected: dict[str, object], code: str) -> None:
+        if not members.same(strict_json.parse_object(self._read(members.END, MAX_HEADER), members.END), expected):
             raise BundleError(
-                "BUNDLE_MIXED", "the bundle's first, signed and last parts belong to different bundles"
+                code, f"{members.END} does not belong to what is before it: parts of two bundles or volumes"
             )
         found = self._peek()
         if found is not None:
-            raise self._refusal(found, "the end")
+            raise self._refusal(found, _THE_END)
+
+    def _arrange(self, documents: list[str]) -> None:
+        """Tell the volume which members follow, and count its chunks."""
+        before = sum(volume.chunks for volume in self._plan[: self._volume - 1])
+        self._chunks_left = self._plan[self._volume - 1].chunks
+        carried = (d for file in self._known.files for d in file.chunks if d in self._carried)
+        chunks = islice(carried, before, before + self._chunks_left)
+        names = (*documents, *map(members.chunk_member, chunks))
+        self._ahead = self._source.arrange(names, self._ahead)
+
+    @property
+    def _known(self) -> Manifest:
+        if self._manifest is None:
+            raise RuntimeError("what follows the head is read after expect()")
+        return self._manifest
 
     def _roots(self) -> Iterator[bytes]:
         previous = 0
         for _ in range(MAX_ROOTS + 1):
             name = self._peek() or ""
-            number = name.removeprefix("trust/").removesuffix(".root.json")
-            if not number.isdecimal() or name != root_member(int(number)):
+            version = members.root_version(name)
+            if version is None:
                 return
-            if int(number) <= previous:
+            if version <= previous:
                 raise self._refusal(name, "a newer trust root")
-            previous = int(number)
+            previous = version
             yield self._read(name, MAX_ROOT)
         raise BundleError("CONTAINER_UNLISTED", f"the bundle carries over {MAX_ROOTS} trust roots")
 
+    def _revocation(self) -> bytes | None:
+        return (
+            self._read(members.REVOCATION, members.MAX_REVOCATION) if self._peek() == members.REVOCATION else None
+        )
+
     def _peek(self) -> str | None:
         if self._ahead is None:
-            self._ahead = self.container.next()
+            self._ahead = self._source.next()
         return self._ahead.name if self._ahead else None
 
     def _read(self, name: str, limit: int) -> bytes:
         self._take(name)
-        return self.container.read(limit)
+        return self._source.read(limit)
 
     def _open(self, name: str, size: int) -> None:
         member = self._take(name)
@@ -157,10 +268,31 @@ class BundleReader:
         return member
 
     def _refusal(self, found: str | None, expected: str) -> BundleError:
-        if found is None or (found == END and expected != "the end"):
+        if found is None or (found == members.END and expected != _THE_END):
             return BundleError("CONTAINER_MISSING", f"the bundle ends where {expected} must be")
         if found in self._seen:
             return BundleError("CONTAINER_DUPLICATE", f"the bundle holds {found} twice")
-        if found in self._listed or found.startswith("trust/"):
+        if found in self._listed or found.startswith("trust/") or found.removeprefix("c/") in self._carried:
             return BundleError("CONTAINER_ORDER", f"the bundle has {found} where {expected} must be")
         return BundleError("CONTAINER_UNLISTED", f"the bundle has {found}, which no manifest lists")
+
+
+def open_volume(path: Path, manifest: Manifest, wanted: int) -> Source:
+    """Open a medium that must be volume `wanted` of this bundle, ready to be read from its beginning.
+
+    Raises:
+        BundleError: VOLUME_ORDER, VOLUME_MIXED, HEADER_FORMAT, the SOURCE, CONTAINER and JSON codes.
+    """
+    source = open_source(path)
+    try:
+        first = source.next()
+        if first is None or first.name != members.HEADER:
+            raise BundleError(
+                "HEADER_FORMAT", f"{path} is no volume of a bundle: it does not begin with {members.HEADER}"
+            )
+        members.check_volume(source.read(MAX_HEADER), manifest, wanted)
+        source.rewind()
+    except BundleError:
+        source.close()
+        raise
+    return source

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from bundles.format import manifest as manifests
 from bundles.format import strict_json
 from bundles.format.chunks import digest_file
-from bundles.format.container import open_source
+from bundles.format.container import open_file
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Canary, Document, File, Licence
 
@@ -43,7 +43,7 @@ def opened(folder: Path) -> Iterator[dict[str, int]]:
     with ExitStack() as stack:
         files = {}
         for path in sorted(_visible(folder)):
-            files[path] = open_source(folder / path)
+            files[path] = open_file(folder / path)
             stack.callback(os.close, files[path])
         if not files:
             raise BundleError("SOURCE_UNREADABLE", f"{folder} is not a folder with files in it")
@@ -137,6 +137,6 @@ def read_optional(path: Path) -> bytes | None:
     """
     if not path.exists():
         return None
-    fd = open_source(path)
+    fd = open_file(path)
     with open(fd, "rb") as stream:
         return stream.read()

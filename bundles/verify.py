@@ -8,7 +8,7 @@ Verification is the importer's own pass with a sink that keeps only what judging
 import hashlib
 import os
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,9 +16,9 @@ from pathlib import Path
 from bundles.content.inspector import Inspector
 from bundles.content.safetensors import header_end
 from bundles.format import manifest as manifests
-from bundles.format.container import open_source
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
+from bundles.format.source import beside
 from bundles.pipeline import Progress, Report, Terms, read_bundle
 from bundles.reader import BundleReader
 from bundles.trust import dsse
@@ -57,13 +57,12 @@ def verify(
         return True
 
     terms = Terms(pinned, site.now, gate, inspector or Inspector())
-    fd = open_source(path)
     sink = MemorySink()
     try:
-        accepted = read_bundle(fd, terms, sink, report)
+        with closing(BundleReader(beside(path))) as reader:
+            accepted = read_bundle(reader, terms, sink, report)
     finally:
         sink.close()
-        os.close(fd)
     return accepted if isinstance(accepted, Verified) else accepted.verified
 
 
@@ -147,11 +146,8 @@ def inspect(path: Path, pinned: Root | None = None) -> Inspection:
     Raises:
         BundleError: the head cannot be read.
     """
-    fd = open_source(path)
-    try:
-        head = BundleReader(fd).read_head()
-    finally:
-        os.close(fd)
+    with closing(BundleReader(beside(path))) as reader:
+        head = reader.read_head()
     envelope = dsse.parse(head.envelope, "the signed manifest")
     verified, refusal = None, None
     if pinned is not None:

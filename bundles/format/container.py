@@ -9,8 +9,9 @@ Source: POSIX.1-2017, pax, "ustar Interchange Format".
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from bundles.format.errors import BundleError
 
@@ -121,18 +122,27 @@ class ContainerWriter:
         self._padding = 0
 
 
-def open_source(path: Path) -> int:
-    """Open a bundle for reading, itself and not what a link points to; the caller closes the descriptor.
+def open_unfollowed(path: Path) -> int:
+    """Open what is at `path` for reading, itself and not what a link points to; the caller closes the descriptor.
 
     Raises:
-        BundleError: SOURCE_SYMLINK, SOURCE_NOT_FILE, SOURCE_UNREADABLE.
+        BundleError: SOURCE_SYMLINK, SOURCE_UNREADABLE.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         if path.is_symlink():
             raise BundleError("SOURCE_SYMLINK", f"{path} is a symbolic link; name the file itself") from None
         raise BundleError("SOURCE_UNREADABLE", f"{path}: {error.strerror}") from None
+
+
+def open_file(path: Path) -> int:
+    """Open a regular file as `open_unfollowed` does.
+
+    Raises:
+        BundleError: SOURCE_SYMLINK, SOURCE_NOT_FILE, SOURCE_UNREADABLE.
+    """
+    fd = open_unfollowed(path)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
         raise BundleError("SOURCE_NOT_FILE", f"{path} is not a regular file")
@@ -140,10 +150,10 @@ def open_source(path: Path) -> int:
 
 
 class ContainerReader:
-    """Reads members of an open file in order, from its beginning, once.
+    """Reads members of an open file in order, from its beginning; a `Source`.
 
     Args:
-        fd: a regular file; read with pread, so its position does not matter. The caller closes it.
+        fd: a regular file, which `close` closes; read with pread, so its position does not matter.
 
     Attributes:
         bytes_read: all bytes taken from the file so far.
@@ -152,10 +162,24 @@ class ContainerReader:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._size = os.fstat(fd).st_size
-        self._left = 0
-        self._padding = 0
-        self._name = "the first member"
         self.bytes_read = 0
+        self.rewind()
+
+    def rewind(self) -> None:
+        """See `Source`."""
+        self._at = self._left = self._padding = 0
+        self._name = "the first member"
+
+    def arrange(self, names: Iterable[str], ahead: Member | None) -> Member | None:
+        """See `Source`; a file has an order of its own."""
+        del names
+        return ahead
+
+    def close(self) -> None:
+        """See `Source`."""
+        if self._fd >= 0:
+            os.close(self._fd)
+        self._fd = -1
 
     def next(self) -> Member | None:
         """The next member; None at the end, which is then known to be the end of the file.
@@ -164,16 +188,23 @@ class ContainerReader:
             BundleError: one of the CONTAINER codes, SOURCE_CHANGED, SOURCE_UNREADABLE.
         """
         self._end_member()
-        if self.bytes_read == self._size:
+        if self._at == self._size:
             code = "CONTAINER_NO_END" if self._size else "CONTAINER_TRUNCATED"
             raise BundleError(code, "the bundle has no end marker; it is cut short: copy it again")
         header = self._take(BLOCK)
         if not any(header):
             self._finish()
             return None
-        member = _decode_header(header, first=self.bytes_read == BLOCK)
+        member = _decode_header(header, first=self._at == BLOCK)
         self._name, self._left, self._padding = member.name, member.size, -member.size % BLOCK
         return member
+
+    def skip(self) -> None:
+        """See `Source`."""
+        if self._at + self._left > self._size:
+            self._refuse_early_end()
+        self._at += self._left
+        self._left = 0
 
     def read(self, limit: int) -> bytes:
         """The whole content of the current member, which may not be larger than `limit` bytes.
@@ -208,9 +239,9 @@ class ContainerReader:
             raise BundleError("CONTAINER_PADDING", f"bytes are hidden behind {self._name}")
 
     def _finish(self) -> None:
-        if self._size - self.bytes_read < BLOCK:
+        if self._size - self._at < BLOCK:
             raise BundleError("CONTAINER_NO_END", "half of the end marker is missing; copy the bundle again")
-        if any(self._take(BLOCK)) or self.bytes_read != self._size:
+        if any(self._take(BLOCK)) or self._at != self._size:
             raise BundleError("CONTAINER_TRAILING", "there are bytes after the bundle's end")
         if os.fstat(self._fd).st_size != self._size:
             raise BundleError("SOURCE_CHANGED", "the bundle changed its size while it was read; repeat")
@@ -224,15 +255,16 @@ class ContainerReader:
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._fd, [buffer[done:]], self.bytes_read)
+                count = os.preadv(self._fd, [buffer[done:]], self._at)
             except OSError as error:
                 raise BundleError("SOURCE_UNREADABLE", f"the medium cannot be read: {error.strerror}") from None
             if count == 0:
                 self._refuse_early_end()
             done += count
+            self._at += count
             self.bytes_read += count
 
-    def _refuse_early_end(self) -> None:
+    def _refuse_early_end(self) -> NoReturn:
         if os.fstat(self._fd).st_size != self._size:
             raise BundleError("SOURCE_CHANGED", "the bundle changed its size while it was read; repeat")
         raise BundleError("CONTAINER_TRUNCATED", f"the bundle ends inside {self._name}; copy it again")

@@ -20,7 +20,8 @@ SCHEMA = "cloister.bundle/1"
 PAYLOAD_TYPE = "application/vnd.cloister.bundle-manifest.v1+json"
 PRODUCT = "cloister"
 MAX_MANIFEST = 32 * 1024 * 1024
-MAX_FILES = 500  # each is held open while the model is judged
+MAX_FILES = 100_000
+MAX_VOLUMES = 999
 MAX_TOTAL = 2**50
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -120,16 +121,16 @@ class Document(_Strict):
 
 
 class Licence(Document):
-    """A licence and its SPDX expression; `accept`, to ask an operator before first use, is reserved and false."""
+    """A licence and its SPDX expression; where `accept` says so, an operator accepts it before first use."""
 
     spdx: Spdx
     accept: bool
 
 
 class Volume(_Strict):
-    """One of several files that a bundle is split into; readers of this version accept whole bundles only."""
+    """One of several files that a bundle is split into: its number, from 1, and how many chunks it carries."""
 
-    index: Annotated[int, Field(ge=1)]
+    index: Annotated[int, Field(ge=1, le=MAX_VOLUMES)]
     chunks: Annotated[int, Field(ge=0)]
 
 
@@ -145,7 +146,7 @@ class Canary(_Strict):
 
     messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=64)]
     expected: Text
-    match: Literal["exact", "prefix", "contains", "json"]
+    match: Literal["exact", "prefix", "contains", "json", "json_fields"]
     max_tokens: Annotated[int, Field(gt=0, le=4096)]
 
 
@@ -177,12 +178,18 @@ class Manifest(_Strict):
     attestations: tuple[Document, ...]
     licences: tuple[Licence, ...]
     canary: tuple[Canary, ...]
+    canary_pass_percent: Annotated[int, Field(ge=0, le=100)]
     critical: tuple[Annotated[str, Field(max_length=64)], ...]
 
     @property
     def reference(self) -> str:
         """name@version."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def chunk_count(self) -> int:
+        """Chunks of all files, each as often as it occurs."""
+        return sum(len(file.chunks) for file in self.files)
 
     @property
     def documents(self) -> tuple[Document, ...]:
@@ -199,8 +206,7 @@ def parse(raw: bytes) -> Manifest:
 
     Raises:
         BundleError: MANIFEST_TOO_LARGE, MANIFEST_SCHEMA, MANIFEST_CRITICAL, MANIFEST_FILES, MANIFEST_SIZES,
-            MANIFEST_DOCUMENTS, BUNDLE_VOLUMES, BASE_ABSENT, LICENCE_MISSING, LICENCE_ACCEPTANCE; the JSON and PATH
-            codes.
+            MANIFEST_DOCUMENTS, MANIFEST_REQUIRES, MANIFEST_VOLUMES, LICENCE_MISSING; the JSON and PATH codes.
     """
     if len(raw) > MAX_MANIFEST:
         raise BundleError("MANIFEST_TOO_LARGE", f"the manifest has {len(raw)} bytes, over {MAX_MANIFEST}")
@@ -213,19 +219,33 @@ def parse(raw: bytes) -> Manifest:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
         raise BundleError("MANIFEST_SCHEMA", f"the manifest's {where or 'whole'}: {first['msg']}") from None
-    _check_scope(manifest)
+    _check_kind(manifest)
     _check_files(manifest)
+    _check_volumes(manifest)
     _check_documents(manifest)
     return manifest
 
 
-def _check_scope(manifest: Manifest) -> None:
-    if manifest.volumes:
-        raise BundleError("BUNDLE_VOLUMES", "the bundle is split into volumes; join it on the build side")
-    if manifest.base is not None:
+def _check_kind(manifest: Manifest) -> None:
+    if (manifest.kind == "model") == bool(manifest.requires):
         raise BundleError(
-            "BASE_ABSENT", "the bundle holds only what changed since another; carry in the whole one"
+            "MANIFEST_REQUIRES",
+            f"the bundle holds {'a' if manifest.kind != 'adapter' else 'an'} {manifest.kind} and requires "
+            f"{len(manifest.requires)} models; an adapter or draft requires some, a model none",
         )
+
+
+def _check_volumes(manifest: Manifest) -> None:
+    volumes = manifest.volumes
+    if not volumes:
+        return
+    if len(volumes) == 1 or [volume.index for volume in volumes] != list(range(1, len(volumes) + 1)):
+        raise BundleError("MANIFEST_VOLUMES", "the manifest's volumes are not numbered 1, 2, .. or are only one")
+    if not all(volume.chunks for volume in volumes[1:]):
+        raise BundleError("MANIFEST_VOLUMES", "the manifest has a volume after the first that carries no chunk")
+    chunks, carried = manifest.chunk_count, sum(volume.chunks for volume in volumes)
+    if carried != chunks and (manifest.base is None or carried > chunks):
+        raise BundleError("MANIFEST_VOLUMES", f"the volumes carry {carried} chunks, the files have {chunks}")
 
 
 def _check_files(manifest: Manifest) -> None:
@@ -256,8 +276,6 @@ def _check_documents(manifest: Manifest) -> None:
         raise BundleError("MANIFEST_DOCUMENTS", "a document is listed twice or in the wrong folder")
     if not manifest.licences:
         raise BundleError("LICENCE_MISSING", "the manifest names no licence; every bundle states one")
-    if any(licence.accept for licence in manifest.licences):
-        raise BundleError("LICENCE_ACCEPTANCE", "the licence asks for an acceptance; that needs a newer Cloister")
 
 
 def media_type_of(path: str) -> str:

@@ -8,7 +8,6 @@ new state, and starting again completes the floors.
 import errno
 import hashlib
 import logging
-import os
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,13 +16,14 @@ from pathlib import Path
 
 from bundles.content.inspector import Inspector
 from bundles.durable import write_file
-from bundles.format.container import open_source
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Manifest, parse_time
+from bundles.format.source import beside
 from bundles.importer import floors
 from bundles.importer.floors import Floors
 from bundles.importer.ledger import Ledger, ModelVersion
 from bundles.pipeline import Accepted, Progress, Report, State, Terms, read_bundle
+from bundles.reader import BundleReader
 from bundles.store import Staging, Store
 from bundles.trust import roots
 from bundles.trust.policy import Floor, Site, Verified, check_policy
@@ -139,17 +139,17 @@ class _Import:
 
     def carry_out(self, path: Path) -> Progress:
         place = self._place
-        fd = open_source(path)
+        reader = BundleReader(beside(path))
         try:
             staging = Staging(place.store, self._import_id)
             try:
                 terms = Terms(roots.load_pinned(place.trust), place.now(), self._gate, place.inspector)
-                passed = read_bundle(fd, terms, staging, self._advance)
+                passed = read_bundle(reader, terms, staging, self._advance)
                 return self._done() if isinstance(passed, Verified) else self._commit(passed, staging)
             finally:
                 staging.close()
         finally:
-            os.close(fd)
+            reader.close()
 
     def reject(self, error: BundleError) -> Progress:
         """Record the refusal, unless the import is committed: then nothing takes that back."""

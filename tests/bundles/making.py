@@ -5,6 +5,7 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 from bundles.build import Release, Signing, build, sign
 from bundles.content.inspector import Inspector
-from bundles.format.container import ContainerReader, ContainerWriter, open_source
+from bundles.format.container import ContainerReader, ContainerWriter, open_file
 from bundles.format.manifest import PAYLOAD_TYPE
 from bundles.trust import dsse, roots
 from bundles.trust.roots import Root
@@ -99,11 +100,10 @@ def make_bundle(path: Path, trust: Trust, sequence: int = 1, **changes: Any) -> 
 
 
 def members_of(path: Path) -> Members:
-    fd = open_source(path)
-    reader = ContainerReader(fd)
     found = []
-    while (member := reader.next()) is not None:
-        found.append((member.name, reader.read(member.size)))
+    with closing(ContainerReader(open_file(path))) as reader:
+        while (member := reader.next()) is not None:
+            found.append((member.name, reader.read(member.size)))
     return found
 
 

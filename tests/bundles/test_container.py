@@ -4,14 +4,16 @@ import io
 import os
 import tarfile
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bundles.format.container import ContainerReader, ContainerWriter, encode_header, open_source
+from bundles.format.container import ContainerWriter, encode_header, open_file
 from bundles.format.errors import BundleError
+from bundles.format.source import open_source
 from tests.bundles.making import Members, members_of, write_members
 
 _TWO: Members = [("header.json", b"{}"), ("c/abc", b"x" * 700)]
@@ -40,13 +42,9 @@ def _code_of(path: Path, raw: bytes) -> str:
 
 
 def _read_all(path: Path) -> None:
-    fd = open_source(path)
-    reader = ContainerReader(fd)
-    try:
-        while reader.next() is not None:
-            reader.read(1000)
-    finally:
-        os.close(fd)
+    with closing(open_source(path)) as source:
+        while source.next() is not None:
+            source.read(1000)
 
 
 def _raw(members: Members) -> bytes:
@@ -119,7 +117,7 @@ def test_a_hostile_container_is_refused_by_name(
 def test_the_largest_size_announced_is_refused_before_memory_is_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_bytes(encode_header("header.json", 8**11 - 1) + bytes(1024))
-    reader = ContainerReader(open_source(path))
+    reader = open_source(path)
     reader.next()
     with pytest.raises(BundleError, match="CONTAINER_MEMBER_SIZE"):
         reader.read(4096)
@@ -135,7 +133,7 @@ def test_any_flipped_bit_of_a_header_is_refused(tmp_path_factory: pytest.TempPat
     assert _code_of(path, bytes(raw)).startswith("CONTAINER_")
 
 
-def test_a_symbolic_link_a_folder_and_a_fifo_are_no_source(tmp_path: Path) -> None:
+def test_a_symbolic_link_a_folder_and_a_fifo_are_no_file_and_only_a_folder_is_a_source(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "link").symlink_to(tmp_path / "file")
     os.mkfifo(tmp_path / "fifo")
@@ -147,14 +145,18 @@ def test_a_symbolic_link_a_folder_and_a_fifo_are_no_source(tmp_path: Path) -> No
     }
     for name, code in codes.items():
         with pytest.raises(BundleError) as error:
-            open_source(tmp_path / name)
+            open_file(tmp_path / name)
         assert error.value.code == code
+        if name != ".":
+            with pytest.raises(BundleError, match=code):
+                open_source(tmp_path / name)
+    open_source(tmp_path).close()
 
 
 def test_a_source_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_members(path, _TWO)
-    reader = ContainerReader(open_source(path))
+    reader = open_source(path)
     for _ in _TWO:
         reader.next()
         reader.read(1000)
@@ -167,7 +169,7 @@ def test_a_source_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None
 def test_a_source_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x"
     write_members(path, _TWO)
-    reader = ContainerReader(open_source(path))
+    reader = open_source(path)
     reader.next()
     with path.open("r+b") as stream:
         stream.truncate(513)
