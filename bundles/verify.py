@@ -7,19 +7,21 @@ Verification is the importer's own pass with a sink that keeps only what judging
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bundles.content.files import ModelFiles
+from bundles.content.forbidden import HEAD_BYTES, TAIL_BYTES
 from bundles.content.inspector import Inspector
 from bundles.content.safetensors import header_end
 from bundles.format import manifest as manifests
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
 from bundles.format.source import beside
-from bundles.pipeline import Progress, Report, Terms, read_bundle
+from bundles.pipeline import Progress, Report, Sink, Terms, read_bundle
 from bundles.reader import BundleReader
 from bundles.trust import dsse
 from bundles.trust.policy import Site, Verified, check_policy, verify_head
@@ -66,55 +68,66 @@ def verify(
     return accepted if isinstance(accepted, Verified) else accepted.verified
 
 
-class MemorySink:
-    """Keeps in anonymous memory what judging reads: small files whole, of weights the header and a hole."""
+class MemorySink(Sink):
+    """Keeps in anonymous memory what judging reads: small files whole, of weights the header and the end.
+
+    All files lie one after the other in one sparse piece of memory; what is not kept takes none.
+    """
 
     def __init__(self) -> None:
-        self._files: dict[str, tuple[int, int]] = {}
-        self._fd = -1
+        self._fd = os.memfd_create("bundle-files", os.MFD_CLOEXEC)
+        self._begins: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
+        self._at = File.model_construct(path="", size=0)
         self._keep = 0
 
-    def begin(self, file: File) -> None:
-        """See `pipeline.Sink`."""
-        self._fd = os.memfd_create("bundle-file", os.MFD_CLOEXEC)
-        os.ftruncate(self._fd, file.size)
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """See `content.files.ModelFiles`."""
+        return self._sizes
+
+    def read(self, path: str, offset: int, length: int) -> bytes:
+        """See `content.files.ModelFiles`."""
+        wanted = max(0, min(length, self._sizes[path] - offset))
+        return os.pread(self._fd, wanted, self._begins[path] + offset)
+
+    def begin(self, file: File, told: Callable[[int], None]) -> int:
+        """See `pipeline.Sink`; nothing is here already."""
+        self._begins[file.path] = os.lseek(self._fd, 0, os.SEEK_END)
+        self._sizes[file.path] = file.size
+        self._at = file
         self._keep = 0 if file.role == "weights" else file.size
+        os.ftruncate(self._fd, self._begins[file.path] + file.size)
+        return 0
 
     def write(self, offset: int, block: memoryview) -> None:
         """See `pipeline.Sink`."""
         if offset == 0 and self._keep == 0:
             # A header that cannot be is refused in judging; its first bytes are enough for that.
-            self._keep = len(block)
+            self._keep = HEAD_BYTES
             with suppress(BundleError):
-                self._keep = header_end(bytes(block[:8]), os.fstat(self._fd).st_size, "the file")
-        wanted = block[: max(0, self._keep - offset)]
-        if wanted:
-            os.pwrite(self._fd, wanted, offset)
+                self._keep = max(HEAD_BYTES, header_end(bytes(block[:8]), self._at.size, "the file"))
+        tail = self._at.size - TAIL_BYTES
+        self._put(offset, block[: max(0, self._keep - offset)])
+        self._put(max(offset, tail), block[max(0, tail - offset) :])
 
     def end(self, file: File) -> None:
         """See `pipeline.Sink`."""
-        read_only = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC)
-        self._files[file.path] = (read_only, file.size)
-        self._close_current()
 
     def keep(self, digest: str, content: bytes) -> None:
         """See `pipeline.Sink`."""
 
-    def files(self) -> Mapping[str, tuple[int, int]]:
+    def files(self) -> ModelFiles:
         """See `pipeline.Sink`."""
-        return self._files
+        return self
 
     def close(self) -> None:
         """Give the memory back."""
-        self._close_current()
-        for fd, _ in self._files.values():
-            os.close(fd)
-        self._files.clear()
+        os.close(self._fd)
 
-    def _close_current(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
+    def _put(self, offset: int, block: memoryview) -> None:
+        if block:
+            os.pwrite(self._fd, block, self._begins[self._at.path] + offset)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ class FolderFiles:
     """The files of an open folder, opened below it when they are read; the last one stays open.
 
     Args:
-        folder: descriptor of the folder; the caller closes it.
+        folder: descriptor of the folder; `close` closes it.
         names: path below that folder of each file, by its path in the model's folder.
         sizes: bytes, by path in the model's folder.
     """
@@ -56,15 +56,19 @@ class FolderFiles:
         return b"".join(parts)
 
     def close(self) -> None:
-        """Close the file that was read last."""
-        path, fd = self._open
-        self._open = ("", -1)
-        if fd >= 0:
-            os.close(fd)
+        """Close what is open."""
+        self._leave()
+        os.close(self._folder)
 
     def _descriptor(self, path: str) -> int:
         if self._open[0] != path:
-            self.close()
+            self._leave()
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             self._open = (path, os.open(self._names[path], flags, dir_fd=self._folder))
         return self._open[1]
+
+    def _leave(self) -> None:
+        _, fd = self._open
+        self._open = ("", -1)
+        if fd >= 0:
+            os.close(fd)

@@ -1,23 +1,38 @@
 """Asks engine-inspect, a process of its own, what a model's files are; only it parses tokenizers and templates.
 
-It gets open, read-only descriptors and a JSON list of them on standard input, and answers one JSON object. Limits
-are set on it before the list is sent, so nothing hostile is read without them.
+It gets copies of what it reads (configuration, tokenizer, templates, the headers of weights) in one sealed piece
+of memory, and on standard input a JSON list of what is where; it answers one JSON object. So it has no descriptor
+of the store or the medium, whatever it is made to do. Limits are set on it before the list is sent, so nothing
+hostile is read without them.
 """
 
+import fcntl
 import json
 import os
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
+from bundles.content.files import ModelFiles
+from bundles.content.safetensors import header_end
+from bundles.content.text import MAX_TABLE
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
+from bundles.format.manifest import Kind, role_of
 
 MAX_ANSWER = 64 * 1024
 MAX_MESSAGE = 1000
+MAX_PACKED = 160 * 1024 * 1024
+"""Bytes that are handed over; the headers of the largest models have under 20 MB, a tokenizer at most 64 MiB."""
+
+_CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_READ = frozenset({*_CONFIG, *_TOKENIZER})
+_LISTED = frozenset({"weights", "weights-index", "config", "tokenizer", "template"})
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
 # Only what is installed is imported: never a module of the current directory, which may be the bundle's medium.
 _PYTHON = (sys.executable, "-P")
@@ -26,13 +41,23 @@ _ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "LANG", "LC_ALL")
 
 @dataclass(frozen=True)
 class Verdict:
-    """What engine-inspect found a model to be."""
+    """What engine-inspect found a model to be.
+
+    Attributes:
+        architecture: as config.json names it; LoRA for an adapter.
+        max_context_tokens: prompt and answer together; 0 for an adapter.
+        parameters: numbers in all tensors.
+        dtype: number type of most of them.
+        capabilities: generate, chat; none of an adapter.
+        facts: more for people to read, by name; nothing is decided on them.
+    """
 
     architecture: str
     max_context_tokens: int
     parameters: int
     dtype: str
     capabilities: tuple[str, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,19 +71,21 @@ class Inspector:
         memory: bytes of address space.
     """
 
-    command: tuple[str, ...] = (*_PYTHON, "-m", "engine.inspect", "--folder-json", "-")
+    command: tuple[str, ...] = (*_PYTHON, "-m", "engine.inspect")
     timeout: float = 120.0
     cpu_seconds: int = 60
     memory: int = 8 * 2**30
 
-    def inspect(self, files: Mapping[str, int]) -> Verdict:
-        """The verdict on the files behind these descriptors, by path in the model's folder.
+    def inspect(self, files: ModelFiles, kind: Kind) -> Verdict:
+        """The verdict on these files; of a draft, the one on a model.
 
         Raises:
-            BundleError: INSPECT_FAILED, INSPECT_TIMEOUT, or the inspector's own code.
+            BundleError: INSPECT_FAILED, INSPECT_TIMEOUT, CONTENT_TOO_LARGE, SAFETENSORS_HEADER, or the inspector's
+                own code.
         """
-        listing = [{"path": path, "fd": fd} for path, fd in files.items()]
-        status, answer = self._run(json.dumps({"files": listing}).encode(), tuple(files.values()))
+        with _packed(files) as (fd, listing):
+            question = {"kind": "adapter" if kind == "adapter" else "model", "fd": fd, "files": listing}
+            status, answer = self._run(json.dumps(question).encode(), (fd,))
         if status != 0 or len(answer) > MAX_ANSWER:
             raise BundleError("INSPECT_FAILED", f"engine-inspect ended with status {status} and no usable verdict")
         try:
@@ -117,6 +144,50 @@ def _read(verdict: Mapping[str, object]) -> Verdict:
             "parameters": int(parameters),
             "dtype": str(dtype),
             "capabilities": list(capabilities),
+            "facts": dict(facts),
         }:
-            return Verdict(architecture, max_context_tokens, parameters, dtype, tuple(map(str, capabilities)))
+            names = tuple(map(str, capabilities))
+            more = {str(name): str(value) for name, value in facts.items()}
+            return Verdict(architecture, max_context_tokens, parameters, dtype, names, more)
     raise BundleError("INSPECT_FAILED", "engine-inspect answered in an unknown form")
+
+
+@contextmanager
+def _packed(files: ModelFiles) -> Iterator[tuple[int, list[dict[str, object]]]]:
+    """Copies of what engine-inspect reads, in memory that nobody can change, and where each file lies in it."""
+    fd = os.memfd_create("model-files", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        listing: list[dict[str, object]] = []
+        position = 0
+        for path, size in sorted(files.sizes.items()):
+            if role_of(path) not in _LISTED:
+                continue
+            length = _wanted(files, path)
+            if position + length > MAX_PACKED:
+                raise BundleError(
+                    "CONTENT_TOO_LARGE", f"{path!a} and what is before it are over {MAX_PACKED} bytes"
+                )
+            _write(fd, files.read(path, 0, length) if length else b"")
+            listing.append({"path": path, "size": size, "offset": position, "length": length})
+            position += length
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+        yield fd, listing
+    finally:
+        os.close(fd)
+
+
+def _wanted(files: ModelFiles, path: str) -> int:
+    """How many bytes of a file are read, from its beginning."""
+    size = files.sizes[path]
+    if path.lower().endswith(".safetensors"):
+        return header_end(files.read(path, 0, 8), size, path)
+    wanted = path in _READ or path.endswith(".jinja")
+    if wanted and size > MAX_TABLE:
+        raise BundleError("CONTENT_TOO_LARGE", f"{path!a} has {size} bytes, over {MAX_TABLE}")
+    return size if wanted else 0
+
+
+def _write(fd: int, block: bytes) -> None:
+    done = 0
+    while done < len(block):
+        done += os.write(fd, memoryview(block)[done:])

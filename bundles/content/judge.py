@@ -1,47 +1,45 @@
 """The judgement on a model's files, whoever holds them: a builder, a verifier or the importer."""
 
-import os
 from collections.abc import Mapping
+from functools import partial
 
-from bundles.content import forbidden, safetensors
+from bundles.content import forbidden, safetensors, text
+from bundles.content.files import ModelFiles
 from bundles.content.inspector import Inspector, Verdict
-from bundles.format import strict_json
-from bundles.format.chunks import Extent, read_extent
 from bundles.format.errors import BundleError
-from bundles.format.manifest import Model, role_of
-
-_MAGIC_BYTES = 64
-_INSPECTED = frozenset({"weights", "weights-index", "config", "tokenizer", "template"})
-# Data tables, not configuration: engine-inspect parses them under limits.
-_TABLES = frozenset({"tokenizer.json", "vocab.json"})
+from bundles.format.manifest import Kind, Model, role_of
 
 
-def judge(files: Mapping[str, tuple[int, int]], inspector: Inspector) -> Verdict:
-    """Judge a model's files.
+def judge(files: ModelFiles, inspector: Inspector, kind: Kind) -> Verdict:
+    """Judge the files of a model, adapter or draft; of weights only the header and the end are read.
 
     Args:
-        files: by path, a read-only descriptor and the size in bytes; of weights only the header is read here.
+        files: all of them.
         inspector: runs engine-inspect.
+        kind: what they must be; a draft is a model.
 
     Raises:
-        BundleError: the codes of forbidden, safetensors and inspector.
+        BundleError: the codes of forbidden, text, safetensors and inspector.
     """
-    forbidden.check_names(files)
+    forbidden.check_names(files.sizes)
     tensors: dict[str, frozenset[str]] = {}
-    indexes: dict[str, dict[str, object]] = {}
-    for path, (fd, size) in files.items():
-        forbidden.check_magic(path, os.pread(fd, _MAGIC_BYTES, 0))
-        role = role_of(path)
-        if role == "weights":
-            tensors[path] = frozenset(tensor.name for tensor in safetensors.read_tensors(fd, size, path))
-        elif role == "weights-index":
-            indexes[path] = strict_json.parse_object(_content(fd, size, path), path)
-        else:
-            _check_small(path, fd, size)
+    indexes: dict[str, dict[str, str]] = {}
+    for path, size in files.sizes.items():
+        read = partial(files.read, path)
+        forbidden.check_magic(path, read(0, forbidden.HEAD_BYTES))
+        forbidden.check_end(path, size, read)
+        match role_of(path):
+            case "weights":
+                found = safetensors.read_tensors(read, size, path)
+                tensors[path] = frozenset(tensor.name for tensor in found)
+            case "weights-index":
+                indexes[path] = safetensors.read_index(text.content(files, path, safetensors.MAX_INDEX), path)
+            case _:
+                text.check_small(files, path)
     _check_distinct(tensors)
     for path, index in indexes.items():
         safetensors.check_index(index, tensors, path)
-    return inspector.inspect({path: fd for path, (fd, _) in files.items() if role_of(path) in _INSPECTED})
+    return inspector.inspect(files, kind)
 
 
 def model_of(verdict: Verdict, digests: Mapping[str, str]) -> Model:
@@ -69,26 +67,9 @@ def check_model(claimed: Model, verdict: Verdict, digests: Mapping[str, str]) ->
         raise BundleError("MODEL_DIFFERS", f"the manifest states another {differing[0]} than the files have")
 
 
-def _check_small(path: str, fd: int, size: int) -> None:
-    if path.endswith(".model"):
-        return  # a binary table: no engine of ours parses it, and its magic was looked at
-    content = _content(fd, size, path)
-    forbidden.check_text(path, content)
-    if path.endswith(".json") and path.rpartition("/")[2] not in _TABLES:
-        if size > forbidden.MAX_CONFIG:
-            raise BundleError("CONTENT_TOO_LARGE", f"{path!a} is no configuration with {size} bytes")
-        forbidden.check_config(path, content)
-
-
 def _check_distinct(tensors: Mapping[str, frozenset[str]]) -> None:
     seen: set[str] = set()
     for path, names in tensors.items():
         if seen & names:
-            raise BundleError("SAFETENSORS_TENSOR", f"{path} repeats a tensor of another shard")
+            raise BundleError("SAFETENSORS_DUPLICATE", f"{path} repeats a tensor of another shard")
         seen |= names
-
-
-def _content(fd: int, size: int, path: str) -> bytes:
-    if size > forbidden.MAX_SMALL_FILE:
-        raise BundleError("CONTENT_TOO_LARGE", f"{path!a} is too large with {size} bytes; only weights may be")
-    return b"".join(read_extent(fd, Extent(0, size)))

@@ -3,17 +3,18 @@
 Source: safetensors format description (8-byte little-endian header length, JSON header, contiguous data).
 """
 
-import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import NamedTuple
 
-from bundles.format import strict_json
-from bundles.format.chunks import Extent, read_extent
+from bundles.content.text import parse
 from bundles.format.errors import BundleError
 
-MAX_HEADER = 100_000_000
+MAX_HEADER = 16 * 1024 * 1024
+"""Bytes of one header; 120 000 tensors. The format's own limit of 100 MB would take over a gigabyte to parse."""
+
+MAX_INDEX = 32 * 1024 * 1024
 _PREFIX = 8
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
@@ -47,16 +48,20 @@ def header_end(prefix: bytes, size: int, path: str) -> int:
     return _PREFIX + int(length)
 
 
-def read_tensors(fd: int, size: int, path: str) -> tuple[Tensor, ...]:
-    """The tensors of an open file of `size` bytes, in the order of their data.
+def read_tensors(read: Callable[[int, int], bytes], size: int, path: str) -> tuple[Tensor, ...]:
+    """The tensors of a file of `size` bytes, in the order of their data.
+
+    Args:
+        read: the file's bytes at an offset, of a length.
+        size: of the whole file, bytes.
+        path: names the file in errors.
 
     Raises:
-        BundleError: SAFETENSORS_HEADER, SAFETENSORS_TENSOR, SAFETENSORS_OVERLAP, SAFETENSORS_HOLE,
-            SAFETENSORS_SIZE, or a JSON code.
+        BundleError: SAFETENSORS_HEADER, SAFETENSORS_TENSOR, SAFETENSORS_DUPLICATE, SAFETENSORS_OVERLAP,
+            SAFETENSORS_HOLE, SAFETENSORS_SIZE, CONTENT_TOO_LARGE, or a JSON code.
     """
-    end = header_end(os.pread(fd, _PREFIX, 0), size, path)
-    raw = b"".join(read_extent(fd, Extent(_PREFIX, end - _PREFIX)))
-    header = strict_json.parse_object(raw, f"the header of {path}")
+    end = header_end(read(0, _PREFIX), size, path)
+    header = _header(read(_PREFIX, end - _PREFIX), path)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise BundleError("SAFETENSORS_HEADER", f"{path} has metadata that is not text")
@@ -65,6 +70,19 @@ def read_tensors(fd: int, size: int, path: str) -> tuple[Tensor, ...]:
     )
     _check_cover(tensors, size - end, path)
     return tuple(tensors)
+
+
+def _header(raw: bytes, path: str) -> dict[str, object]:
+    """The header, which begins with its brace as every reader of the format demands."""
+    try:
+        header = parse(raw, f"the header of {path}")
+    except BundleError as error:
+        if error.code == "JSON_DUPLICATE_KEY":
+            raise BundleError("SAFETENSORS_DUPLICATE", f"{path} lists a tensor twice") from None
+        raise
+    if not isinstance(header, dict) or not raw.startswith(b"{"):
+        raise BundleError("SAFETENSORS_HEADER", f"{path} has a header that does not begin with an object")
+    return header
 
 
 def _tensor(name: str, entry: object, path: str) -> Tensor:
@@ -98,23 +116,39 @@ def _check_cover(tensors: list[Tensor], data: int, path: str) -> None:
         raise BundleError(code, f"{path} has {data} bytes of data, its tensors need {position}")
 
 
-def check_index(index: Mapping[str, object], shards: Mapping[str, frozenset[str]], path: str) -> None:
-    """Refuse a weights index that names a shard or tensor that is not there.
-
-    Args:
-        index: the parsed `*.safetensors.index.json`.
-        shards: names of the tensors in each weights file, by path.
+def read_index(raw: bytes, path: str) -> dict[str, str]:
+    """The shard of each tensor, as a `*.safetensors.index.json` says.
 
     Raises:
-        BundleError: INDEX_SHARD_ABSENT, INDEX_SCHEMA.
+        BundleError: INDEX_SCHEMA, CONTENT_TOO_LARGE, or a JSON code.
     """
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise BundleError("INDEX_SCHEMA", f"{path} has no weight_map")
+    match parse(raw, path, any_number=True):
+        case {"weight_map": dict(weight_map)} if all(isinstance(shard, str) for shard in weight_map.values()):
+            return weight_map
+    raise BundleError("INDEX_SCHEMA", f"{path} has no weight_map of names to files")
+
+
+def check_index(index: Mapping[str, str], shards: Mapping[str, frozenset[str]], path: str) -> None:
+    """Refuse a weights index that names a shard or tensor that is not there, or leaves one out.
+
+    Args:
+        index: shard by tensor, of `read_index`.
+        shards: names of the tensors in each weights file, by path.
+        path: of the index.
+
+    Raises:
+        BundleError: INDEX_SHARD_ABSENT, INDEX_INCOMPLETE.
+    """
     folder = path.rpartition("/")[0]
-    for tensor, shard in weight_map.items():
-        full = f"{folder}/{shard}" if folder else str(shard)
+    for tensor, shard in index.items():
+        full = f"{folder}/{shard}" if folder else shard
         if full not in shards:
             raise BundleError("INDEX_SHARD_ABSENT", f"{path} names the shard {full[:120]!a}, which is not there")
         if tensor not in shards[full]:
             raise BundleError("INDEX_SHARD_ABSENT", f"{path} looks for {tensor[:80]!a} in the wrong shard")
+    named = {f"{folder}/{shard}" if folder else shard for shard in index.values()}
+    forgotten = sorted(tensor for shard in named for tensor in shards[shard] - index.keys())
+    if forgotten:
+        raise BundleError(
+            "INDEX_INCOMPLETE", f"{path} leaves out {forgotten[0][:80]!a}, which a shard of it holds"
+        )

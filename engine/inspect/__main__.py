@@ -1,31 +1,29 @@
-"""`python -m engine.inspect --folder-json -`: one question on standard input, one verdict on standard output.
+"""`python -m engine.inspect`: one question on standard input, one verdict on standard output.
 
-The verdict is one JSON object: {"ok": true, ...} with what the model is, or {"ok": false, "code", "message"}. Exit
-status 0 either way; any other means that the files drove the process over its limits, and is a refusal too.
+The verdict is one JSON object: {"ok": true, ...} with what the model or adapter is, or {"ok": false, "code",
+"message"}. Exit status 0 either way; any other means that the files drove the process over its limits, and is a
+refusal too.
 """
 
-import argparse
 import dataclasses
 import json
 import resource
 import sys
 
 from engine.errors import EngineError
-from engine.inspect.folder import read_folder
-from engine.inspect.verdict import judge
+from engine.inspect import adapter, verdict
+from engine.inspect.folder import read_question
+from engine.inspect.verdict import Verdict
 
 _LIMITS = ((resource.RLIMIT_AS, 4 << 30), (resource.RLIMIT_CPU, 60), (resource.RLIMIT_CORE, 0))
 _FORBIDDEN = "torch"
 
 
-def main(argv: list[str] | None = None) -> int:
+def main() -> int:
     """Judge, print, exit."""
-    parser = argparse.ArgumentParser(prog="engine-inspect", description="Judges a model's files.")
-    parser.add_argument("--folder-json", choices=["-"], required=True, help="the question is on standard input")
-    parser.parse_args(argv)
     _limit()
     try:
-        answer = {"ok": True, **dataclasses.asdict(judge(read_folder(sys.stdin.buffer)))}
+        answer = {"ok": True, **dataclasses.asdict(_judge())}
         if _FORBIDDEN in sys.modules:
             raise EngineError("FORBIDDEN_MODULE", f"engine-inspect must never load {_FORBIDDEN}")
     except EngineError as error:
@@ -34,6 +32,11 @@ def main(argv: list[str] | None = None) -> int:
         answer = {"ok": False, "code": "INSPECT_TOO_COSTLY", "message": "judging the files takes too much memory"}
     sys.stdout.write(json.dumps(answer) + "\n")
     return 0
+
+
+def _judge() -> Verdict:
+    question = read_question(sys.stdin.buffer)
+    return (adapter if question.kind == "adapter" else verdict).judge(question.folder)
 
 
 def _limit() -> None:

@@ -1,50 +1,62 @@
-"""A model's files as open descriptors, handed over by whoever asks for a verdict.
+"""A model's files as whoever asks for a verdict hands them over: copies in one sealed piece of memory.
 
-The question is one JSON object on standard input, {"files": [{"path": "config.json", "fd": 5}, ...]}; the
-descriptors are inherited and read-only.
+The question is one JSON object on standard input, {"kind": "model", "fd": 5, "files": [{"path": "config.json",
+"size": 612, "offset": 0, "length": 612}, ...]}. Every file is listed; of weights only the header is there, and of
+what this process does not read, nothing.
 """
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from typing import BinaryIO
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NamedTuple
 
 from engine.errors import EngineError
 
+KINDS = ("model", "adapter")
 _CHUNK = 8 << 20
 
 
+class Entry(NamedTuple):
+    """A file: its path and size, and the bytes of its beginning that are in the memory, from `offset` on."""
+
+    path: str
+    size: int
+    offset: int
+    length: int
+
+
 class Folder:
-    """The files of one model.
+    """The files of one model or adapter.
 
     Args:
-        descriptors: open file descriptors by path.
+        fd: descriptor of the memory that holds them.
+        entries: what is where.
     """
 
-    def __init__(self, descriptors: Mapping[str, int]) -> None:
-        self._descriptors = dict(descriptors)
+    def __init__(self, fd: int, entries: Sequence[Entry]) -> None:
+        self._fd = fd
+        self._entries = {entry.path: entry for entry in entries}
 
     @property
     def paths(self) -> list[str]:
         """Every path, sorted."""
-        return sorted(self._descriptors)
+        return sorted(self._entries)
 
     def matching(self, suffix: str) -> Iterator[str]:
         """The paths that end with `suffix`, sorted."""
-        return (path for path in self.paths if path.endswith(suffix))
+        return (path for path in self.paths if path.lower().endswith(suffix))
 
     def size(self, path: str) -> int:
         """Bytes of a file."""
-        return os.fstat(self._descriptors[path]).st_size
+        return self._entries[path].size
 
     def head(self, path: str, length: int) -> bytes:
-        """The first `length` bytes of a file, or as many as there are."""
+        """The first `length` bytes of a file, or as many as were handed over."""
+        entry = self._entries[path]
         parts: list[bytes] = []
-        position = 0
-        while position < length:
-            part = os.pread(self._descriptors[path], min(_CHUNK, length - position), position)
-            if not part:
-                break
+        position, end = entry.offset, entry.offset + min(length, entry.length)
+        while position < end and (part := os.pread(self._fd, min(_CHUNK, end - position), position)):
             parts.append(part)
             position += len(part)
         return b"".join(parts)
@@ -53,26 +65,46 @@ class Folder:
         """A whole file; None when there is none.
 
         Raises:
-            EngineError: FILE_TOO_LARGE.
+            EngineError: FILE_TOO_LARGE; INVALID_QUESTION, it was not handed over.
         """
-        if path not in self._descriptors:
+        if path not in self._entries:
             return None
-        if self.size(path) > limit:
-            raise EngineError("FILE_TOO_LARGE", f"{path} has {self.size(path)} bytes; {limit} are allowed")
+        entry = self._entries[path]
+        if entry.size > limit:
+            raise EngineError("FILE_TOO_LARGE", f"{path} has {entry.size} bytes; {limit} are allowed")
+        if entry.length != entry.size:
+            raise EngineError("INVALID_QUESTION", f"{path} was not handed over")
         return self.head(path, limit)
 
 
-def read_folder(source: BinaryIO) -> Folder:
-    """The folder that a question names.
+@dataclass(frozen=True)
+class Question:
+    """What is asked: whether these files are a sound model or adapter."""
+
+    kind: str
+    folder: Folder
+
+
+def read_question(source: BinaryIO) -> Question:
+    """The question on standard input.
 
     Raises:
         EngineError: INVALID_QUESTION.
     """
     try:
-        question = json.loads(source.read())
-        files = {str(file["path"]): int(file["fd"]) for file in question["files"]}
-        for descriptor in files.values():
-            os.fstat(descriptor)
+        question: dict[str, Any] = json.loads(source.read())
+        fd = int(question["fd"])
+        size = os.fstat(fd).st_size
+        entries = [_entry(file, size) for file in question["files"]]
+        if question["kind"] not in KINDS:
+            raise ValueError("unknown kind")
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise EngineError("INVALID_QUESTION", "standard input names no open files") from error
-    return Folder(files)
+        raise EngineError("INVALID_QUESTION", "standard input is no question about files") from error
+    return Question(question["kind"], Folder(fd, entries))
+
+
+def _entry(value: dict[str, Any], limit: int) -> Entry:
+    entry = Entry(str(value["path"]), int(value["size"]), int(value["offset"]), int(value["length"]))
+    if not 0 <= entry.length <= entry.size or not 0 <= entry.offset <= limit - entry.length:
+        raise ValueError("a file beyond the memory")
+    return entry

@@ -3,26 +3,28 @@
 The configuration, the tokenizer and the template are judged by the code that will use them.
 """
 
-import math
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from engine.errors import EngineError
 from engine.inspect.folder import Folder
+from engine.inspect.tensors import most_common_dtype, read_tensors
 from engine.models.config import ModelConfig, parse_config
 from engine.models.registry import architecture
 from engine.strict_json import load_object
 from engine.text.conversation import render_marked
 from engine.text.limits import LOAD_CPU_S, cpu_limit
 from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
-from engine.text.template import Message
-from engine.weights.safetensors import TensorEntry, read_header
+from engine.text.template import MAX_SOURCE_CHARS, Message, private_names
+from engine.weights.safetensors import TensorEntry
 
 MAX_CONFIG_BYTES = 1 << 20
-MAX_HEADER_BYTES = 32 << 20
+MAX_SETTINGS_BYTES = 4 << 20  # of the tokenizer, which may have templates in them
 TEMPLATE_LIMIT_S = 2.0
 _CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
-_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_QUANTISATION = ("quantization_config", "compression_config")
+_QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _PROBES = (
     (Message("user", "Which claims are open?"),),
     (Message("user", " Hello. "), Message("assistant", "Good day."), Message("user", "{{ 7 * 7 }} <b>")),
@@ -31,14 +33,15 @@ _PROBES = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a sound model is.
+    """What a sound model or adapter is.
 
     Attributes:
-        architecture: as config.json names it.
-        max_context_tokens: prompt and answer together.
+        architecture: as config.json names it; LoRA for an adapter.
+        max_context_tokens: prompt and answer together; 0 for an adapter.
         parameters: numbers in all tensors.
         dtype: number type of most of them.
-        capabilities: generate, chat.
+        capabilities: generate, chat; none of an adapter.
+        facts: more for people to read, by name.
     """
 
     architecture: str
@@ -46,6 +49,7 @@ class Verdict:
     parameters: int
     dtype: str
     capabilities: tuple[str, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def judge(folder: Folder) -> Verdict:
@@ -55,9 +59,11 @@ def judge(folder: Folder) -> Verdict:
         EngineError: the code and the message say what is wrong with it.
     """
     _refuse_code(folder)
+    _refuse_quantisation(folder)
     config = _config(folder)
-    entries = _tensors(folder)
+    entries = read_tensors(folder)
     _compare(entries, config)
+    _check_templates(folder)
     with cpu_limit(LOAD_CPU_S, "loading the tokenizer and the chat template", "TEXT_TOO_COSTLY"):
         text = load_text_model(lambda path: folder.read(path, MAX_FILE_BYTES), config.max_context_tokens)
     if text.tokenizer.size > config.vocab_size:
@@ -66,13 +72,26 @@ def judge(folder: Folder) -> Verdict:
             f"the tokenizer has ids up to {text.tokenizer.size - 1}, the model only {config.vocab_size} tokens",
         )
     _probe_template(text)
-    numbers = Counter[str]()
-    for entry in entries.values():
-        numbers[entry.dtype] += math.prod(entry.shape)
-    dtype, _ = numbers.most_common(1)[0]
+    dtype, parameters = most_common_dtype(entries)
     return Verdict(
-        config.architecture, config.max_context_tokens, numbers.total(), _DTYPES[dtype], text.capabilities
+        config.architecture,
+        config.max_context_tokens,
+        parameters,
+        dtype,
+        text.capabilities,
+        _facts(config, text),
     )
+
+
+def _facts(config: ModelConfig, text: TextModel) -> dict[str, str]:
+    return {
+        "layers": str(config.num_layers),
+        "hidden size": str(config.hidden_size),
+        "attention heads": str(config.num_heads),
+        "key-value heads": str(config.num_kv_heads),
+        "vocabulary": str(config.vocab_size),
+        "tokenizer vocabulary": str(text.tokenizer.size),
+    }
 
 
 def _refuse_code(folder: Folder) -> None:
@@ -80,10 +99,55 @@ def _refuse_code(folder: Folder) -> None:
     for path in folder.paths:
         if path.lower().endswith(_CODE_SUFFIXES):
             raise EngineError("CODE_REFUSED", f"{path} may hold code; only safetensors, JSON and text are taken")
-    for path in ("config.json", "tokenizer_config.json"):
-        content = folder.read(path, MAX_CONFIG_BYTES)
+    for path, limit in (("config.json", MAX_CONFIG_BYTES), ("tokenizer_config.json", MAX_SETTINGS_BYTES)):
+        content = folder.read(path, limit)
         if content is not None and "auto_map" in load_object(content, path, "CONFIG_INVALID"):
             raise EngineError("AUTO_MAP_REFUSED", f"{path} has auto_map, which names code to execute")
+
+
+def _refuse_quantisation(folder: Folder) -> None:
+    """No packed or scaled weights, which this engine would take for plain numbers."""
+    config = load_object(folder.read("config.json", MAX_CONFIG_BYTES) or b"{}", "config.json", "CONFIG_INVALID")
+    for name in _QUANTISATION:
+        if config.get(name) is not None:
+            method = config[name].get("quant_method") if isinstance(config[name], dict) else None
+            raise EngineError(
+                "QUANTISATION_UNSUPPORTED",
+                f"config.json: {name} {str(method)[:40]}; plain weights are computed with",
+            )
+    for path in folder.paths:
+        if path.rpartition("/")[2].lower() in _QUANTISATION_FILES:
+            raise EngineError("QUANTISATION_UNSUPPORTED", f"{path} says that the weights are quantised")
+
+
+def _check_templates(folder: Folder) -> None:
+    """Refuse a template, wherever a loader finds it, that is too long or reaches for what the sandbox hides."""
+    for where, source in _template_sources(folder):
+        if len(source) > MAX_SOURCE_CHARS:
+            raise EngineError("TEMPLATE_TOO_LARGE", f"{where} has {len(source)} bytes, over {MAX_SOURCE_CHARS}")
+        with cpu_limit(TEMPLATE_LIMIT_S, f"reading {where}", "TEMPLATE_REFUSED"):
+            hidden = private_names(source.decode(errors="replace"))
+        if hidden:
+            raise EngineError("TEMPLATE_REFUSED", f"{where} reaches for {hidden[0][:40]}, which the sandbox hides")
+
+
+def _template_sources(folder: Folder) -> Iterator[tuple[str, bytes]]:
+    """Where each template is, and its text, or so much of it that it is seen to be too long."""
+    for path in folder.matching(".jinja"):
+        yield path, folder.head(path, MAX_SOURCE_CHARS + 1)
+    settings = folder.read("tokenizer_config.json", MAX_SETTINGS_BYTES)
+    if settings is not None:
+        given = load_object(settings, "tokenizer_config.json", "TOKENIZER_INVALID").get("chat_template")
+        yield from ((f"tokenizer_config.json {name}".strip(), text.encode()) for name, text in _named(given))
+
+
+def _named(given: object) -> list[tuple[str, str]]:
+    """The templates of a tokenizer's settings: one, or several with names."""
+    if isinstance(given, str):
+        return [("", given)]
+    entries: list[Any] = given if isinstance(given, list) else []
+    named = [(entry.get("name"), entry.get("template")) for entry in entries if isinstance(entry, dict)]
+    return [(str(name), text) for name, text in named if isinstance(text, str)]
 
 
 def _config(folder: Folder) -> ModelConfig:
@@ -91,23 +155,6 @@ def _config(folder: Folder) -> ModelConfig:
     if content is None:
         raise EngineError("MODEL_FILE_MISSING", "the model has no config.json")
     return parse_config(content, folder.read("generation_config.json", MAX_CONFIG_BYTES))
-
-
-def _tensors(folder: Folder) -> dict[str, TensorEntry]:
-    """Every tensor of every safetensors file, by name."""
-    found: dict[str, TensorEntry] = {}
-    for path in folder.matching(".safetensors"):
-        length = int.from_bytes(folder.head(path, 8), "little")
-        if length > MAX_HEADER_BYTES:
-            raise EngineError("WEIGHTS_INVALID", f"{path} declares a header of {length} bytes")
-        entries = read_header(folder.head(path, 8 + length), folder.size(path), path)
-        twice = sorted(found.keys() & entries.keys())
-        if twice:
-            raise EngineError("TENSORS_MISMATCH", f"tensor {twice[0]} is in {path} and in another file")
-        found.update(entries)
-    if not found:
-        raise EngineError("MODEL_FILE_MISSING", "the model has no tensors in safetensors files")
-    return found
 
 
 def _compare(entries: dict[str, TensorEntry], config: ModelConfig) -> None:

@@ -136,6 +136,23 @@ def _compile(source: str) -> jinja2.Template:
     return environment.from_string(tree)
 
 
+def private_names(source: str) -> tuple[str, ...]:
+    """Names beginning with an underscore that a template reaches for, in branches that are never taken, too.
+
+    The sandbox hides them all when a template is rendered; no honest template asks. One that does not parse asks
+    for nothing here: it does not compile.
+    """
+    try:
+        tree = _environment().parse(source)
+        asked = [node.attr for node in tree.find_all(nodes.Getattr)]
+        keys = [node.arg for node in tree.find_all(nodes.Getitem)]
+        keys += [node.args[0] for node in tree.find_all(nodes.Filter) if node.name == "attr" and node.args]
+    except Exception:  # jinja2 fails on hostile sources in many ways; compiling refuses them by name
+        return ()
+    asked += [str(key.value) for key in keys if isinstance(key, nodes.Const)]
+    return tuple(name for name in asked if name.startswith("_"))
+
+
 class ChatTemplate:
     """A compiled chat template.
 

@@ -1,28 +1,36 @@
-"""Stands in for engine-inspect in tests of its caller: reads what it was handed, knows one architecture."""
+"""Stands in for engine-inspect in tests of its caller: reads what it was handed; knows one architecture."""
 
 import json
 import os
 import sys
 
-files = {entry["path"]: entry["fd"] for entry in json.load(sys.stdin)["files"]}
-config = json.loads(os.pread(files["config.json"], 1 << 20, 0))
-(architecture,) = config["architectures"]
-if "sleep" in config:
-    while True:
-        pass
-if "exit" in config:
-    sys.exit(config["exit"])
-if "write" in config:
-    os.pwrite(files["config.json"], b"x", 0)
-if architecture == "LlamaForCausalLM":
-    verdict = {
-        "ok": True,
-        "architecture": architecture,
-        "max_context_tokens": 512,
-        "parameters": os.fstat(files["model.safetensors"]).st_size,
-        "dtype": "float16",
-        "capabilities": ["generate"],
-    }
+question = json.load(sys.stdin)
+files = {entry["path"]: entry for entry in question["files"]}
+
+
+def read(path):  # type: ignore[no-untyped-def]  # a script without imports of ours, run isolated
+    entry = files[path]
+    return json.loads(os.pread(question["fd"], entry["length"], entry["offset"]))
+
+
+verdict = {"ok": True, "max_context_tokens": 512, "dtype": "float16", "capabilities": ["generate"], "facts": {}}
+if question["kind"] == "adapter":
+    rank = read("adapter_config.json")["r"]
+    verdict |= {"architecture": "LoRA", "max_context_tokens": 0, "capabilities": [], "facts": {"rank": str(rank)}}
+    verdict["parameters"] = files["adapter_model.safetensors"]["size"]
 else:
-    verdict = {"ok": False, "code": "UNSUPPORTED_ARCHITECTURE", "message": f"{architecture} is not known"}
+    config = read("config.json")
+    (architecture,) = config["architectures"]
+    if "sleep" in config:
+        while True:
+            pass
+    if "exit" in config:
+        sys.exit(config["exit"])
+    if "write" in config:
+        os.pwrite(question["fd"], b"x", 0)
+    if architecture == "LlamaForCausalLM":
+        verdict |= {"architecture": architecture, "facts": {"layers": "1"}}
+        verdict["parameters"] = sum(f["size"] for path, f in files.items() if path.endswith(".safetensors"))
+    else:
+        verdict = {"ok": False, "code": "UNSUPPORTED_ARCHITECTURE", "message": f"{architecture} is not known"}
 print(json.dumps(verdict))

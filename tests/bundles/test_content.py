@@ -1,8 +1,13 @@
 """Content: a signature vouches for bytes, not for what a parser makes of them."""
 
+import io
 import json
 import os
+import resource
 import struct
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -10,9 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundles.content import forbidden, safetensors
-from bundles.content.inspector import Inspector
+from bundles.content.files import FolderFiles
+from bundles.content.inspector import Inspector, Verdict
 from bundles.content.judge import judge
 from bundles.format.errors import BundleError
+from bundles.format.manifest import Kind
 from tests.bundles.making import INSPECTOR, make_model, with_header
 from tests.bundles.making import safetensors as weights
 
@@ -21,11 +28,10 @@ _8 = bytes(8)
 
 def _tensors_of(path: Path, raw: bytes) -> tuple[safetensors.Tensor, ...]:
     path.write_bytes(raw)
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return safetensors.read_tensors(fd, len(raw), "model.safetensors")
-    finally:
-        os.close(fd)
+    with path.open("rb") as stream:
+        return safetensors.read_tensors(
+            lambda offset, length: os.pread(stream.fileno(), length, offset), len(raw), "model.safetensors"
+        )
 
 
 def test_a_sound_file_gives_its_tensors_in_the_order_of_their_data(tmp_path: Path) -> None:
@@ -40,9 +46,13 @@ def test_a_sound_file_gives_its_tensors_in_the_order_of_their_data(tmp_path: Pat
         (b"1234567", "SAFETENSORS_HEADER"),
         (struct.pack("<Q", 2**63) + b"{}", "SAFETENSORS_HEADER"),
         (struct.pack("<Q", 100_000_001) + b"{}", "SAFETENSORS_HEADER"),
+        (struct.pack("<Q", 16 * 2**20 + 8) + b"{}".ljust(16 * 2**20 + 8), "SAFETENSORS_HEADER"),
+        (with_header(b" {}", b""), "SAFETENSORS_HEADER"),
+        (with_header(b"[]", b""), "SAFETENSORS_HEADER"),
+        (with_header(b'{"a": [' + b"[]," * 600_000 + b"[]]}", b""), "CONTENT_TOO_LARGE"),
         (struct.pack("<Q", 3) + b"{}", "SAFETENSORS_HEADER"),
         (with_header(b'{"__metadata__": {"a": 1}}', b""), "SAFETENSORS_HEADER"),
-        (with_header(b'{"a": 1, "a": 2}', b""), "JSON_DUPLICATE_KEY"),
+        (with_header(b'{"a": 1, "a": 2}', b""), "SAFETENSORS_DUPLICATE"),
         (with_header(b'{"a": 1}', b""), "SAFETENSORS_TENSOR"),
         (weights({"a": ("F7", [8], [0, 8])}, _8), "SAFETENSORS_TENSOR"),
         (weights({"a": ("U8", [-8], [0, 8])}, _8), "SAFETENSORS_TENSOR"),
@@ -74,15 +84,19 @@ def test_no_bytes_make_the_header_reader_do_anything_but_refuse(
             continue
 
 
-def test_an_index_that_names_an_absent_or_wrong_shard_is_refused() -> None:
-    shards = {"x/1.safetensors": frozenset({"a"}), "x/2.safetensors": frozenset({"b"})}
+def test_an_index_that_names_an_absent_or_wrong_shard_or_leaves_a_tensor_out_is_refused() -> None:
+    shards = {"x/1.safetensors": frozenset({"a"}), "x/2.safetensors": frozenset({"b", "c"})}
     path = "x/model.safetensors.index.json"
-    safetensors.check_index({"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}, shards, path)
+    whole = {"a": "1.safetensors", "b": "2.safetensors", "c": "2.safetensors"}
+    safetensors.check_index(whole, shards, path)
     for weight_map in ({"a": "3.safetensors"}, {"a": "2.safetensors"}, {"a": "../x/1.safetensors"}):
         with pytest.raises(BundleError, match="INDEX_SHARD_ABSENT"):
-            safetensors.check_index({"weight_map": weight_map}, shards, path)
-    with pytest.raises(BundleError, match="INDEX_SCHEMA"):
-        safetensors.check_index({}, shards, path)
+            safetensors.check_index(whole | weight_map, shards, path)
+    with pytest.raises(BundleError, match="INDEX_INCOMPLETE"):
+        safetensors.check_index({"a": "1.safetensors", "b": "2.safetensors"}, shards, path)
+    for raw in (b"{}", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b"[]"):
+        with pytest.raises(BundleError, match="INDEX_SCHEMA"):
+            safetensors.read_index(raw, path)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +109,10 @@ def test_an_index_that_names_an_absent_or_wrong_shard_is_refused() -> None:
         ("lib.so", "CONTENT_CODE"),
         ("lib.so.1.2", "CONTENT_CODE"),
         ("run.SH", "CONTENT_CODE"),
-        ("model.gguf", "CONTENT_TYPE"),
-        ("archive.tar", "CONTENT_TYPE"),
+        ("model.gguf", "CONTENT_GGUF"),
+        ("archive.tar", "CONTENT_ARCHIVE"),
+        ("weights.zip", "CONTENT_ARCHIVE"),
+        ("events.tfevents", "CONTENT_TYPE"),
         ("noextension", "CONTENT_TYPE"),
     ],
 )
@@ -115,8 +131,12 @@ def test_a_kind_that_can_carry_code_is_refused_by_its_name(name: str, code: str)
         (b"\x7fELF\x02\x01", "CONTENT_CODE"),
         (b"MZ\x90\x00", "CONTENT_CODE"),
         (b"#!/bin/sh\n", "CONTENT_CODE"),
-        (b"GGUF\x03\x00", "CONTENT_TYPE"),
-        (b"\x1f\x8b\x08\x00", "CONTENT_TYPE"),
+        (b"GGUF\x03\x00", "CONTENT_GGUF"),
+        (b"\x1f\x8b\x08\x00", "CONTENT_ARCHIVE"),
+        (b"7z\xbc\xaf\x27\x1c", "CONTENT_ARCHIVE"),
+        (b"\x00asm\x01", "CONTENT_CODE"),
+        (b"weights".ljust(257, b"\0") + b"ustar\x0000", "CONTENT_ARCHIVE"),
+        (struct.pack("<Q", 640) + b"{".ljust(249) + b"ustar 00", "CONTENT_ARCHIVE"),
     ],
 )
 def test_a_forbidden_format_under_another_name_is_refused(tmp_path: Path, first: bytes, code: str) -> None:
@@ -138,6 +158,17 @@ def test_a_forbidden_format_under_another_name_is_refused(tmp_path: Path, first:
         ),
         ("tokenizer_config.json", b'{"a": [{"auto_map": null}]}', "CONTENT_REMOTE_CODE"),
         ("generation_config.json", b'{"trust_remote_code": true}', "CONTENT_REMOTE_CODE"),
+        ("adapter_config.json", b'{"auto_mapping": {"parent_library": "evil"}}', "CONTENT_REMOTE_CODE"),
+        ("notes.txt", b"cos\nsystem\n(S'id'\ntR.", "CONTENT_PICKLE"),
+        ("notes.txt", b"\x80\x04N.", "CONTENT_PICKLE"),
+        ("tokenizer.model", b"cos\nsystem\n(S'id'\ntR.", "CONTENT_TYPE"),
+        ("tokenizer.model", b"\x0a\x05abc", "CONTENT_TYPE"),
+        ("tokenizer.model", b"\x0a\x03abc\x3a\x01x", "CONTENT_TYPE"),
+        ("tokenizer.model", b"", "CONTENT_TYPE"),
+        ("x.txt", b"a" * 70_000 + b"PK\x05\x06" + b"b" * 30, "CONTENT_ARCHIVE"),
+        ("config.json", b'{"a": [' + b"[]," * 600_000 + b"[]]}", "CONTENT_TOO_LARGE"),
+        ("config.json", b'{"a": "' + b"x" * 2**24 + b'"}', "CONTENT_TOO_LARGE"),
+        ("chat_template.jinja", b"\xe2\x82", "CONTENT_TEXT"),
         ("config.json", b'{"\\u0061uto_map": {}}', "CONTENT_REMOTE_CODE"),
         ("config.json", b'{"a": 1, "a": 2}', "JSON_DUPLICATE_KEY"),
         ("chat_template.jinja", b"\xff\xfe", "CONTENT_TEXT"),
@@ -156,13 +187,104 @@ def test_a_folder_with_one_bad_file_is_refused(tmp_path: Path, name: str, conten
     assert error.value.code == code
 
 
-def _judge(model: Path, inspector: Inspector) -> object:
-    opened = {path.name: os.open(path, os.O_RDONLY) for path in model.iterdir()}
+def _judge(model: Path, inspector: Inspector, kind: Kind = "model") -> object:
+    files = folder_files(model)
     try:
-        return judge({name: (fd, os.fstat(fd).st_size) for name, fd in opened.items()}, inspector)
+        return judge(files, inspector, kind)
     finally:
-        for fd in opened.values():
-            os.close(fd)
+        files.close()
+
+
+def folder_files(model: Path) -> FolderFiles:
+    paths = [path.relative_to(model).as_posix() for path in sorted(model.rglob("*")) if path.is_file()]
+    sizes = {path: (model / path).stat().st_size for path in paths}
+    return FolderFiles(os.open(model, os.O_RDONLY), {path: path for path in paths}, sizes)
+
+
+def _archive(comment: bytes = b"") -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("__main__.py", "print('run')")
+        archive.comment = comment
+    return packed.getvalue()
+
+
+def test_weights_that_are_an_archive_as_well_are_refused_and_stray_signatures_are_not(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "canaries.json").unlink()
+
+    def put(tail: bytes, size: int = 100_000) -> Path:
+        data = tail.rjust(size, b"\x01")
+        path = model / "model.safetensors"
+        path.write_bytes(weights({"w": ("U8", [len(data)], [0, len(data)])}, data))
+        return path
+
+    for tail in (_archive(), _archive(b"c" * 60_000), _archive() + bytes(1000)):
+        assert zipfile.is_zipfile(put(tail))
+        with pytest.raises(BundleError, match="CONTENT_ARCHIVE"):
+            _judge(model, INSPECTOR)
+    put(b"PK\x05\x06" + bytes(18))  # an empty archive
+    with pytest.raises(BundleError, match="CONTENT_ARCHIVE"):
+        _judge(model, INSPECTOR)
+    put(b"PK\x06\x07" + bytes(16) + b"PK\x05\x06" + b"\xff" * 18)  # a large one
+    with pytest.raises(BundleError, match="CONTENT_ARCHIVE"):
+        _judge(model, INSPECTOR)
+    for stray in (b"PK\x05\x06", b"PK\x05\x06" + b"\x01" * 40, b"PK\x05\x06" + bytes(30)):
+        put(stray)
+        _judge(model, INSPECTOR)
+
+
+def test_both_kinds_of_model_files_of_tokenizers_are_accepted(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "canaries.json").unlink()
+    for content in (b"aGk= 0\ndGhl 1\n", b"\x0a\x03abc\x12\x00\x0a\x80\x01" + bytes(128)):
+        (model / "tokenizer.model").write_bytes(content)
+        _judge(model, INSPECTOR)
+
+
+def test_a_hundred_thousand_files_are_judged_without_a_descriptor_each(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "canaries.json").unlink()
+    for i in range(1200):  # more than a process may have open, by the usual limit of 1024
+        (model / f"{i}.txt").write_text(str(i))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 16, hard))
+    try:
+        _judge(model, INSPECTOR)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_an_adapter_is_judged_as_one(tmp_path: Path) -> None:
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"r": 8, "auto_mapping": null}')
+    (folder / "adapter_model.safetensors").write_bytes(weights({"a": ("F32", [1], [0, 4])}, bytes(4)))
+    assert isinstance(verdict := _judge(folder, INSPECTOR, "adapter"), Verdict)
+    assert (verdict.architecture, verdict.facts) == ("LoRA", {"rank": "8"})
+    with pytest.raises(BundleError) as error:
+        _judge(folder, Inspector(), "adapter")
+    assert error.value.code == "ADAPTER_UNSUPPORTED"  # of the real inspector, which found no peft_type
+
+
+def test_the_inspector_gets_no_descriptor_of_the_folder(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    program = (
+        "import os, json; links = ['/proc/self/fd/' + name for name in os.listdir('/proc/self/fd')];"
+        "print(json.dumps([os.readlink(link) for link in links if os.path.lexists(link)]))"
+    )
+    seen: list[bytes] = []
+
+    class Watching(Inspector):
+        def _ask(self, process: "subprocess.Popen[bytes]", question: bytes) -> tuple[int, bytes]:
+            seen.append(process.communicate(question)[0])
+            return 0, b"{}"
+
+    with pytest.raises(BundleError, match="INSPECT_FAILED"):
+        _judge(model, Watching((sys.executable, "-c", program)))
+    targets = json.loads(seen[0])
+    assert [target for target in targets if "memfd:" in target] == ["/memfd:model-files (deleted)"]
+    assert not [target for target in targets if target.startswith(str(tmp_path))]
 
 
 def test_an_inspector_that_never_answers_is_killed(tmp_path: Path) -> None:

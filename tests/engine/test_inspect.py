@@ -6,46 +6,53 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine.errors import EngineError
-from engine.inspect.folder import Folder
-from engine.inspect.verdict import judge
+from engine.inspect import adapter, verdict
+from engine.inspect.folder import Entry, Folder
 from tests.engine.tiny_models import CONTEXT, VOCABULARY
 
 PARAMETERS = VOCABULARY * 32 + 32 + 2 * (2 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
 
 
-def ask(folder: Path, program: tuple[str, ...] = ("-m", "engine.inspect")) -> tuple[int, str]:
-    """Run the process on a folder; its exit status and output."""
-    descriptors = {path.name: os.open(path, os.O_RDONLY) for path in folder.iterdir()}
+@contextmanager
+def packed(folder: Path) -> Iterator[tuple[int, list[Entry]]]:
+    """All files of a folder in one piece of memory, as the importer hands them over."""
+    fd = os.memfd_create("files")
     try:
+        entries, position = [], 0
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            size = os.write(fd, path.read_bytes())
+            entries.append(Entry(path.relative_to(folder).as_posix(), size, position, size))
+            position += size
+        yield fd, entries
+    finally:
+        os.close(fd)
+
+
+def ask(folder: Path, program: tuple[str, ...] = ("-m", "engine.inspect"), kind: str = "model") -> tuple[int, str]:
+    """Run the process on a folder; its exit status and output."""
+    with packed(folder) as (fd, entries):
         done = subprocess.run(
-            [sys.executable, *program, "--folder-json", "-"],
-            input=json.dumps({"files": [{"path": path, "fd": fd} for path, fd in descriptors.items()]}).encode(),
+            [sys.executable, *program],
+            input=json.dumps({"kind": kind, "fd": fd, "files": [e._asdict() for e in entries]}).encode(),
             stdout=subprocess.PIPE,
-            pass_fds=tuple(descriptors.values()),
+            pass_fds=(fd,),
             timeout=60,
         )
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
     return done.returncode, done.stdout.decode()
 
 
-def refusal(folder: Path) -> EngineError:
+def refusal(folder: Path, judge: Callable[[Folder], verdict.Verdict] = verdict.judge) -> EngineError:
     """What the judgement of a folder ends with, judged in this process."""
-    descriptors = {path.name: os.open(path, os.O_RDONLY) for path in folder.iterdir()}
-    try:
-        with pytest.raises(EngineError) as refused:
-            judge(Folder(descriptors))
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
+    with packed(folder) as (fd, entries), pytest.raises(EngineError) as refused:
+        judge(Folder(fd, entries))
     return refused.value
 
 
@@ -81,6 +88,14 @@ def test_a_sound_model_is_described(tiny_llama: Path) -> None:
         "parameters": PARAMETERS,
         "dtype": "float32",
         "capabilities": ["generate", "chat"],
+        "facts": {
+            "layers": "2",
+            "hidden size": "32",
+            "attention heads": "4",
+            "key-value heads": "2",
+            "vocabulary": str(VOCABULARY),
+            "tokenizer vocabulary": str(VOCABULARY),
+        },
     }
 
 
@@ -210,3 +225,161 @@ def test_a_model_without_a_template_can_generate_only(copied: Path) -> None:
     status, output = ask(copied)
     assert status == 0
     assert json.loads(output)["capabilities"] == ["generate"]
+
+
+def test_a_template_that_is_too_long_or_reaches_for_hidden_names_is_refused_wherever_it_is(copied: Path) -> None:
+    (copied / "additional_chat_templates").mkdir()
+    extra = copied / "additional_chat_templates" / "tool_use.jinja"
+    extra.write_text("{{ 'x' * 3 }}")
+    with packed(copied) as (fd, entries):
+        verdict.judge(Folder(fd, entries))
+    for source, code in (
+        ("x" * (2**20 + 1), "TEMPLATE_TOO_LARGE"),
+        ("{% if false %}{{ messages.__class__ }}{% endif %}", "TEMPLATE_REFUSED"),
+        ("{% if false %}{{ messages['__class__'] }}{% endif %}", "TEMPLATE_REFUSED"),
+        ("{% if false %}{{ messages | attr('__class__') }}{% endif %}", "TEMPLATE_REFUSED"),
+    ):
+        extra.write_text(source)
+        assert refusal(copied).code == code
+        for given in (source, [{"name": "tool_use", "template": source}]):
+            other = copied.with_name(f"{copied.name}-settings")
+            shutil.rmtree(other, ignore_errors=True)
+            shutil.copytree(copied, other)
+            shutil.rmtree(other / "additional_chat_templates")
+            (other / "tokenizer_config.json").write_text(json.dumps({"chat_template": given}))
+            assert refusal(other).code == code
+
+
+def test_quantised_weights_and_unknown_number_types_are_refused_by_name(copied: Path) -> None:
+    edit_json(copied / "config.json", lambda config: config.update(quantization_config={"quant_method": "gptq"}))
+    error = refusal(copied)
+    assert (error.code, "gptq" in error.message) == ("QUANTISATION_UNSUPPORTED", True)
+    edit_json(copied / "config.json", lambda config: config.pop("quantization_config"))
+    (copied / "quantize_config.json").write_text("{}")
+    assert refusal(copied).code == "QUANTISATION_UNSUPPORTED"
+    (copied / "quantize_config.json").unlink()
+
+    def pack(header: dict[str, Any]) -> None:
+        tensor = header["model.norm.weight"]
+        tensor["dtype"], tensor["shape"] = "U8", [tensor["shape"][0] * 4]
+
+    edit_header(copied / "model.safetensors", pack)
+    error = refusal(copied)
+    assert (error.code, "U8" in error.message) == ("DTYPE_UNSUPPORTED", True)
+
+
+RANK = 4
+
+
+def make_adapter(folder: Path, tensors: Mapping[str, tuple[int, int]] | None = None, **changes: object) -> Path:
+    """A LoRA adapter of the tiny model, as PEFT writes it."""
+    folder.mkdir(exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "auto_mapping": None,
+        "base_model_name_or_path": "tiny",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "modules_to_save": None,
+        "r": RANK,
+        "rank_pattern": {},
+        "target_modules": ["q_proj", "down_proj"],
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    header: dict[str, object] = {}
+    position = 0
+    for name, shape in (adapter_tensors() if tensors is None else tensors).items():
+        end = position + 4 * shape[0] * shape[1]
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    raw = json.dumps(header).encode()
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(position))
+    return folder
+
+
+def adapter_tensors() -> dict[str, tuple[int, int]]:
+    sizes = {"self_attn.q_proj": (32, 32), "mlp.down_proj": (64, 32)}
+    found = {}
+    for layer in range(2):
+        for module, (inner, outer) in sizes.items():
+            prefix = f"base_model.model.model.layers.{layer}.{module}"
+            found[f"{prefix}.lora_A.weight"] = (RANK, inner)
+            found[f"{prefix}.lora_B.weight"] = (outer, RANK)
+    return found
+
+
+def test_a_sound_adapter_is_described(tmp_path: Path) -> None:
+    status, output = ask(make_adapter(tmp_path / "a"), kind="adapter")
+    assert status == 0
+    assert json.loads(output) == {
+        "ok": True,
+        "architecture": "LoRA",
+        "max_context_tokens": 0,
+        "parameters": 2 * (RANK * (32 + 32) + RANK * (64 + 32)),
+        "dtype": "float32",
+        "capabilities": [],
+        "facts": {
+            "rank": "4",
+            "alpha": "8",
+            "scaling": "alpha / rank",
+            "targets": "down_proj, q_proj",
+            "layers": "2",
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"peft_type": "IA3"}, "ADAPTER_UNSUPPORTED"),
+        ({"auto_mapping": {"parent_library": "evil"}}, "ADAPTER_UNSUPPORTED"),
+        ({"modules_to_save": ["lm_head"]}, "ADAPTER_UNSUPPORTED"),
+        ({"use_dora": True}, "ADAPTER_UNSUPPORTED"),
+        ({"bias": "all"}, "ADAPTER_UNSUPPORTED"),
+        ({"rank_pattern": {"q_proj": 8}}, "ADAPTER_UNSUPPORTED"),
+        ({"init_lora_weights": "pissa"}, "ADAPTER_UNSUPPORTED"),
+        ({"invented": 1}, "ADAPTER_UNSUPPORTED"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "ADAPTER_UNSUPPORTED"),
+        ({"target_modules": ".*"}, "ADAPTER_INVALID"),
+        ({"r": 0}, "ADAPTER_INVALID"),
+        ({"r": True}, "ADAPTER_INVALID"),
+        ({"lora_alpha": None}, "ADAPTER_INVALID"),
+        ({"r": 8}, "ADAPTER_TENSORS"),
+        ({"target_modules": ["q_proj"]}, "ADAPTER_TENSORS"),
+        ({"target_modules": ["q_proj", "down_proj", "up_proj"]}, "ADAPTER_TENSORS"),
+    ],
+)
+def test_an_adapter_that_is_not_plain_lora_is_refused(
+    tmp_path: Path, change: dict[str, object], code: str
+) -> None:
+    assert refusal(make_adapter(tmp_path / "a", **change), adapter.judge).code == code
+
+
+def test_an_adapter_with_a_tensor_missing_surplus_or_misshaped_is_refused(tmp_path: Path) -> None:
+    first, *_ = adapter_tensors()
+    for change in (
+        {first: None},
+        {first: (RANK, 16)},
+        {first: (32, RANK)},
+        {"base_model.model.model.layers.0.self_attn.v_proj.lora_A.weight": (RANK, 32)},
+        {"lm_head.weight": (32, 32)},
+    ):
+        tensors = {name: shape for name, shape in (adapter_tensors() | change).items() if shape}
+        assert refusal(make_adapter(tmp_path / "a", tensors), adapter.judge).code == "ADAPTER_TENSORS"
+
+
+@pytest.mark.parametrize("surplus", ["tokenizer.json", "config.json", "more.safetensors"])
+def test_an_adapter_brings_nothing_else_that_a_loader_reads(tmp_path: Path, surplus: str) -> None:
+    folder = make_adapter(tmp_path / "a")
+    (folder / surplus).write_text("{}")
+    assert refusal(folder, adapter.judge).code == "ADAPTER_FILES"
+    (folder / surplus).unlink()
+    (folder / "adapter_config.json").unlink()
+    assert refusal(folder, adapter.judge).code == "ADAPTER_FILES"
