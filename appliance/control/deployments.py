@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from appliance.control.db.database import Database
 from appliance.control.db.models import Deployment
 from appliance.errors import CloisterError
+from bundles.protos import importer_pb2
 from engine.protos import engine_pb2, engine_pb2_grpc
 
 WAITING = "waiting for engine-host"
@@ -44,9 +45,14 @@ class Deployments:
     Args:
         database: control.db.
         socket: engine-host's.
+
+    Attributes:
+        loading: held from a plan until engine-host is told of what was planned, so that it knows what one load is
+            promised before it plans the next.
     """
 
     def __init__(self, database: Database, socket: Path) -> None:
+        self.loading = asyncio.Lock()
         self._database = database
         self._socket = socket
         self._desired: dict[str, str] = {}
@@ -56,6 +62,7 @@ class Deployments:
         self._telling = asyncio.Lock()
         self._told = False
         self._changing: set[str] = set()
+        self._heard = asyncio.Event()
 
     @property
     def connected(self) -> bool:
@@ -74,6 +81,19 @@ class Deployments:
         if not self.connected:
             return WAITING
         return engine_pb2.DeploymentState.Name(self.status(name).state).removeprefix("DEPLOYMENT_STATE_").lower()
+
+    def is_running(self, name: str) -> bool:
+        """engine-host has something of it, be it on its way out."""
+        return name in self._running
+
+    async def next_word(self, limit_s: float) -> None:
+        """Wait until engine-host says something or goes away, `limit_s` seconds at the most."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._heard.wait(), limit_s)
+
+    def _wake(self) -> None:
+        self._heard.set()
+        self._heard = asyncio.Event()
 
     def is_ready(self, name: str) -> bool:
         """It answers requests."""
@@ -165,6 +185,7 @@ class Deployments:
             finally:
                 self._host, self._running = None, {}
                 self._reached.clear()
+                self._wake()
             await asyncio.sleep(pause)
 
     async def _follow(self, host: "engine_pb2_grpc.HostServiceAsyncStub") -> None:
@@ -175,6 +196,7 @@ class Deployments:
         await self.changed()
         async for update in host.WatchDeployments(engine_pb2.WatchDeploymentsRequest()):
             self._running = {status.name: status for status in update.deployments}
+            self._wake()
 
     async def _tell(self) -> None:
         rows = await self._database.run(_all)
@@ -208,7 +230,7 @@ def _refusal(error: grpc.aio.AioRpcError) -> CloisterError:
 
 
 def _all(session: Session) -> list[Deployment]:
-    return list(session.scalars(select(Deployment).order_by(Deployment.name)))
+    return list(session.scalars(select(Deployment).where(Deployment.parked.is_(False)).order_by(Deployment.name)))
 
 
 def _reconcile_request(rows: list[Deployment]) -> engine_pb2.ReconcileRequest:
@@ -222,3 +244,25 @@ def as_engine_has_it(row: Deployment) -> engine_pb2.Deployment:
         files=engine_pb2.FileSet.FromString(row.files),
         options=engine_pb2.DeploymentOptions.FromString(row.options),
     )
+
+
+def files_of(version: importer_pb2.ModelVersion) -> engine_pb2.FileSet:
+    """The files of a version as the engine has them."""
+    files = [engine_pb2.File(path=f.path, size=f.size, sha256=f.sha256) for f in version.files]
+    return engine_pb2.FileSet(model_digest=version.model_digest, files=files)
+
+
+def require_fit(plan: engine_pb2.MemoryPlan) -> None:
+    """Refuse a plan that does not fit.
+
+    Raises:
+        CloisterError: OUT_OF_MEMORY, with the numbers.
+    """
+    if not plan.fits:
+        raise CloisterError(
+            "OUT_OF_MEMORY",
+            f"{plan.summary}; {plan.advice}",
+            grpc.StatusCode.FAILED_PRECONDITION,
+            {"total_bytes": str(plan.total_bytes), "available_bytes": str(plan.available_bytes)},
+            field="options",
+        )

@@ -8,6 +8,10 @@ from appliance.errors import CloisterError
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 LONGEST_DEPLOYMENT = 32
 """A deployment's name is part of a socket's path, which the kernel bounds."""
+SYSTEM_TENANT = "system"
+"""The appliance itself, as a client of its own gateway."""
+TRIAL_ALIAS = "trial.{deployment}"
+"""What it calls a version under trial; no name, so nobody else can be granted it."""
 
 
 def is_name(text: str) -> bool:

@@ -12,6 +12,8 @@ from sqlalchemy.orm import Session
 
 from appliance import policy
 from appliance.control import records, recovery
+from appliance.control.activation.activations import Activations, Parts
+from appliance.control.activation.system_tenant import Issuer
 from appliance.control.admin.audit_service import AuditService
 from appliance.control.admin.devices import DeviceService
 from appliance.control.admin.gate import Gate
@@ -33,6 +35,8 @@ from appliance.control.init import audit_origin
 from appliance.control.journal import Journal
 from appliance.control.limits import Limits
 from appliance.control.login import LoginBroker, Sessions
+from appliance.control.untold import UntoldEvents
+from appliance.control.versions import Versions
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc, control_pb2, control_pb2_grpc
 
@@ -76,7 +80,14 @@ class ControlPlane:
         self.sessions = Sessions()
         self.leases = LeaseBook(self.database, self.journal)
         self.deployments = Deployments(self.database, home.engine_host_socket)
-        self.imports = Imports(self.journal, home.importer_socket)
+        self.imports = Imports(self.journal, home.importer_socket, self._forget)
+        self.versions = Versions(self.database, self.imports)
+        self.untold = UntoldEvents(self.database, self.journal)
+        issuer = Issuer(self.database, self.keys, self.authority, self.leases, self.site)
+        canary_s = self.limits.canary_seconds
+        self.activations = Activations(
+            Parts(self.database, self.deployments, issuer, self.journal, self.untold, canary_s)
+        )
         self.callers = CallerCheck(self.site, self.keys)
         self.control = ControlService(
             self.database, self.journal, self.keys, self.callers, self.deployments, self.leases
@@ -87,6 +98,10 @@ class ControlPlane:
     async def recover(self, settings: Mapping[str, str] | None = None) -> None:
         """Take over what the control before this one left open; `settings` go on record with the start."""
         await recovery.recover(self.database, self.journal, self.leases, settings or {})
+
+    async def _forget(self, model_digest: str) -> None:
+        """A version is in the store no more."""
+        await self.versions.forget(model_digest)
 
     def begin(self) -> None:
         """Start to follow engine-host and importer, and to sweep; `watch` tells when one of that ends."""
@@ -123,7 +138,9 @@ class ControlPlane:
         """
         policy.check_complete(_services(admin_pb2))
         server = grpc.aio.server(interceptors=[Gate(self.sessions, self.journal)])
-        models = ModelService(self.database, self.imports, self.deployments)
+        models = ModelService(
+            self.database, self.imports, self.deployments, self.versions, self.activations, self.untold
+        )
         system = SystemService(
             models, self.leases, self.journal.log, self.imports, self.deployments, self.site, self._profile,
             self._isolation,
@@ -132,7 +149,7 @@ class ControlPlane:
         admin_pb2_grpc.add_SystemServiceServicer_to_server(system, server)
         admin_pb2_grpc.add_ModelServiceServicer_to_server(models, server)
         admin_pb2_grpc.add_TenantServiceServicer_to_server(tenants, server)
-        devices = DeviceService(self.database, self.imports, self.deployments)
+        devices = DeviceService(self.database, self.versions, self.deployments)
         admin_pb2_grpc.add_DeviceServiceServicer_to_server(devices, server)
         admin_pb2_grpc.add_AuditServiceServicer_to_server(AuditService(self.journal.log, self.home), server)
         return server
@@ -155,6 +172,7 @@ class ControlPlane:
 
     async def close(self) -> None:
         """Close everything; the audit log signs its head."""
+        await self.activations.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -164,7 +182,11 @@ class ControlPlane:
 
     async def _sweep(self) -> None:
         """Once a second: silent gateways, untold deployments. What fails is logged and tried again."""
-        chores: tuple[Callable[[], Awaitable[None]], ...] = (self.leases.sweep, self.deployments.sweep)
+        chores: tuple[Callable[[], Awaitable[None]], ...] = (
+            self.leases.sweep,
+            self.deployments.sweep,
+            self.untold.tell,
+        )
         while True:
             for chore in chores:
                 try:

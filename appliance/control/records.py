@@ -10,6 +10,12 @@ operator.refused    event                            deny                    met
 operator.read       event                            allow                   method, arguments
 operator.change     intent, outcome  action          allow; done or failed   method, arguments; results, reason
 bundle.state        event            IMPORT/N        the import's state      outbox position, version, digest
+version.state       event            UUID, DIGEST/TIME  approved, active, retired  version, digest, why
+model.activation    event            UUID            active, returned        version, canaries, reason
+model.removal       event            N-TIME          removed                 outbox position, version, digest
+store.damage        event            N-TIME          found                   outbox position, file, finding
+store.repair        event            N-TIME          repaired                outbox position, file
+trust.change        event            N-TIME          accepted                outbox position, what changed
 
 An outcome `abandoned` was not told by a gateway: control closed the lease. Its fact `charged` says that the tokens
 in it are those `reserved` (prompt and max_tokens; nobody knows how many were used) or that no token can have left
@@ -28,6 +34,17 @@ from bundles.protos import importer_pb2
 CONTROL = "control"
 REQUEST = "inference.request"
 CHANGE = "operator.change"
+VERSION_STATE = "version.state"
+ACTIVATION = "model.activation"
+IMPORT = "import"
+"""The importer's event that is an import's new state; the others are no import's."""
+
+_OF_THE_STORE = {
+    "removal": ("model.removal", "removed"),
+    "damage": ("store.damage", "found"),
+    "repair": ("store.repair", "repaired"),
+    "trust": ("trust.change", "accepted"),
+}
 
 Facts = Mapping[str, Json]
 
@@ -135,18 +152,48 @@ def control_event(decision: str, facts: Facts) -> Record:
     return Record("appliance.control", "event", CONTROL, decision, facts=facts)
 
 
-def bundle_state(entry: importer_pb2.ReadOutboxResponse) -> Record:
-    """An import changed its state, as the importer's outbox has it."""
-    state = importer_pb2.ImportState.Name(entry.state).removeprefix("IMPORT_STATE_").lower()
+def importer_event(entry: importer_pb2.ReadOutboxResponse) -> Record:
+    """What changed in the importer, as its outbox has it.
+
+    Raises:
+        KeyError: an event that this program does not know; it stays in the outbox.
+    """
+    if entry.event in ("", IMPORT):
+        return _import_state(entry)
+    kind, decision = _OF_THE_STORE[entry.event]
+    facts = {**_outbox_facts(entry), "detail": entry.detail}
+    return Record(kind, "event", "importer", decision, f"{entry.sequence}-{entry.utc_ns}", facts=facts)
+
+
+def approved_by_root(version: importer_pb2.ModelVersion) -> Record:
+    """A committed version may run, as the trust root names no custodians who would have to say so.
+
+    One record for each time it is committed, however often its bundle is imported on top.
+    """
     facts: dict[str, Json] = {
-        "import_id": entry.import_id,
+        "model_version": f"{version.name}@{version.version}",
+        "model_digest": version.model_digest,
+        "approvals_required": 0,
+        "because": "the trust root names no custodians",
+    }
+    name = f"{version.model_digest}/{version.imported_at}"
+    return Record(VERSION_STATE, "event", CONTROL, "approved", name, facts=facts)
+
+
+def _import_state(entry: importer_pb2.ReadOutboxResponse) -> Record:
+    state = importer_pb2.ImportState.Name(entry.state).removeprefix("IMPORT_STATE_").lower()
+    facts = {"import_id": entry.import_id, **_outbox_facts(entry)}
+    return Record("bundle.state", "event", "importer", state, f"{entry.import_id}/{entry.sequence}", facts=facts)
+
+
+def _outbox_facts(entry: importer_pb2.ReadOutboxResponse) -> dict[str, Json]:
+    return {
         "outbox_sequence": entry.sequence,
         "reason": entry.reason,
         "model_version": entry.model_version,
         "model_digest": entry.model_digest,
         "utc_ns": entry.utc_ns,
     }
-    return Record("bundle.state", "event", "importer", state, f"{entry.import_id}/{entry.sequence}", facts=facts)
 
 
 def _request_id(tenant: str, request_id: str) -> str:

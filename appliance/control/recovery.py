@@ -1,4 +1,4 @@
-"""What the control before this one left: leases kept for their gateways, and intents that get an outcome."""
+"""What the control before this one left: leases kept for their gateways, intents that get an outcome, trials."""
 
 import asyncio
 import logging
@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 
 from appliance.control import records
+from appliance.control.activation import trial
 from appliance.control.admission import reservations
 from appliance.control.admission.leases import LeaseBook
 from appliance.control.admission.reservations import ABANDONED, NEVER_STARTED, Ending, Reservation
@@ -23,8 +24,9 @@ async def recover(database: Database, journal: Journal, leases: LeaseBook, setti
 
     A reservation whose intent is on record may belong to a stream that still runs: it stays in force, and its
     gateway has the silence limit, counted from the end of this, to claim it. One without an intent never began and
-    is settled with nothing charged. Any other intent without an outcome gets one, as the ledger has it. The record
-    of the start has the settings that are not their default.
+    is settled with nothing charged. Any other intent without an outcome gets one, as the ledger has it. A version
+    under trial is taken back: its alias is where it was. The record of the start has the settings that are not
+    their default.
 
     Raises:
         CloisterError: AUDIT_BLOCKED, DATABASE_FAILED.
@@ -43,6 +45,7 @@ async def recover(database: Database, journal: Journal, leases: LeaseBook, setti
         "leases_kept": len(kept),
         "leases_never_started": len(left) - len(kept),
         "intents_closed": len(others),
+        "trials_returned": await database.run(trial.settle_left),
         "settings": dict(settings),
     }
     await journal.record(records.control_event("started", facts))

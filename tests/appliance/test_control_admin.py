@@ -273,7 +273,7 @@ async def test_a_load_that_cannot_be_is_refused_and_tells_nobody(house: House) -
 async def test_only_a_model_can_be_loaded_by_itself(house: House) -> None:
     house.importer.kind = "adapter"
     error = await refusal(house.models.LoadModel(load()))
-    assert (error.status, error.code) == (Code.FAILED_PRECONDITION, "NOT_A_MODEL")
+    assert (error.status, error.code) == (Code.FAILED_PRECONDITION, "KIND_NOT_LOADABLE")
 
 
 async def test_an_alias_points_at_what_is_there_and_keeps_it_there(house: House) -> None:

@@ -4,12 +4,12 @@ from typing import Any
 
 from sqlalchemy import select
 
-from appliance.control.admin.models import check_options, files_of, model_named
+from appliance.control.admin.models import check_options
 from appliance.control.admin.views import device_view, engine_options, plan_view
 from appliance.control.db.database import Database
 from appliance.control.db.models import Deployment
-from appliance.control.deployments import Deployments
-from appliance.control.imports import Imports
+from appliance.control.deployments import Deployments, files_of
+from appliance.control.versions import Versions
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc
 from engine.protos import engine_pb2
@@ -26,13 +26,13 @@ class DeviceService(admin_pb2_grpc.DeviceServiceServicer):
 
     Args:
         database: control.db.
-        imports: the importer, which knows the models' files.
+        versions: the models and their files.
         deployments: engine-host, which knows devices and memory.
     """
 
-    def __init__(self, database: Database, imports: Imports, deployments: Deployments) -> None:
+    def __init__(self, database: Database, versions: Versions, deployments: Deployments) -> None:
         self._database = database
-        self._imports = imports
+        self._versions = versions
         self._deployments = deployments
 
     async def ListDevices(  # noqa: N802  # gRPC's name
@@ -56,7 +56,7 @@ class DeviceService(admin_pb2_grpc.DeviceServiceServicer):
         check_options(request.options)
         if len(request.device) > _LONGEST_ID:
             raise CloisterError("INVALID_DEVICE", "name a device by its id", field="device")
-        version = await model_named(self._imports, request.model_version)
+        version = await self._versions.model(request.model_version)
         deployment = engine_pb2.Deployment(files=files_of(version), options=engine_options(request.options))
         plan = await self._deployments.plan(deployment, request.device)
         return admin_pb2.PlanModelResponse(

@@ -1,31 +1,40 @@
-"""ModelService: bundles imported, versions deployed, aliases pointed at deployments."""
+"""ModelService: bundles imported, versions approved, deployed and activated, the store cared for."""
 
-import asyncio
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
-from appliance.control import counters
+from appliance.control import aliases, counters
+from appliance.control.activation import trial
+from appliance.control.activation.activations import Activations
+from appliance.control.activation.trial import Wanted
 from appliance.control.admin import gate
-from appliance.control.admin.views import deployment_view, engine_options, plan_view, progress_view, version_view
+from appliance.control.admin.store_views import (
+    import_view,
+    progress_view,
+    scrub_view,
+    store_view,
+    trust_view,
+    version_view,
+)
+from appliance.control.admin.views import deployment_view, engine_options, plan_view
 from appliance.control.db.database import Database
-from appliance.control.db.models import Alias, Deployment
-from appliance.control.deployments import Deployments, as_engine_has_it
+from appliance.control.db.models import Deployment
+from appliance.control.deployments import Deployments, as_engine_has_it, files_of, require_fit
 from appliance.control.imports import Imports
 from appliance.control.names import LONGEST_DEPLOYMENT, check_name
+from appliance.control.untold import UntoldEvents
+from appliance.control.versions import Versions, check_reference, check_unused, name_of
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc
 from bundles.protos import importer_pb2
-from engine.protos import engine_pb2
 
 _BACKENDS = ("", "reference", "cpu")
 _DTYPES = ("", "float32", "bfloat16")
 _LONGEST_PATH = 4096
-_LONGEST_REFERENCE = 256
+_LONGEST_ID = 128
 _FINAL = {"committed", "rejected"}
 
 # grpc.aio gives servicers a context whose type the generated stubs keep private.
@@ -39,20 +48,34 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
         database: control.db.
         imports: the importer.
         deployments: engine-host.
+        versions: where each version stands.
+        activations: versions on their way behind an alias.
+        untold: tells the audit log what changed besides the call itself.
     """
 
-    def __init__(self, database: Database, imports: Imports, deployments: Deployments) -> None:
+    def __init__(
+        self,
+        database: Database,
+        imports: Imports,
+        deployments: Deployments,
+        versions: Versions,
+        activations: Activations,
+        untold: UntoldEvents,
+    ) -> None:
         self._database = database
         self._imports = imports
         self._deployments = deployments
-        self._loading = asyncio.Lock()
+        self._versions = versions
+        self._activations = activations
+        self._untold = untold
+
+    # Imports
 
     async def ImportBundle(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.ImportBundleRequest, context: Context
     ) -> AsyncIterator[admin_pb2.ImportBundleResponse]:
         """Progress until the bundle is committed or rejected; the importer goes on if the caller leaves."""
-        if not request.path.startswith("/") or len(request.path) > _LONGEST_PATH:
-            raise CloisterError("INVALID_PATH", "give the absolute path of the bundle", field="path")
+        _check_path(request.path, "the bundle")
         async for progress in self._imports.import_bundle(request.path):
             view = progress_view(progress)
             if view.state in _FINAL:
@@ -60,27 +83,138 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
                 gate.note(model_version=view.model_version, model_digest=view.model_digest)
             yield view
 
+    async def OfferVolume(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.OfferVolumeRequest, context: Context
+    ) -> admin_pb2.OfferVolumeResponse:
+        """Hands the next volume to an import that waits for it."""
+        _check_path(request.path, "the volume")
+        _check_import(request.import_id)
+        await self._imports.offer_volume(request.import_id, request.path)
+        return admin_pb2.OfferVolumeResponse()
+
+    async def ListImports(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.ListImportsRequest, context: Context
+    ) -> admin_pb2.ListImportsResponse:
+        """Newest first."""
+        return admin_pb2.ListImportsResponse(imports=map(import_view, await self._imports.imports()))
+
+    async def CancelImport(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.CancelImportRequest, context: Context
+    ) -> admin_pb2.CancelImportResponse:
+        """Ends a running import; what it verified stays staged."""
+        _check_import(request.import_id)
+        await self._imports.cancel(request.import_id)
+        return admin_pb2.CancelImportResponse()
+
+    # Versions
+
     async def ListModelVersions(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.ListModelVersionsRequest, context: Context
     ) -> admin_pb2.ListModelVersionsResponse:
-        """Oldest first."""
-        versions = await self._imports.versions()
-        return admin_pb2.ListModelVersionsResponse(versions=map(version_view, versions))
+        """Oldest first, and where each stands."""
+        versions, standing = await self._versions.all()
+        return admin_pb2.ListModelVersionsResponse(versions=[version_view(v, standing) for v in versions])
+
+    async def ApproveModelVersion(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.ApproveModelVersionRequest, context: Context
+    ) -> admin_pb2.ApproveModelVersionResponse:
+        """Takes custodians' signatures; with enough of them the version is approved."""
+        version = await self._versions.approve(request.envelope, gate.operator())
+        gate.note(model_version=name_of(version), model_digest=version.model_digest)
+        await self._untold.tell()
+        _, standing = await self._versions.all()
+        return admin_pb2.ApproveModelVersionResponse(version=version_view(version, standing))
+
+    async def ActivateModel(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.ActivateModelRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.ActivateModelResponse]:
+        """Progress until the alias answers with the version, or is back where it was; goes on without a caller."""
+        alias = check_name(request.alias, "alias")
+        check_options(request.options)
+        operator = gate.operator()
+        version = await self._versions.runnable(request.model_version, request.accept_licence, operator)
+        if request.HasField("options"):
+            options = engine_options(request.options).SerializeToString()
+        else:
+            options = await self._database.run(lambda s: trial.present_options(s, alias))
+        wanted = Wanted(trial.ACTIVATION, alias, operator, version, options)
+        async for activation in self._carry_out(wanted):
+            yield admin_pb2.ActivateModelResponse(activation=activation)
+
+    async def RollbackAlias(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.RollbackAliasRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.RollbackAliasResponse]:
+        """Progress until the alias answers with the version it had before, loaded again where it is not."""
+        alias, operator = check_name(request.alias, "alias"), gate.operator()
+        before = await self._database.run(lambda s: trial.earlier(s, alias))
+        version = await self._versions.runnable(before.model_digest, False, operator)
+        wanted = Wanted(trial.ROLLBACK, alias, operator, version, before.options)
+        async for activation in self._carry_out(wanted):
+            yield admin_pb2.RollbackAliasResponse(activation=activation)
+
+    async def _carry_out(self, wanted: Wanted) -> AsyncIterator[admin_pb2.Activation]:
+        """Every change of an activation; its end goes on record with the call."""
+        gate.note(model_version=name_of(wanted.version), model_digest=wanted.version.model_digest)
+        last = admin_pb2.Activation()
+        async for last in self._activations.begin(wanted).watch():
+            yield last
+        gate.note(stage=last.stage, deployment=last.deployment, activation_reason=last.reason)
+
+    async def RemoveModelVersion(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.RemoveModelVersionRequest, context: Context
+    ) -> admin_pb2.RemoveModelVersionResponse:
+        """Forgets a version that nothing runs."""
+        version = await self._imports.version(check_reference(request.model_version))
+        digest = version.model_digest
+        async with self._deployments.loading:  # nothing is deployed between the look and the removal
+            await self._database.run(lambda s: check_unused(s, digest))
+            removed = await self._imports.remove(digest)
+        await self._versions.forget(digest)
+        gate.note(model_version=name_of(version), model_digest=digest, freed_bytes=removed.freed_bytes)
+        return admin_pb2.RemoveModelVersionResponse(
+            model_version=name_of(version), freed_bytes=removed.freed_bytes
+        )
+
+    # The store
+
+    async def GetStore(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.GetStoreRequest, context: Context
+    ) -> admin_pb2.GetStoreResponse:
+        """What it holds, and what its last scrub found."""
+        return store_view(await self._imports.store())
+
+    async def ScrubStore(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.ScrubStoreRequest, context: Context
+    ) -> AsyncIterator[admin_pb2.ScrubStoreResponse]:
+        """Progress until every file was hashed; the importer goes on if the caller leaves."""
+        async for progress in self._imports.scrub():
+            if progress.ended:
+                gate.note(bytes=progress.bytes_done, damaged=[file.sha256 for file in progress.damaged])
+            yield scrub_view(progress)
+
+    async def GetTrust(  # noqa: N802  # gRPC's name
+        self, request: admin_pb2.GetTrustRequest, context: Context
+    ) -> admin_pb2.GetTrustResponse:
+        """The trust root, revocations and floors in force."""
+        return trust_view(await self._imports.trust())
+
+    # Deployments and aliases
 
     async def LoadModel(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.LoadModelRequest, context: Context
     ) -> admin_pb2.LoadModelResponse:
         """Keeps the deployment and tells engine-host; it becomes ready later."""
-        name = check_name(request.name, "name", LONGEST_DEPLOYMENT)
+        name, operator = check_name(request.name, "name", LONGEST_DEPLOYMENT), gate.operator()
         check_options(request.options)
-        version = await model_named(self._imports, request.model_version)
-        row = _deployment(name, version, request.options)
-        async with self._loading:  # engine-host knows what one load is promised before it plans the next
+        async with self._deployments.loading:
+            version = await self._versions.runnable(request.model_version, request.accept_licence, operator)
+            row = _deployment(name, version, request.options)
             plan = await self._deployments.plan(as_engine_has_it(row))
-            _require_fit(plan)
-            await self._database.run(lambda s: _keep(s, row))
+            require_fit(plan)
+            await self._database.run(lambda s: aliases.keep_deployment(s, row, operator))
             gate.note(model_version=row.model_version, model_digest=row.model_digest)
             await self._deployments.changed(name)
+        await self._untold.tell()
         return admin_pb2.LoadModelResponse(
             deployment=deployment_view(row, self._deployments), plan=plan_view(plan)
         )
@@ -89,7 +223,7 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
         self, request: admin_pb2.UnloadModelRequest, context: Context
     ) -> admin_pb2.UnloadModelResponse:
         """Ends a deployment that no alias points at."""
-        await self._database.run(lambda s: _remove_deployment(s, request.name))
+        await self._database.run(lambda s: aliases.remove_deployment(s, request.name))
         await self._deployments.changed()
         return admin_pb2.UnloadModelResponse()
 
@@ -109,60 +243,27 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
         self, request: admin_pb2.SetAliasRequest, context: Context
     ) -> admin_pb2.SetAliasResponse:
         """Points an alias at a deployment; requests admitted from now on go there."""
-        name = check_name(request.name, "name")
-        await self._database.run(lambda s: _set_alias(s, name, request.deployment))
+        name, operator = check_name(request.name, "name"), gate.operator()
+        await self._database.run(lambda s: aliases.set_alias(s, name, request.deployment, operator))
+        await self._untold.tell()
         return admin_pb2.SetAliasResponse()
 
     async def RemoveAlias(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.RemoveAliasRequest, context: Context
     ) -> admin_pb2.RemoveAliasResponse:
         """The alias is gone; grants of it lie idle until it is set again."""
-        await self._database.run(lambda s: _remove_alias(s, request.name))
+        operator = gate.operator()
+        await self._database.run(lambda s: aliases.remove_alias(s, request.name, operator))
+        await self._untold.tell()
         return admin_pb2.RemoveAliasResponse()
 
     async def ListAliases(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.ListAliasesRequest, context: Context
     ) -> admin_pb2.ListAliasesResponse:
         """By name."""
-        rows = await self._database.run(lambda s: s.scalars(select(Alias).order_by(Alias.name)).all())
+        rows = await self._database.run(aliases.of_clients)
         return admin_pb2.ListAliasesResponse(
             aliases=[admin_pb2.Alias(name=row.name, deployment=row.deployment) for row in rows]
-        )
-
-
-async def model_named(imports: Imports, reference: str) -> importer_pb2.ModelVersion:
-    """The model version that `reference` names.
-
-    Raises:
-        CloisterError: INVALID_REFERENCE, VERSION_NOT_FOUND, NOT_A_MODEL, IMPORTER_UNAVAILABLE.
-    """
-    if not 0 < len(reference) <= _LONGEST_REFERENCE:
-        raise CloisterError("INVALID_REFERENCE", "name a model version", field="model_version")
-    version = await imports.version(reference)
-    if version.kind != "model":
-        raise CloisterError(
-            "NOT_A_MODEL",
-            "this bundle is no model of its own; load the model it belongs to",
-            grpc.StatusCode.FAILED_PRECONDITION,
-            {"kind": version.kind},
-            field="model_version",
-        )
-    return version
-
-
-def _require_fit(plan: engine_pb2.MemoryPlan) -> None:
-    """Refuse a plan that does not fit.
-
-    Raises:
-        CloisterError: OUT_OF_MEMORY, with the numbers.
-    """
-    if not plan.fits:
-        raise CloisterError(
-            "OUT_OF_MEMORY",
-            f"{plan.summary}; {plan.advice}",
-            grpc.StatusCode.FAILED_PRECONDITION,
-            {"total_bytes": str(plan.total_bytes), "available_bytes": str(plan.available_bytes)},
-            field="options",
         )
 
 
@@ -180,63 +281,23 @@ def check_options(options: admin_pb2.DeploymentOptions) -> None:
             )
 
 
-def files_of(version: importer_pb2.ModelVersion) -> engine_pb2.FileSet:
-    """The files of a version as the engine has them."""
-    files = [engine_pb2.File(path=f.path, size=f.size, sha256=f.sha256) for f in version.files]
-    return engine_pb2.FileSet(model_digest=version.model_digest, files=files)
+def _check_path(path: str, what: str) -> None:
+    if not path.startswith("/") or len(path) > _LONGEST_PATH:
+        raise CloisterError("INVALID_PATH", f"give the absolute path of {what}", field="path")
+
+
+def _check_import(import_id: str) -> None:
+    if not 0 < len(import_id) <= _LONGEST_ID:
+        raise CloisterError("INVALID_IMPORT", "name an import by its id", field="import_id")
 
 
 def _deployment(name: str, version: importer_pb2.ModelVersion, options: admin_pb2.DeploymentOptions) -> Deployment:
     return Deployment(
         name=name,
-        model_version=f"{version.name}@{version.version}",
+        model_version=name_of(version),
         model_digest=version.model_digest,
         files=files_of(version).SerializeToString(),
         options=engine_options(options).SerializeToString(),
         created_ns=time.time_ns(),
+        parked=False,
     )
-
-
-def _keep(session: Session, row: Deployment) -> None:
-    session.merge(row)
-
-
-def _remove_deployment(session: Session, name: str) -> None:
-    row = _existing(session, name, "name")
-    aliases = session.scalars(select(Alias.name).where(Alias.deployment == name).order_by(Alias.name)).all()
-    if aliases:
-        raise CloisterError(
-            "DEPLOYMENT_IN_USE",
-            f"aliases point at it: {', '.join(aliases)}; remove them or point them elsewhere first",
-            grpc.StatusCode.FAILED_PRECONDITION,
-        )
-    session.delete(row)
-
-
-def _set_alias(session: Session, name: str, deployment: str) -> None:
-    _existing(session, deployment, "deployment")
-    session.merge(Alias(name=name, deployment=deployment))
-
-
-def _remove_alias(session: Session, name: str) -> None:
-    row = session.get(Alias, name)
-    if row is None:
-        raise CloisterError(
-            "ALIAS_NOT_FOUND",
-            "there is no such alias; `cloister alias list` names them",
-            grpc.StatusCode.NOT_FOUND,
-            field="name",
-        )
-    session.delete(row)
-
-
-def _existing(session: Session, name: str, field: str) -> Deployment:
-    row = session.get(Deployment, name)
-    if row is None:
-        raise CloisterError(
-            "DEPLOYMENT_NOT_FOUND",
-            "there is no such deployment; `cloister model list` names them",
-            grpc.StatusCode.NOT_FOUND,
-            field=field,
-        )
-    return row

@@ -18,7 +18,7 @@ from appliance.control.identity import api_keys
 from appliance.control.identity.authority import Authority, identity_of
 from appliance.control.identity.secret_keys import SecretKeys
 from appliance.control.limits import Limits
-from appliance.control.names import check_name, check_names
+from appliance.control.names import SYSTEM_TENANT, check_name, check_names
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc
 
@@ -91,7 +91,7 @@ class TenantService(admin_pb2_grpc.TenantServiceServicer):
         self, request: admin_pb2.IssueKeyRequest, context: Context
     ) -> admin_pb2.IssueKeyResponse:
         """A certificate for the request's key and an API key, shown this once."""
-        tenant = check_name(request.tenant, "tenant")
+        tenant = _own(check_name(request.tenant, "tenant"))
         application = check_name(request.application, "application")
         days = _within(request.valid_days or self._limits.key_days, "valid_days", _MOST_VALID_DAYS)
         identity = identity_of(self._site, tenant, application)
@@ -133,7 +133,7 @@ class TenantService(admin_pb2_grpc.TenantServiceServicer):
 
 
 def _add(session: Session, wanted: admin_pb2.Tenant, limits: Limits) -> admin_pb2.Tenant:
-    name = check_name(wanted.name, "tenant.name")
+    name = _own(check_name(wanted.name, "tenant.name"))
     if session.get(Tenant, name) is not None:
         raise CloisterError(
             "TENANT_EXISTS",
@@ -156,7 +156,7 @@ def _add(session: Session, wanted: admin_pb2.Tenant, limits: Limits) -> admin_pb
 
 
 def _set(session: Session, request: admin_pb2.SetTenantRequest) -> admin_pb2.Tenant:
-    tenant = _tenant(session, request.name)
+    tenant = _tenant(session, _own(request.name))
     if request.HasField("max_concurrent"):
         tenant.max_concurrent = _within(request.max_concurrent, "max_concurrent", _MOST_CONCURRENT)
     if request.HasField("weight"):
@@ -167,7 +167,7 @@ def _set(session: Session, request: admin_pb2.SetTenantRequest) -> admin_pb2.Ten
 
 
 def _suspend(session: Session, name: str, suspended: bool) -> admin_pb2.Tenant:
-    tenant = _tenant(session, name)
+    tenant = _tenant(session, _own(name))
     tenant.suspended = suspended
     return tenant_view(session, tenant)
 
@@ -220,6 +220,18 @@ def _tenant(session: Session, name: str) -> Tenant:
             field="tenant",
         )
     return tenant
+
+
+def _own(name: str) -> str:
+    """`name`, unless it is the appliance's own tenant, which tries new models and is nobody else's to change."""
+    if name == SYSTEM_TENANT:
+        raise CloisterError(
+            "TENANT_RESERVED",
+            f"{name} is the appliance itself, which tries new models; choose another name",
+            grpc.StatusCode.FAILED_PRECONDITION,
+            field="tenant",
+        )
+    return name
 
 
 def _within(value: int, field: str, most: int) -> int:

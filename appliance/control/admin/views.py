@@ -11,9 +11,10 @@ from appliance.control.admission import reservations
 from appliance.control.db.models import ApiKey, Deployment, Grant, Tenant
 from appliance.control.deployments import Deployments
 from appliance.protos import admin_pb2
-from bundles.protos import importer_pb2
 from engine.protos import engine_pb2
 
+PARKED = "parked"
+"""State of a deployment that gave its memory to a version under trial."""
 _View = TypeVar("_View", bound=Message)
 
 
@@ -64,7 +65,7 @@ def deployment_view(
         name=row.name,
         model_version=row.model_version,
         model_digest=row.model_digest,
-        state=deployments.state(row.name),
+        state=PARKED if row.parked else deployments.state(row.name),
         reason=status.reason,
         message=status.message,
         restarts=status.restarts,
@@ -72,25 +73,25 @@ def deployment_view(
         max_context_tokens=status.max_context_tokens,
         worker_pid=status.worker_pid,
         runs_as=status.runs_as,
-        engine=None if counters is None else _shared(counters, admin_pb2.EngineCounters()),
+        engine=None if counters is None else shared(counters, admin_pb2.EngineCounters()),
     )
 
 
 def device_view(device: engine_pb2.Device, deployments: list[str]) -> admin_pb2.Device:
     """A device and the deployments on it."""
-    view = _shared(device, admin_pb2.Device())
+    view = shared(device, admin_pb2.Device())
     view.deployments.extend(deployments)
     return view
 
 
 def plan_view(plan: engine_pb2.MemoryPlan) -> admin_pb2.MemoryPlan:
     """A memory plan in the operators' words, which are the engine's."""
-    view = _shared(plan, admin_pb2.MemoryPlan())
-    view.options.CopyFrom(_shared(plan.options, admin_pb2.DeploymentOptions()))
+    view = shared(plan, admin_pb2.MemoryPlan())
+    view.options.CopyFrom(shared(plan.options, admin_pb2.DeploymentOptions()))
     return view
 
 
-def _shared(source: Message, target: _View) -> _View:
+def shared(source: Message, target: _View) -> _View:
     """`target` with every plain field of `source` that it has under the same name."""
     for field, value in source.ListFields():
         if field.name in target.DESCRIPTOR.fields_by_name and field.message_type is None:
@@ -99,44 +100,9 @@ def _shared(source: Message, target: _View) -> _View:
 
 
 def _admin_options(stored: bytes) -> admin_pb2.DeploymentOptions:
-    return _shared(engine_pb2.DeploymentOptions.FromString(stored), admin_pb2.DeploymentOptions())
+    return shared(engine_pb2.DeploymentOptions.FromString(stored), admin_pb2.DeploymentOptions())
 
 
 def engine_options(options: admin_pb2.DeploymentOptions) -> engine_pb2.DeploymentOptions:
     """The options in the engine's own words."""
     return engine_pb2.DeploymentOptions(**{field.name: value for field, value in options.ListFields()})
-
-
-def version_view(version: importer_pb2.ModelVersion) -> admin_pb2.ModelVersion:
-    """A model version without its files."""
-    return admin_pb2.ModelVersion(
-        name=version.name,
-        version=version.version,
-        sequence=version.sequence,
-        model_digest=version.model_digest,
-        kind=version.kind,
-        imported_at=Timestamp(seconds=version.imported_at),
-        signers=version.signers,
-        total_size=version.total_size,
-        architecture=version.architecture,
-    )
-
-
-def progress_view(progress: importer_pb2.ImportBundleResponse) -> admin_pb2.ImportBundleResponse:
-    """Progress of an import."""
-    return admin_pb2.ImportBundleResponse(
-        import_id=progress.import_id,
-        state=import_state(progress.state),
-        bytes_done=progress.bytes_done,
-        bytes_total=progress.bytes_total,
-        file=progress.file,
-        reason=progress.reason,
-        message=progress.message,
-        model_version=progress.model_version,
-        model_digest=progress.model_digest,
-    )
-
-
-def import_state(state: "importer_pb2.ImportState.ValueType") -> str:
-    """A state in words."""
-    return importer_pb2.ImportState.Name(state).removeprefix("IMPORT_STATE_").lower()

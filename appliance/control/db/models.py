@@ -75,6 +75,8 @@ class Deployment(Base):
     files: Mapped[bytes]
     options: Mapped[bytes]
     created_ns: Mapped[int]
+    parked: Mapped[bool] = mapped_column(default=False)
+    """It gave its memory to a version under trial; engine-host is not told of it until that has ended."""
 
 
 class Alias(Base):
@@ -83,6 +85,76 @@ class Alias(Base):
     __tablename__ = "alias"
     name: Mapped[str] = mapped_column(primary_key=True)
     deployment: Mapped[str] = mapped_column(ForeignKey("deployment.name"))
+
+
+class AliasHistory(Base):
+    """What an alias has answered with, from then on; `options` as a deployment has them."""
+
+    __tablename__ = "alias_history"
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    alias: Mapped[str]
+    deployment: Mapped[str]
+    model_version: Mapped[str]
+    model_digest: Mapped[str]
+    options: Mapped[bytes]
+    set_ns: Mapped[int]
+    __table_args__ = (Index("alias_history_alias", "alias", "number"),)
+
+
+class Approval(Base):
+    """A custodian signed a statement that approves a model version; `envelope` is the statement as it came."""
+
+    __tablename__ = "approval"
+    model_digest: Mapped[str] = mapped_column(primary_key=True)
+    custodian: Mapped[str] = mapped_column(primary_key=True)
+    envelope: Mapped[bytes]
+    approved_ns: Mapped[int]
+
+
+class LicenceAcceptance(Base):
+    """An operator accepted the licences of a model version that ask for it."""
+
+    __tablename__ = "licence_acceptance"
+    model_digest: Mapped[str] = mapped_column(primary_key=True)
+    operator: Mapped[str]
+    accepted_ns: Mapped[int]
+
+
+class Activation(Base):
+    """A version tried on its way behind an alias, or back; while `ended_ns` is NULL nothing is decided."""
+
+    __tablename__ = "activation"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    """activation or rollback."""
+    alias: Mapped[str]
+    operator: Mapped[str]
+    model_version: Mapped[str]
+    model_digest: Mapped[str]
+    deployment: Mapped[str]
+    """The one under trial."""
+    made: Mapped[bool]
+    """It was made for this trial, and goes when the trial fails."""
+    previous: Mapped[str]
+    """What the alias points at until the end is good; empty for none."""
+    stage: Mapped[str]
+    reason: Mapped[str]
+    started_ns: Mapped[int]
+    ended_ns: Mapped[int | None]
+    __table_args__ = (Index("activation_open", "alias", unique=True, sqlite_where=text("ended_ns IS NULL")),)
+
+
+class Untold(Base):
+    """A change of this database that the audit log has not been told yet."""
+
+    __tablename__ = "untold"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    actor: Mapped[str]
+    decision: Mapped[str]
+    facts: Mapped[str]
+    """JSON."""
+    utc_ns: Mapped[int]
 
 
 class Request(Base):
