@@ -15,8 +15,9 @@ from itertools import islice
 from pathlib import Path
 
 from bundles.format import members, strict_json
-from bundles.format.container import Member
+from bundles.format.container import ContainerReader, Member
 from bundles.format.errors import BundleError
+from bundles.format.folder import FolderReader
 from bundles.format.manifest import Document, Manifest, Volume
 from bundles.format.members import FIXED, MAX_HEADER, TrustHead
 from bundles.format.source import Source, open_source
@@ -277,7 +278,7 @@ class BundleReader:
         return BundleError("CONTAINER_UNLISTED", f"the bundle has {found}, which no manifest lists")
 
 
-def open_volume(path: Path, manifest: Manifest, wanted: int) -> Source:
+def open_volume(path: Path, manifest: Manifest, wanted: int) -> ContainerReader | FolderReader:
     """Open a medium that must be volume `wanted` of this bundle, ready to be read from its beginning.
 
     Raises:

@@ -7,12 +7,13 @@ Verification is the importer's own pass with a sink that keeps only what judging
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
-from contextlib import closing, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from bundles.base import BundleBase
 from bundles.content.files import ModelFiles
 from bundles.content.forbidden import HEAD_BYTES, TAIL_BYTES
 from bundles.content.inspector import Inspector
@@ -21,7 +22,7 @@ from bundles.format import manifest as manifests
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
 from bundles.format.source import beside
-from bundles.pipeline import Progress, Report, Sink, Terms, read_bundle
+from bundles.pipeline import Base, Progress, Report, Sink, Terms, no_base, read_bundle
 from bundles.reader import BundleReader
 from bundles.trust import dsse
 from bundles.trust.policy import Site, Verified, check_policy, verify_head
@@ -39,15 +40,17 @@ def verify(
     site: Site | None = None,
     inspector: Inspector | None = None,
     report: Report = _silent,
+    bases: Sequence[Path] = (),
 ) -> Verified:
     """Verify every signature, chunk and file of a bundle against a trust root; what was signed.
 
     Args:
-        path: the bundle.
+        path: the bundle: a file, the first of its volumes with the others beside it, or a folder.
         pinned: the root that is believed.
         site: clock and floors to hold it to; today's clock and no floors when absent.
         inspector: runs engine-inspect.
         report: is told the progress.
+        bases: for a delta, the bundle that it was made against; for a chain of deltas all before it, in any order.
 
     Raises:
         BundleError: every code of docs/bundle-format.md.
@@ -58,13 +61,17 @@ def verify(
         check_policy(verified, site)
         return True
 
-    terms = Terms(pinned, site.now, gate, inspector or Inspector())
-    sink = MemorySink()
-    try:
-        with closing(BundleReader(beside(path))) as reader:
-            accepted = read_bundle(reader, terms, sink, report)
-    finally:
-        sink.close()
+    with ExitStack() as stack:
+
+        def base(manifest: Manifest) -> Base:
+            if not bases:
+                return no_base(manifest)
+            return stack.enter_context(BundleBase(bases, manifest.base or ""))
+
+        reader = stack.enter_context(closing(BundleReader(beside(path))))
+        sink = stack.enter_context(closing(MemorySink()))
+        terms = Terms(pinned, site.now, gate, inspector or Inspector(), base)
+        accepted = read_bundle(reader, terms, sink, report)
     return accepted if isinstance(accepted, Verified) else accepted.verified
 
 

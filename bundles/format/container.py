@@ -9,7 +9,7 @@ Source: POSIX.1-2017, pax, "ustar Interchange Format".
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -205,6 +205,31 @@ class ContainerReader:
             self._refuse_early_end()
         self._at += self._left
         self._left = 0
+
+    def survey(self) -> Iterator[tuple[str, int]]:
+        """Every member's name and where its header begins, from the first; no content is read.
+
+        Raises:
+            BundleError: as `next`.
+        """
+        self.rewind()
+        at = 0
+        while (member := self.next()) is not None:
+            yield member.name, at
+            self.skip()
+            at = self._at + self._padding
+
+    def revisit(self, name: str, at: int) -> Member:
+        """Go back to a member that `survey` found.
+
+        Raises:
+            BundleError: SOURCE_CHANGED, it is not there any more; as `next`.
+        """
+        self._at, self._left, self._padding = at, 0, 0
+        member = self.next()
+        if member is None or member.name != name:
+            raise BundleError("SOURCE_CHANGED", f"{name} is not where it was; the bundle was changed: repeat")
+        return member
 
     def read(self, limit: int) -> bytes:
         """The whole content of the current member, which may not be larger than `limit` bytes.

@@ -50,12 +50,7 @@ class FolderReader:
         if self._queue is None:
             self._queue = self._head()
         name = next(self._queue, None)
-        if name is None:
-            return None
-        self._fd = self._open(name)
-        self._size = self._left = os.fstat(self._fd).st_size
-        self._name = name
-        return Member(name, self._size)
+        return None if name is None else self._begin(name)
 
     def read(self, limit: int) -> bytes:
         """See `Source`."""
@@ -101,6 +96,25 @@ class FolderReader:
         self._queue = iter([*order, END])
         return None
 
+    def survey(self) -> Iterator[tuple[str, int]]:
+        """Every chunk's name, with a place that means nothing; no content is read.
+
+        Raises:
+            BundleError: SOURCE_UNREADABLE, CONTAINER_SYMLINK, CONTAINER_UNLISTED.
+        """
+        for name in self._names_in("c", _MAX_ENTRIES):
+            yield name, 0
+
+    def revisit(self, name: str, at: int) -> Member:
+        """Open one member, in no order.
+
+        Raises:
+            BundleError: as `next`.
+        """
+        del at
+        self._close_member()
+        return self._begin(name)
+
     def rewind(self) -> None:
         """See `Source`."""
         self._close_member()
@@ -114,6 +128,12 @@ class FolderReader:
                 os.close(fd)
         self._folders.clear()
         self._root = -1
+
+    def _begin(self, name: str) -> Member:
+        self._fd = self._open(name)
+        self._size = self._left = os.fstat(self._fd).st_size
+        self._name = name
+        return Member(name, self._size)
 
     def _head(self) -> Iterator[str]:
         found = self._entries(self._root, _MAX_ENTRIES)

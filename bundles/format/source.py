@@ -67,7 +67,7 @@ class Source(Protocol):
         """Close what is open; more than once is no harm."""
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path) -> ContainerReader | FolderReader:
     """Open a volume or a bundle's folder, itself and not what a link points to; the caller closes it.
 
     Raises:
