@@ -57,7 +57,7 @@ def check_paths(paths: Iterable[str]) -> None:
 
     Raises:
         BundleError: as `check_path`, or PATH_DUPLICATE, PATH_NORMAL_COLLISION and PATH_CASE_COLLISION (two names
-            that a file system which normalises Unicode, or knows no case, would merge), PATH_PREFIX (a file that is
+            that a file system which normalises Unicode, or knows no case, would merge), PATH_PREFIX (a file is
             also a folder).
     """
     listed = tuple(paths)
