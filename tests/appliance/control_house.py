@@ -48,6 +48,10 @@ class Host(engine_pb2_grpc.HostServiceServicer):
         self.planned: list[engine_pb2.PlanDeploymentRequest] = []
         self.told: list[engine_pb2.ReconcileRequest] = []
         self.changed = asyncio.Condition()
+        self.states: dict[str, Any] = {}
+        self.reasons: dict[str, str] = {}
+        self.sockets = ("/w.sock", "/t.sock")
+        self.fits = lambda _request, _running: True
 
     async def GetInventory(self, request: Any, context: Any) -> engine_pb2.GetInventoryResponse:
         cpu = engine_pb2.Device(id="cpu", kind="cpu", name="Example", memory_bytes=2, memory_available_bytes=1)
@@ -58,7 +62,11 @@ class Host(engine_pb2_grpc.HostServiceServicer):
         self.calls.append("plan")
         if self.plan_refusal:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, self.plan_refusal)
-        return engine_pb2.PlanDeploymentResponse(plan=self.plan)
+        plan = engine_pb2.MemoryPlan()
+        plan.CopyFrom(self.plan)
+        running = [d.name for d in self.told[-1].deployments] if self.told else []
+        plan.fits = self.plan.fits and self.fits(request.deployment, running)
+        return engine_pb2.PlanDeploymentResponse(plan=plan)
 
     async def Reconcile(self, request: engine_pb2.ReconcileRequest, context: Any) -> engine_pb2.ReconcileResponse:
         self.told.append(request)
@@ -73,25 +81,58 @@ class Host(engine_pb2_grpc.HostServiceServicer):
             async with self.changed:
                 await self.changed.wait()
 
+    async def say(self) -> None:
+        """Tell control how everything is now."""
+        async with self.changed:
+            self.changed.notify_all()
+
     def _status(self, deployment: engine_pb2.Deployment) -> engine_pb2.DeploymentStatus:
         return engine_pb2.DeploymentStatus(
-            name=deployment.name, state=self.state, worker_socket="/w.sock", text_socket="/t.sock",
+            name=deployment.name, state=self.states.get(deployment.name, self.state),
+            reason=self.reasons.get(deployment.name, ""), message="because",
+            worker_socket=self.sockets[0], text_socket=self.sockets[1],
             max_context_tokens=CONTEXT, capabilities=["generate"], model_digest=deployment.files.model_digest,
         )  # fmt: skip
 
 
+def digest_of(number: int) -> str:
+    """The digest of one of the fake importer's versions."""
+    return DIGEST if number == 1 else hashlib.sha256(b"manifest %d" % number).hexdigest()
+
+
 class Importer(importer_pb2_grpc.ImporterServiceServicer):
-    """An importer with one version in its store, and an outbox that the test fills."""
+    """An importer with one version in its store, more if the test adds some, and an outbox that the test fills.
+
+    Attributes:
+        approvals: custodians and digest by envelope; any other is refused.
+    """
 
     def __init__(self) -> None:
         self.kind = "model"
+        self.versions: list[importer_pb2.ModelVersion] = []
+        self.add(1)
         self.outbox: list[importer_pb2.ReadOutboxResponse] = []
         self.acknowledged: list[int] = []
         self.acknowledges = True
+        self.offered: list[tuple[str, str]] = []
+        self.cancelled: list[str] = []
+        self.approvals: dict[bytes, tuple[str, list[str]]] = {}
+        self.custodians: list[str] = []
+
+    def add(self, number: int, **fields: Any) -> importer_pb2.ModelVersion:
+        """Commit `notes@NUMBER`, which `fields` may change."""
+        version = importer_pb2.ModelVersion(
+            name="notes", version=str(number), model_digest=digest_of(number), sequence=number,
+            files=[importer_pb2.ModelFile(path="config.json", size=2, sha256="ab")], imported_at=number, **fields,
+        )  # fmt: skip
+        self.versions.append(version)
+        return version
 
     async def ImportBundle(self, request: Any, context: Any) -> AsyncIterator[Any]:
         common = {"import_id": "i1", "model_version": "notes@1", "model_digest": DIGEST}
-        yield importer_pb2.ImportBundleResponse(state=importer_pb2.IMPORT_STATE_STREAMING, bytes_done=1, **common)
+        yield importer_pb2.ImportBundleResponse(
+            state=importer_pb2.IMPORT_STATE_STREAMING, bytes_done=1, bytes_per_second=7, volume_wanted=2, **common
+        )
         if "bad" in request.path:
             yield importer_pb2.ImportBundleResponse(
                 state=importer_pb2.IMPORT_STATE_REJECTED, reason="CHUNK_DIGEST", **common
@@ -99,19 +140,64 @@ class Importer(importer_pb2_grpc.ImporterServiceServicer):
         else:
             yield importer_pb2.ImportBundleResponse(state=importer_pb2.IMPORT_STATE_COMMITTED, **common)
 
-    def _version(self) -> importer_pb2.ModelVersion:
-        return importer_pb2.ModelVersion(
-            name="notes", version="1", model_digest=DIGEST, kind=self.kind, sequence=1,
-            files=[importer_pb2.ModelFile(path="config.json", size=2, sha256="ab")],
-        )  # fmt: skip
+    async def OfferVolume(self, request: Any, context: Any) -> importer_pb2.OfferVolumeResponse:
+        if "wrong" in request.path:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "VOLUME_ORDER: volume 2 is wanted")
+        self.offered.append((request.import_id, request.path))
+        return importer_pb2.OfferVolumeResponse()
+
+    async def ListImports(self, request: Any, context: Any) -> importer_pb2.ListImportsResponse:
+        progress = importer_pb2.ImportBundleResponse(
+            import_id="i1", state=importer_pb2.IMPORT_STATE_STREAMING, volume_wanted=2, volumes=3
+        )
+        return importer_pb2.ListImportsResponse(
+            imports=[
+                importer_pb2.Import(path="/media/a", started_ns=10**9, changed_ns=2 * 10**9, progress=progress)
+            ]
+        )
+
+    async def CancelImport(self, request: Any, context: Any) -> importer_pb2.CancelImportResponse:
+        self.cancelled.append(request.import_id)
+        return importer_pb2.CancelImportResponse()
+
+    def _all(self) -> list[importer_pb2.ModelVersion]:
+        for version in self.versions:
+            version.kind = self.kind
+        return self.versions
 
     async def ListModelVersions(self, request: Any, context: Any) -> importer_pb2.ListModelVersionsResponse:
-        return importer_pb2.ListModelVersionsResponse(versions=[self._version()])
+        return importer_pb2.ListModelVersionsResponse(versions=self._all())
 
     async def GetModelVersion(self, request: Any, context: Any) -> importer_pb2.GetModelVersionResponse:
-        if request.reference not in ("notes", "notes@1", DIGEST):
-            await context.abort(grpc.StatusCode.NOT_FOUND, "no")
-        return importer_pb2.GetModelVersionResponse(version=self._version())
+        for version in reversed(self._all()):
+            if request.reference in (version.name, f"{version.name}@{version.version}", version.model_digest):
+                return importer_pb2.GetModelVersionResponse(version=version)
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no")
+        raise AssertionError("aborted")
+
+    async def RemoveModelVersion(self, request: Any, context: Any) -> importer_pb2.RemoveModelVersionResponse:
+        self.versions = [v for v in self.versions if v.model_digest != request.reference]
+        return importer_pb2.RemoveModelVersionResponse(model_version="notes@1", freed_bytes=5)
+
+    async def VerifyApproval(self, request: Any, context: Any) -> importer_pb2.VerifyApprovalResponse:
+        if request.envelope not in self.approvals:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "APPROVAL_INVALID: no custodian signed this")
+        digest, custodians = self.approvals[request.envelope]
+        return importer_pb2.VerifyApprovalResponse(model_digest=digest, custodians=custodians, threshold=2)
+
+    async def GetTrust(self, request: Any, context: Any) -> importer_pb2.GetTrustResponse:
+        role = importer_pb2.TrustRole(name="custodian", threshold=2, keyids=self.custodians)
+        return importer_pb2.GetTrustResponse(
+            root_version=3, root_expires=9, roles=[role], warnings=["TRUST_STALE"]
+        )
+
+    async def GetStore(self, request: Any, context: Any) -> importer_pb2.GetStoreResponse:
+        damaged = importer_pb2.DamagedFile(sha256="ab", used_by=["notes@1 config.json"], finding="changed")
+        return importer_pb2.GetStoreResponse(bytes=3, files=1, free_bytes=9, damaged=[damaged])
+
+    async def ScrubStore(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        yield importer_pb2.ScrubStoreResponse(bytes_done=1, bytes_total=2)
+        yield importer_pb2.ScrubStoreResponse(bytes_done=2, bytes_total=2, ended=True)
 
     async def ReadOutbox(self, request: Any, context: Any) -> AsyncIterator[Any]:
         for entry in list(self.outbox):

@@ -51,6 +51,7 @@ class Running:
         self.now = admin_pb2.Activation(model_version=version, canaries_total=len(wanted.canaries))
         self.refusal: CloisterError | None = None
         self.ended = False
+        self._told: list[admin_pb2.Activation] = []
         self._changed = asyncio.Event()
 
     def tell(self, stage: str, message: str, **facts: str | int) -> None:
@@ -59,6 +60,7 @@ class Running:
         told.CopyFrom(self.now)
         told.MergeFrom(admin_pb2.Activation(stage=stage, message=message, **facts))  # type: ignore[arg-type]  # by name
         self.now = told
+        self._told.append(told)
         self._wake()
 
     def end(self, refusal: CloisterError | None = None) -> None:
@@ -71,17 +73,17 @@ class Running:
         self._changed = asyncio.Event()
 
     async def watch(self) -> AsyncIterator[admin_pb2.Activation]:
-        """Every change from now on, the last one included.
+        """How it is now and every change from here, the last one included.
 
         Raises:
             CloisterError: why nothing was tried at all.
         """
-        shown = admin_pb2.Activation()
+        shown = max(0, len(self._told) - 1)
         while True:
-            changed, now, ended = self._changed, self.now, self.ended
-            if now.stage and now != shown:
-                shown = now
-                yield now
+            changed, ended = self._changed, self.ended
+            for told in self._told[shown:]:
+                shown += 1
+                yield told
             if ended:
                 break
             await changed.wait()
