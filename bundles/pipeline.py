@@ -1,32 +1,38 @@
 """The one pass over a bundle: every step from the first byte to judged files, the same for verify and import.
 
-The payload is read once into a small ring of buffers. Chunk hash, file hash and sink each work on the very same
-buffer, on a thread of their own (hashing and writing release the interpreter lock), so what is written is what was
-hashed and memory does not grow with the bundle.
+The payload is read once into a small ring of buffers (`ring.py`). Chunk hash, file hash and sink each work on the very
+same buffer, on a thread of their own (hashing and writing release the interpreter lock), so what is written is what
+was hashed and memory does not grow with the bundle.
+
+A byte is hashed twice where its file has several chunks. The chunk's digest refuses a damaged medium within 64 MiB,
+lets an interrupted import go on, and names what a delta leaves out; the file's digest is what the publisher signed
+and what the store calls the file, and it does not follow from those of the chunks. Of a file of one chunk they are
+the same, and taken once.
 """
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
-from itertools import cycle
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from bundles.content import forbidden
+from bundles.content.files import ModelFiles
 from bundles.content.inspector import Inspector, Verdict
 from bundles.content.judge import check_model, judge
 from bundles.format.chunks import BUFFER_SIZE, EMPTY_SHA256, Extent, extents
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
 from bundles.reader import BundleReader
+from bundles.ring import ReadInto, Ring, Work, open_ring
 from bundles.trust.policy import Head, Verified, verify_head
+from bundles.trust.revocation import Revocations
 from bundles.trust.roots import Root
 
-RING_BUFFERS = 4
+_MOST_UNSETTLED = 32  # files whose bytes are on their way to the disk, each with a descriptor
 
 
 class State(StrEnum):
@@ -49,9 +55,16 @@ class Progress:
         state: where it is.
         bytes_done: payload bytes verified.
         bytes_total: payload bytes in all; 0 until the manifest is verified.
+        bytes_reused: of bytes_done, those that were there already.
+        bytes_hashed: bytes that this pass looked at, wherever they came from.
+        bytes_per_second: of those, over the last seconds; told by the importer.
         file: the file being read.
+        kind: model, adapter, draft or trust, once verified.
         model_version: name@version, once verified.
         model_digest: SHA-256 of the signed manifest, hex, once verified.
+        volumes: of the bundle, 1 where it is whole; 0 until verified.
+        volume_wanted: the one it waits for; 0 while it waits for none.
+        volume_refused: why the last one offered was not taken.
         reason: stable code, with REJECTED.
         message: what was wrong and what to do, with REJECTED.
     """
@@ -59,9 +72,16 @@ class Progress:
     state: State
     bytes_done: int = 0
     bytes_total: int = 0
+    bytes_reused: int = 0
+    bytes_hashed: int = 0
+    bytes_per_second: int = 0
     file: str = ""
+    kind: str = ""
     model_version: str = ""
     model_digest: str = ""
+    volumes: int = 0
+    volume_wanted: int = 0
+    volume_refused: str = ""
     reason: str = ""
     message: str = ""
 
@@ -70,13 +90,35 @@ Report = Callable[[Progress], None]
 
 
 class Sink(Protocol):
-    """Where verified bytes go. `write` runs on a thread of its own, between `begin` and `end` of its file."""
+    """Where verified bytes go. `write` runs on a thread of its own, between `begin` and `end` of its file.
 
-    def begin(self, file: File) -> None:
-        """The next file starts."""
+    One that begins empty and keeps nothing for a next time needs no more than begin, write, end and files.
+    """
+
+    def begin(self, file: File, told: Callable[[int], None]) -> int:
+        """The next file starts; how many of its bytes need not come from the medium.
+
+        That is its whole size where the sink has the file and vouches for it, else a multiple of the chunk size:
+        bytes that `held` gives, to be hashed again. `told` hears how many bytes were hashed to find out; may raise.
+        """
+
+    def held(self, offset: int, buffer: memoryview) -> int:
+        """Bytes of the current file that were there when it began; how many, 0 where there are none."""
+        return 0
 
     def write(self, offset: int, block: memoryview) -> None:
         """Bytes of the current file; the buffer is reused afterwards."""
+
+    def checkpoint(self, size: int) -> Callable[[], None] | None:
+        """So many bytes of the current file are handed over.
+
+        What makes them durable, where the sink wants that now; it runs on a thread of its own once they are written,
+        also after `end`.
+        """
+        return None
+
+    def settled(self, file: File, size: int) -> None:
+        """So many bytes of a file are durable and their digests hold, of a whole file its own, too."""
 
     def end(self, file: File) -> None:
         """The current file is complete and its digests hold."""
@@ -84,26 +126,33 @@ class Sink(Protocol):
     def keep(self, digest: str, content: bytes) -> None:
         """A signed document that travels with the model."""
 
-    def files(self) -> Mapping[str, tuple[int, int]]:
-        """By path, a read-only descriptor and the size in bytes; of weights it need hold the header only."""
+    def files(self) -> ModelFiles:
+        """What it holds, for judging."""
 
 
-class Chunks(Protocol):
-    """Something that hands out chunks: a bundle, or the base that a delta was made against."""
-
-    def open_chunk(self, digest: str, length: int) -> None:
-        """Step to a chunk; its bytes come from `read_into`."""
-
-    def read_into(self, buffer: memoryview) -> int:
-        """Fill `buffer` from the chunk; how many bytes it got, fewer only at the chunk's end."""
-
-
-class Base(Chunks, Protocol):
-    """The chunks of an older model, for a bundle that leaves them out; in any order, as often as asked."""
+class Base(Protocol):
+    """The model that a delta builds on: chunks that are not in the bundle."""
 
     @property
-    def digests(self) -> frozenset[str]:
-        """SHA-256 of every chunk of its manifest, hex."""
+    def chunks(self) -> frozenset[str]:
+        """Digests of all its chunks."""
+
+    def open(self, digest: str) -> ReadInto:
+        """What fills buffers with a chunk, from its beginning; it may raise `damaged`."""
+
+    def damaged(self, why: str) -> BundleError:
+        """The refusal of a delta whose base is not what it was."""
+
+
+def no_base(manifest: Manifest) -> Base:
+    """Of a delta where there is no store.
+
+    Raises:
+        BundleError: BASE_ABSENT.
+    """
+    raise BundleError(
+        "BASE_ABSENT", f"the bundle holds only what changed since {manifest.base}, and that model is not here"
+    )
 
 
 @dataclass(frozen=True)
@@ -130,14 +179,18 @@ class Terms:
         now: the clock.
         gate: refuses (BundleError) what is not for here and now; False ends the pass, there is nothing to do.
         inspector: runs engine-inspect.
-        base: finds the base of a delta by its model digest; None where it is not here.
+        base: finds the model that a delta builds on.
+        revocations: in force here.
+        revocation_floor: the highest sequence of revocations that was ever in force here.
     """
 
     pinned: Root
     now: datetime
     gate: Callable[[Verified], bool]
     inspector: Inspector
-    base: Callable[[str], Base | None] = lambda _: None
+    base: Callable[[Manifest], Base] = no_base
+    revocations: Revocations | None = None
+    revocation_floor: int = 0
 
 
 def read_bundle(reader: BundleReader, terms: Terms, sink: Sink, report: Report) -> Accepted | Verified:
@@ -148,134 +201,180 @@ def read_bundle(reader: BundleReader, terms: Terms, sink: Sink, report: Report) 
     """
     report(Progress(State.QUARANTINE))
     head = reader.read_head()
-    verified = verify_head(head, terms.pinned, terms.now)
+    verified = verify_head(
+        head, terms.pinned, terms.now, terms.revocations, revocation_floor=terms.revocation_floor
+    )
     manifest = verified.manifest
     at = Progress(
         State.SIGNED,
         bytes_total=manifest.total_size,
+        kind=manifest.kind,
         model_version=manifest.reference,
         model_digest=verified.model_digest,
+        volumes=max(1, len(manifest.volumes)),
     )
     report(at)
     if not terms.gate(verified):
         return verified
     forbidden.check_names(file.path for file in manifest.files)
+    base = terms.base(manifest) if manifest.base is not None else None
     report(replace(at, state=State.POLICY))
-    base = terms.base(manifest.base) if manifest.base is not None else None
-    reader.expect(manifest, base.digests if base is not None else frozenset())
+    reader.expect(manifest, base.chunks if base else frozenset())
     for document in manifest.documents:
         sink.keep(document.sha256, reader.read_document(document))
-    stream_payload(reader, manifest, sink, replace(at, state=State.STREAMING), report, base)
+    at = stream_payload(reader, manifest, sink, replace(at, state=State.STREAMING), report, base)
     reader.read_end()
-    report(replace(at, state=State.CONTENT, bytes_done=manifest.total_size))
-    verdict = judge(sink.files(), terms.inspector)
+    report(replace(at, state=State.CONTENT, file=""))
+    verdict = judge(sink.files(), terms.inspector, manifest.kind)
     check_model(manifest.model, verdict, {file.path: file.sha256 for file in manifest.files})
     return Accepted(verified, head, verdict)
 
 
 def stream_payload(
     reader: BundleReader, manifest: Manifest, sink: Sink, at: Progress, report: Report, base: Base | None = None
-) -> None:
-    """Read, hash and hand over every chunk, in manifest order; `report` is told `at` as it advances.
-
-    A chunk that a delta leaves out comes from `base`, and is hashed like any other.
+) -> Progress:
+    """Read, hash and hand over every chunk, in manifest order; `report` is told `at` as it advances; the last.
 
     Raises:
-        BundleError: CHUNK_DIGEST, FILE_DIGEST, the CONTAINER codes.
+        BundleError: CHUNK_DIGEST, FILE_DIGEST, the CONTAINER and VOLUME codes.
     """
     report(at)
-    with _open_ring(min(BUFFER_SIZE, manifest.chunk_size)) as ring:
+    with open_ring(min(BUFFER_SIZE, manifest.chunk_size)) as ring:
+        stream = _Stream(reader, sink, ring, base, report, at)
         for file in manifest.files:
-            sink.begin(file)
-            whole = hashlib.sha256()
-            checks: deque[tuple[int, Future[None]]] = deque()
-            for extent, digest in zip(extents(file.size, manifest.chunk_size), file.chunks, strict=True):
-                chunks: Chunks = reader if base is None or reader.carries(digest) else base
-                chunks.open_chunk(digest, extent.length)
-                check = ring.pass_chunk(chunks, extent, digest, _Work(file, whole, sink))
-                checks.append((extent.length, check))
-                at = _advance(at, file, checks, report, wait=False)
-            ring.drain()
-            at = _advance(at, file, checks, report, wait=True)
-            _check_file(file, whole.hexdigest())
-            sink.end(file)
+            stream.pass_file(file, manifest.chunk_size)
+        stream.settle(most=0)
+        return stream.at
 
 
-def _advance(
-    at: Progress, file: File, checks: deque[tuple[int, Future[None]]], report: Report, *, wait: bool
-) -> Progress:
-    """Report the chunks whose digests are known to hold."""
-    while checks and (wait or checks[0][1].done()):
-        length, check = checks.popleft()
-        check.result()
-        at = replace(at, bytes_done=at.bytes_done + length, file=file.path)
-        report(at)
-    return at
+class _Check(NamedTuple):
+    """A chunk on its way through the ring."""
+
+    length: int
+    reused: int
+    done: "Future[None]"
 
 
-def _check_file(file: File, digest: str) -> None:
-    """Of a file with at most one chunk the manifest itself was checked: its digest is the chunk's."""
-    expected = file.sha256 if len(file.chunks) > 1 else EMPTY_SHA256
-    if digest != expected:
-        raise BundleError("FILE_DIGEST", f"{file.path} is not the file that the manifest names")
+class _Mark(NamedTuple):
+    """Bytes of a file that are durable when `synced` is done, and verified when so many checks have been."""
 
-
-@dataclass(frozen=True)
-class _Work:
     file: File
-    whole: "hashlib._Hash"
-    sink: Sink
+    size: int
+    checks: int
+    synced: "Future[None]"
 
 
-class _Ring:
-    """Buffers between one reader and three workers; a buffer is filled again when all three are done with it."""
+class _Stream:
+    """Files on their way from medium, staging or base, through the ring, to the sink."""
 
-    def __init__(self, size: int, lanes: Sequence[ThreadPoolExecutor]) -> None:
-        self._buffers = [memoryview(bytearray(size)) for _ in range(RING_BUFFERS)]
-        self._pending: list[list[Future[None]]] = [[] for _ in range(RING_BUFFERS)]
-        self._turn = cycle(range(RING_BUFFERS))
-        self._chunk_lane, self._file_lane, self._sink_lane = lanes
+    def __init__(
+        self, reader: BundleReader, sink: Sink, ring: Ring, base: Base | None, report: Report, at: Progress
+    ) -> None:
+        self.at = at
+        self._reader, self._sink, self._ring, self._base, self._report = reader, sink, ring, base, report
+        self._checks: deque[_Check] = deque()
+        self._marks: deque[_Mark] = deque()
+        self._handed = self._checked = 0
 
-    def pass_chunk(self, chunks: Chunks, extent: Extent, digest: str, work: _Work) -> Future[None]:
-        """Send the current chunk through the workers; the future of its digest's check."""
-        chunk = hashlib.sha256()
-        end, slot = extent.offset + extent.length, 0
-        position = extent.offset
-        while position < end:
-            slot = next(self._turn)
-            self._wait(slot)
-            block = self._buffers[slot][: chunks.read_into(self._buffers[slot])]
-            pending = self._pending[slot]
-            pending.append(self._chunk_lane.submit(chunk.update, block))
-            if len(work.file.chunks) > 1:
-                pending.append(self._file_lane.submit(work.whole.update, block))
-            pending.append(self._sink_lane.submit(work.sink.write, position, block))
-            position += len(block)
-        check = self._chunk_lane.submit(_check_chunk, chunk, digest, work.file)
-        self._pending[slot].append(check)
-        return check
+    def pass_file(self, file: File, chunk_size: int) -> None:
+        """One file, from wherever its bytes are."""
+        before = self.at = replace(self.at, file=file.path)
+        whole = hashlib.sha256()
+        held = self._sink.begin(file, self._look)
+        if held < file.size:
+            held, whole = self._hash_held(file, chunk_size, held)
+        self.at = replace(
+            before,
+            bytes_hashed=self.at.bytes_hashed,
+            bytes_done=before.bytes_done + held,
+            bytes_reused=before.bytes_reused + held,
+        )
+        for extent, digest in zip(extents(file.size, chunk_size), file.chunks, strict=True):
+            if extent.offset >= held:
+                self._pass_chunk(file, extent, digest, whole)
+            elif self._reader.carries(digest):
+                self._reader.skip_chunk(digest, extent.length)
+        self._complete(file, whole if held < file.size or not file.size else None)
 
-    def drain(self) -> None:
-        """Wait until every worker has done all it was given; the first refusal is raised."""
-        for slot in range(RING_BUFFERS):
-            self._wait(slot)
+    def settle(self, most: int) -> None:
+        """Tell the sink what is durable and verified; wait until at most so many marks are left."""
+        while self._marks and self._marks[0].checks <= self._checked:
+            if len(self._marks) <= most and not self._marks[0].synced.done():
+                return
+            mark = self._marks.popleft()
+            mark.synced.result()
+            self._sink.settled(mark.file, mark.size)
 
-    def _wait(self, slot: int) -> None:
-        pending, self._pending[slot] = self._pending[slot], []
-        for future in pending:
-            future.result()
+    def _hash_held(self, file: File, chunk_size: int, held: int) -> tuple[int, "hashlib._Hash"]:
+        """Hash again what the sink has of a file; how much of it is as it must be, and the file's digest so far.
 
+        What staging lost of it, and all behind that, comes from the medium.
+        """
+        whole = hashlib.sha256()
+        for extent, digest in zip(extents(held, chunk_size), file.chunks, strict=False):
+            before, chunk, left = whole.copy(), hashlib.sha256(), extent.length
+            while left and (got := self._sink.held(extent.offset + extent.length - left, self._ring.spare[:left])):
+                self._ring.hash_both(chunk, whole, self._ring.spare[:got])
+                self._look(got)
+                left -= got
+            if left or chunk.hexdigest() != digest:
+                return extent.offset, before
+        return held, whole
 
-def _check_chunk(chunk: "hashlib._Hash", digest: str, file: File) -> None:
-    if chunk.hexdigest() != digest:
-        raise BundleError("CHUNK_DIGEST", f"a chunk of {file.path} is damaged; copy the bundle again")
+    def _pass_chunk(self, file: File, extent: Extent, digest: str, whole: "hashlib._Hash") -> None:
+        reused = 0
+        refusal = BundleError("CHUNK_DIGEST", f"a chunk of {file.path} is damaged; copy the bundle again")
+        if self._reader.carries(digest) or self._base is None:
+            self._reader.open_chunk(digest, extent.length)
+            source = self._reader.read_into
+        else:
+            source, reused = self._base.open(digest), extent.length
+            refusal = self._base.damaged(f"a chunk of {file.path}")
+        work = Work(refusal, whole if len(file.chunks) > 1 else None, self._sink.write)
+        check = self._ring.pass_chunk(source, extent, digest, work)
+        self._checks.append(_Check(extent.length, reused, check))
+        self._handed += 1
+        self._advance(wait=False)
+        end = extent.offset + extent.length
+        if end < file.size:
+            self._mark(file, end)
+            self.settle(_MOST_UNSETTLED)
 
+    def _complete(self, file: File, whole: "hashlib._Hash | None") -> None:
+        """The file's last byte was handed over; `whole` is its digest unless the sink vouches for it."""
+        self._ring.drain()
+        self._advance(wait=True)
+        if whole is not None:
+            # Of a file with at most one chunk the manifest itself was checked: its digest is the chunk's.
+            if whole.hexdigest() != (file.sha256 if len(file.chunks) > 1 else EMPTY_SHA256):
+                raise BundleError("FILE_DIGEST", f"{file.path} is not the file that the manifest names")
+            self._mark(file, file.size)
+        self._sink.end(file)
+        self.settle(_MOST_UNSETTLED)
+        self._report(self.at)
 
-@contextmanager
-def _open_ring(size: int) -> Iterator[_Ring]:
-    lanes = [ThreadPoolExecutor(1, thread_name_prefix=f"bundle-{name}") for name in ("chunk", "file", "sink")]
-    try:
-        yield _Ring(size, lanes)
-    finally:
-        for lane in lanes:
-            lane.shutdown(wait=True, cancel_futures=True)
+    def _mark(self, file: File, size: int) -> None:
+        sync = self._sink.checkpoint(size)
+        if sync is not None:
+            self._marks.append(_Mark(file, size, self._handed, self._ring.after_writes(sync)))
+
+    def _advance(self, *, wait: bool) -> None:
+        """Report the chunks whose digests are known to hold."""
+        while self._checks and (wait or self._checks[0].done.done()):
+            check = self._checks.popleft()
+            check.done.result()
+            self._checked += 1
+            self.at = replace(
+                self.at,
+                bytes_done=self.at.bytes_done + check.length,
+                bytes_reused=self.at.bytes_reused + check.reused,
+                bytes_hashed=self.at.bytes_hashed + check.length,
+            )
+            self._report(self.at)
+
+    def _look(self, count: int) -> None:
+        """So many bytes that were here already were hashed."""
+        self.at = replace(
+            self.at, bytes_done=self.at.bytes_done + count, bytes_hashed=self.at.bytes_hashed + count
+        )
+        self._report(self.at)

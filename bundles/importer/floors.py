@@ -1,19 +1,21 @@
-"""Floors that nothing restored from a backup can lower: newest sequence per model, and a moment that has passed.
+"""Floors that nothing restored from a backup can lower: newest sequence per model, trust, and a moment that has passed.
 
 Kept beside the trust root, outside store.db; the higher of both holds.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from bundles.durable import write_file
+from bundles.durable import DISK, Fs
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
 from bundles.format.manifest import format_time, parse_time
 from bundles.trust.policy import Floor
+from bundles.trust.roots import REVOCATION, Root
 
 
 @dataclass(frozen=True)
@@ -23,18 +25,35 @@ class Floors:
     Attributes:
         models: by model name.
         clock: newest `issued_at` accepted; None before the first.
+        root: highest version of a trust root that was in force; 0 before the first.
+        revocation: highest sequence of a revocation document that was in force; 0 before the first.
+        revocation_role: which keys vouched for it (`role_digest`). Others than those begin anew: else whoever stole
+            one could close the way for good with the highest sequence there is.
     """
 
     models: Mapping[str, Floor] = field(default_factory=dict)
     clock: datetime | None = None
+    root: int = 0
+    revocation: int = 0
+    revocation_role: str = ""
 
-    def raised(self, name: str, floor: Floor, issued_at: datetime) -> "Floors":
-        """These floors after one more release; none ever sinks."""
-        held = self.models.get(name)
+    def join(self, other: "Floors") -> "Floors":
+        """The higher of both, none ever sinks; `other` is the newer where the keys of revocation were replaced."""
         models = dict(self.models)
-        if held is None or floor.sequence > held.sequence:
-            models[name] = floor
-        return Floors(models, max(issued_at, self.clock) if self.clock else issued_at)
+        for name, floor in other.models.items():
+            if name not in models or floor.sequence > models[name].sequence:
+                models[name] = floor
+        clocks = [clock for clock in (self.clock, other.clock) if clock is not None]
+        revocation, role = self.revocation, self.revocation_role
+        if other.revocation and (other.revocation_role != role or other.revocation > revocation):
+            revocation, role = other.revocation, other.revocation_role
+        return Floors(models, max(clocks, default=None), max(self.root, other.root), revocation, role)
+
+
+def role_digest(root: Root) -> str:
+    """Names the keys of a root's role for revocations; empty where it has none."""
+    role = root.roles.get(REVOCATION)
+    return hashlib.sha256(repr((sorted(role.keyids), role.threshold)).encode()).hexdigest() if role else ""
 
 
 def load(path: Path) -> Floors:
@@ -50,22 +69,38 @@ def load(path: Path) -> Floors:
     except BundleError as error:
         raise BundleError("FLOORS_DAMAGED", error.message) from None
     match value:
-        case {"clock": str() | None as clock, "models": dict(models)}:
+        case {
+            "clock": str() | None as clock,
+            "models": dict(models),
+            "root": int(root),
+            "revocation": int(revocation),
+            "revocation_role": str(role),
+        }:
             try:
-                return Floors({name: _floor(entry) for name, entry in models.items()}, _moment(clock))
+                held = {name: _floor(entry) for name, entry in models.items()}
+                return Floors(held, _moment(clock), root, revocation, role)
             except ValueError:
                 pass
     raise BundleError("FLOORS_DAMAGED", f"{path} is not what the importer wrote; restore it")
 
 
-def save(path: Path, floors: Floors) -> None:
-    """Write the floors, durably."""
+def save(path: Path, floors: Floors, fs: Fs = DISK) -> None:
+    """Write the floors, durably, unless the file has them."""
     models = {
         name: {"sequence": floor.sequence, "model_digest": floor.model_digest}
         for name, floor in sorted(floors.models.items())
     }
-    value = {"clock": format_time(floors.clock) if floors.clock else None, "models": models}
-    write_file(path, json.dumps(value, indent=1).encode() + b"\n", 0o600)
+    clock = format_time(floors.clock) if floors.clock else None
+    value = {
+        "clock": clock,
+        "models": models,
+        "root": floors.root,
+        "revocation": floors.revocation,
+        "revocation_role": floors.revocation_role,
+    }
+    content = json.dumps(value, indent=1).encode() + b"\n"
+    if not path.exists() or path.read_bytes() != content:
+        fs.write_file(path, content, 0o600)
 
 
 def _moment(clock: str | None) -> datetime | None:

@@ -1,117 +1,59 @@
-"""One import, from an open file to a committed version or a refusal. Synchronous; runs on a thread of its own.
+"""One import, from an open source to a committed version or a refusal. Synchronous; runs on a thread of its own.
 
-Order of durability: files under their digests, new trust roots, the record, one transaction in store.db (this is
-the commit), the floors. A crash before the transaction leaves the old state and unreferenced files; after it, the
-new state, and starting again completes the floors.
+Order of durability: staged files with a record of each, their links under their digests, new trust, the record, one
+transaction in store.db (this is the commit), the floors, the end of the staging. A crash before the transaction
+leaves the old state and what is staged, so that the next import of the same bundle goes on; after it, the new state,
+and starting again completes the rest.
 """
 
 import errno
 import hashlib
 import logging
 import sqlite3
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
-from bundles.content.inspector import Inspector
-from bundles.durable import write_file
-from bundles.format.errors import BundleError
+from bundles.format import manifest as manifests
+from bundles.format.errors import REFUSED, BundleError
 from bundles.format.manifest import Manifest, parse_time
-from bundles.format.source import beside
-from bundles.importer import floors
-from bundles.importer.floors import Floors
-from bundles.importer.ledger import Ledger, ModelVersion
-from bundles.pipeline import Accepted, Progress, Report, State, Terms, read_bundle
+from bundles.format.members import TRUST
+from bundles.importer.floors import Floors, role_digest
+from bundles.importer.rate import Rate
+from bundles.importer.records import ModelVersion
+from bundles.importer.steering import Steering, Volumes
+from bundles.importer.workplace import Workplace
+from bundles.pipeline import Accepted, Base, Progress, Report, State, Terms, no_base, read_bundle
 from bundles.reader import BundleReader
-from bundles.store import Staging, Store
-from bundles.trust import roots
-from bundles.trust.policy import Floor, Site, Verified, check_policy
+from bundles.store.base import StoredBase
+from bundles.store.staging import Staging
+from bundles.trust import dsse
+from bundles.trust.policy import Floor, Verified, check_policy, verify_trust
+from bundles.trust.revocation import Revocations
+from bundles.trust.roots import Root
+
+MANIFEST, OMS = "manifest.dsse.json", "oms.sig"
+_FINAL = (State.COMMITTED, State.REJECTED)
 
 log = logging.getLogger(__name__)
 
 
-def _now() -> datetime:
-    return datetime.now(UTC)
-
-
-@dataclass(frozen=True)
-class Workplace:
-    """Where imports happen.
-
-    Attributes:
-        trust: folder of trust roots and floors.
-        store: the model store.
-        ledger: store.db.
-        inspector: runs engine-inspect.
-        now: the clock.
-        appliance: this appliance's name, for bundles that name their targets.
-    """
-
-    trust: Path
-    store: Store
-    ledger: Ledger
-    inspector: Inspector
-    now: Callable[[], datetime] = _now
-    appliance: str = ""
-
-    @classmethod
-    def open(cls, home: Path, inspector: Inspector | None = None) -> "Workplace":
-        """The workplace in a home directory, cleared of what a dead process left.
-
-        `trust/site`, which init writes, has the appliance's name.
-
-        Raises:
-            BundleError: FLOORS_DAMAGED, LEDGER_NEWER.
-        """
-        store = Store(home / "store")
-        (home / "trust").mkdir(mode=0o700, exist_ok=True)
-        place = cls(
-            home / "trust",
-            store,
-            Ledger(home / "store" / "store.db"),
-            inspector or Inspector(),
-            appliance=_site_name(home / "trust" / "site"),
-        )
-        place.ledger.reject_unfinished()
-        store.sweep((version.name, version.sequence) for version in place.ledger.versions())
-        floors.save(place.trust / "floors.json", place.floors())
-        return place
-
-    def floors(self) -> Floors:
-        """The higher of the floors in the file and in the database."""
-        held = floors.load(self.trust / "floors.json")
-        models = dict(held.models)
-        for name, floor in self.ledger.floors().models.items():
-            if name not in models or floor.sequence > models[name].sequence:
-                models[name] = floor
-        return Floors(models, held.clock)
-
-    def site(self) -> Site:
-        """What a manifest is judged against now."""
-        held = self.floors()
-        return Site(self.now(), held.clock, tuple(held.models.items()), self.appliance)
-
-
-def _site_name(path: Path) -> str:
-    """The name in the file; empty when there is none."""
-    try:
-        return path.read_text().strip()
-    except FileNotFoundError:
-        return ""
-
-
-def import_bundle(place: Workplace, import_id: str, path: Path, report: Report) -> Progress:
+def import_bundle(
+    place: Workplace, import_id: str, path: Path, report: Report, steering: Steering | None = None
+) -> Progress:
     """Import one bundle; its final progress, committed or rejected. Every state change is in the outbox.
 
     Args:
         place: where.
         import_id: a new one.
-        path: the bundle.
+        path: the bundle, its first volume or its folder.
         report: is told the progress; may raise BundleError to stop the import.
+        steering: how it is told to end, and where it gets the volumes that do not lie beside the first.
     """
     place.ledger.begin(import_id, path)
-    run = _Import(place, import_id, report)
+    run = _Import(place, import_id, report, steering or Steering())
     try:
         return run.carry_out(path)
     except BundleError as error:
@@ -131,52 +73,122 @@ def import_bundle(place: Workplace, import_id: str, path: Path, report: Report) 
 class _Import:
     """The progress of one import, recorded where it changes."""
 
-    def __init__(self, place: Workplace, import_id: str, report: Report) -> None:
+    def __init__(self, place: Workplace, import_id: str, report: Report, steering: Steering) -> None:
         self._place = place
         self._import_id = import_id
         self._report = report
+        self._steering = steering
         self._at = Progress(State.QUARANTINE)
+        self._now = place.now()
+        self._rate = Rate(place.clock)
+        self._staging = Staging(place.store, place.ledger, place.interval)
+        self._held = ExitStack()
 
     def carry_out(self, path: Path) -> Progress:
-        place = self._place
-        reader = BundleReader(beside(path))
-        try:
-            staging = Staging(place.store, self._import_id)
-            try:
-                terms = Terms(roots.load_pinned(place.trust), place.now(), self._gate, place.inspector)
-                passed = read_bundle(reader, terms, staging, self._advance)
-                return self._done() if isinstance(passed, Verified) else self._commit(passed, staging)
-            finally:
-                staging.close()
-        finally:
-            reader.close()
+        desk, check = self._place.desk, self._steering.check
+        with desk.turn(check) as ticket, self._held:
+            check()
+            volumes = Volumes(path, self._steering, lambda: self._aside(ticket), self._want)
+            with closing(BundleReader(volumes)) as reader:
+                if reader.read_header() == TRUST:
+                    return self._import_trust(reader)
+                return self._import_model(reader, volumes)
 
     def reject(self, error: BundleError) -> Progress:
         """Record the refusal, unless the import is committed: then nothing takes that back."""
         if self._at.state is State.COMMITTED:
             return self._at
-        rejected = replace(self._at, state=State.REJECTED, reason=error.code, message=error.message)
+        rejected = replace(
+            self._at,
+            state=State.REJECTED,
+            reason=error.code,
+            message=error.message,
+            volume_wanted=0,
+            volume_refused="",
+            bytes_per_second=0,
+        )
         self._place.ledger.change(self._import_id, rejected)
         self._report(rejected)
         return rejected
 
+    def _import_model(self, reader: BundleReader, volumes: Volumes) -> Progress:
+        place = self._place
+
+        def gate(verified: Verified) -> bool:
+            volumes.manifest = verified.manifest
+            return self._gate(verified)
+
+        root = place.pinned()
+        terms = Terms(
+            root, self._now, gate, place.inspector, self._base, place.revocations(), place.revocation_floor(root)
+        )
+        try:
+            passed = read_bundle(reader, terms, self._staging, self._advance)
+            return self._done() if isinstance(passed, Verified) else self._commit(passed)
+        except BundleError as error:
+            if self._at.state is State.CONTENT and error.exit_status == REFUSED:
+                self._forget()  # the files are what they should be, and that is not wanted here
+            raise
+        finally:
+            self._staging.close()
+            self._keep_staged()
+
     def _advance(self, progress: Progress) -> None:
+        if progress.state not in _FINAL:
+            self._steering.check()
         if progress.state is not self._at.state:
             self._place.ledger.change(self._import_id, progress)
-        self._at = progress
-        self._report(progress)
+        self._at = replace(progress, bytes_per_second=self._rate(progress.bytes_hashed))
+        self._report(self._at)
+
+    def _want(self, index: int, refused: str) -> None:
+        """Tell that a volume is waited for."""
+        self._rate.pause()
+        self._at = replace(self._at, volume_wanted=index, volume_refused=refused, bytes_per_second=0)
+        self._report(self._at)
+
+    @contextmanager
+    def _aside(self, ticket: object) -> Iterator[None]:
+        """Let other imports work while this one waits for a person; what it has is recorded first."""
+        self._staging.record()
+        with self._place.desk.aside(ticket, self._steering.check):
+            yield
+        self._rate.pause()
+        self._advance(replace(self._at, volume_wanted=0, volume_refused=""))
 
     def _gate(self, verified: Verified) -> bool:
         """False when this very bundle is committed and whole; a damaged store is filled again from it."""
-        place, manifest = self._place, verified.manifest
-        committed = place.ledger.find(verified.model_digest)
-        if committed is None:
-            check_policy(verified, place.site())
-            self._check_names(manifest)
-        elif self._whole(committed):
+        place, digest = self._place, verified.model_digest
+        self._held.enter_context(place.desk.claim(digest))
+        self._check_root(verified.root)
+        known = place.ledger.find(digest)
+        if known is None:
+            self._judge(verified)
+        elif self._whole(known):
             return False
-        place.store.check_space(manifest.total_size)
+        self._staging.open(digest)
+        needed = self._staging.needed(verified.manifest)
+        place.store.check_space(needed, place.desk.promised(digest))
+        place.desk.promise(digest, needed)
         return True
+
+    def _judge(self, verified: Verified) -> None:
+        """Hold a new version to policy."""
+        check_policy(verified, self._place.site(self._now, verified.revocations))
+        if self._place.ledger.find(verified.manifest.reference) is not None:
+            raise BundleError(
+                "VERSION_REUSED",
+                f"another {verified.manifest.reference} was imported; give this one a new name",
+            )
+
+    def _check_root(self, root: Root) -> None:
+        """Refuse a trust root that is older than what was in force here: a restored backup."""
+        held = self._place.floors().root
+        if root.version < held:
+            raise BundleError(
+                "ROOT_ROLLBACK",
+                f"trust root {held} was in force, {root.version} is the newest here; install the newer one",
+            )
 
     def _whole(self, version: ModelVersion) -> bool:
         """Whether the store has every byte of a version; reading them shows as progress and can be interrupted."""
@@ -184,74 +196,132 @@ class _Import:
 
         def read(count: int) -> None:
             done = min(at.bytes_total, self._at.bytes_done + count)
-            self._advance(replace(at, bytes_done=done, file="(in the store)"))
+            hashed = self._at.bytes_hashed + count
+            self._advance(replace(at, bytes_done=done, bytes_hashed=hashed, file="(in the store)"))
 
-        return self._place.store.whole([*version.digests()], read)
+        if not self._place.store.whole([*version.digests()], read):
+            self._at = at
+            return False
+        for digest in version.digests():
+            self._place.ledger.repaired(digest, self._import_id)
+        return True
 
-    def _check_names(self, manifest: Manifest) -> None:
-        if self._place.ledger.find(manifest.reference) is not None:
-            raise BundleError(
-                "VERSION_REUSED", f"another {manifest.reference} was imported; give this one a new name"
-            )
-
-    def _commit(self, accepted: Accepted, staging: Staging) -> Progress:
-        place, verified = self._place, accepted.verified
-        evidence = self._keep_evidence(accepted, staging)
-        staging.publish()
-        for root in verified.new_roots:
-            write_file(place.trust / f"{root.version}.root.json", root.raw)
-        known = place.ledger.find(verified.model_digest)
-        imported_at = known.imported_at if known else int(place.now().timestamp())
-        version = _version_of(verified, imported_at, evidence)
-        place.store.write_record(version.name, version.sequence, version.as_dict())
-        committed = replace(self._at, state=State.COMMITTED, file="")
-        place.ledger.commit(self._import_id, committed, version)
-        self._at = committed
+    def _base(self, manifest: Manifest) -> Base:
+        """The version that a delta builds on, as the store keeps it."""
+        place = self._place
+        version = place.ledger.find(manifest.base or "")
+        if version is None or version.model_digest != manifest.base:
+            return no_base(manifest)
         try:
-            self._raise_floors(verified)
-        except (OSError, BundleError) as error:  # the database has the floor; the next start writes the file
-            log.error("floors are not written", extra={"import_id": self._import_id, "error": str(error)})
+            envelope = place.store.path_of(version.evidence[MANIFEST]).read_bytes()
+            payload = dsse.parse(envelope, "the base's manifest").payload
+            if hashlib.sha256(payload).hexdigest() == manifest.base:
+                return StoredBase(manifests.parse(payload), place.store.path_of)
+        except (OSError, BundleError):
+            pass
+        raise BundleError(
+            "BASE_DAMAGED",
+            f"the store lost the manifest of {version.reference}; import its bundle again, then this",
+        )
+
+    def _commit(self, accepted: Accepted) -> Progress:
+        place, verified = self._place, accepted.verified
+        known = place.ledger.find(verified.model_digest)
+        if known is None:
+            self._judge(verified)  # again: while this import waited for a medium, others may have ended
+        evidence = self._keep_evidence(accepted)
+        imported_at = known.imported_at if known else int(place.now().timestamp())
+        version = ModelVersion.of(verified, imported_at, evidence)
+        committed = replace(self._at, state=State.COMMITTED, file="", bytes_per_second=0)
+        with place.desk.publishing:
+            self._staging.publish()
+            place.keep_trust(verified.new_roots, verified.revocations)
+            place.store.write_record(version.name, version.sequence, version.as_dict())
+            place.ledger.commit(self._import_id, committed, version, place.trust_in_force())
+        self._at = committed
+        manifest = verified.manifest
+        floor = {manifest.name: Floor(manifest.sequence, verified.model_digest)}
+        self._close_books(_floors(floor, parse_time(manifest.issued_at), verified.root, verified.revocations))
         self._report(committed)
         return committed
 
+    def _close_books(self, raised: Floors) -> None:
+        """What follows a commit; where it fails, the database has the floors, and the next start does the rest."""
+        try:
+            self._place.raise_floors(raised)
+            self._staging.discard()
+        except (OSError, BundleError) as error:
+            log.error("an import is not tidied up", extra={"import_id": self._import_id, "error": str(error)})
+
     def _done(self) -> Progress:
         """Nothing was to do: the same bundle is in the store. The payload offered now was not read."""
-        committed = replace(self._at, state=State.COMMITTED, bytes_done=0, file="")
+        committed = replace(self._at, state=State.COMMITTED, bytes_done=0, file="", bytes_per_second=0)
         self._place.ledger.change(self._import_id, committed)
         self._at = committed
         self._report(committed)
         return committed
 
-    def _keep_evidence(self, accepted: Accepted, staging: Staging) -> dict[str, str]:
+    def _keep_evidence(self, accepted: Accepted) -> dict[str, str]:
         """The signed documents themselves, byte for byte, for whoever verifies again."""
         evidence = {document.member: document.sha256 for document in accepted.verified.manifest.documents}
-        for name, content in (
-            ("manifest.dsse.json", accepted.head.envelope),
-            ("oms.sig", accepted.head.oms or b""),
-        ):
+        for name, content in ((MANIFEST, accepted.head.envelope), (OMS, accepted.head.oms or b"")):
             evidence[name] = hashlib.sha256(content).hexdigest()
-            staging.keep(evidence[name], content)
+            self._staging.keep(evidence[name], content)
         return evidence
 
-    def _raise_floors(self, verified: Verified) -> None:
-        manifest = verified.manifest
-        floor = Floor(manifest.sequence, verified.model_digest)
-        raised = self._place.floors().raised(manifest.name, floor, parse_time(manifest.issued_at))
-        floors.save(self._place.trust / "floors.json", raised)
+    def _keep_staged(self) -> None:
+        """Record what the next import of this bundle need not read; where that is nothing, leave nothing."""
+        digest = self._at.model_digest
+        if self._at.state is State.COMMITTED or not digest:
+            return
+        with suppress(OSError):
+            self._staging.record()
+            if not self._place.ledger.staged(digest):
+                self._staging.discard()
+
+    def _forget(self) -> None:
+        """Nobody will want what is staged."""
+        with suppress(OSError):
+            self._staging.close()
+            self._place.discard_staging(self._at.model_digest)
+
+    def _import_trust(self, reader: BundleReader) -> Progress:
+        """A few kilobytes: roots and revocations, each proved, none older than what is in force."""
+        place = self._place
+        self._report(self._at)
+        head = reader.read_trust()
+        pinned = place.pinned()
+        trust = verify_trust(
+            head.roots,
+            head.revocation,
+            pinned,
+            self._now,
+            place.revocations(),
+            revocation_floor=place.revocation_floor(pinned),
+        )
+        sequence = trust.revocations.sequence if trust.revocations else 0
+        at = Progress(State.SIGNED, kind=TRUST, model_version=f"{TRUST}@{sequence}", volumes=1)
+        self._advance(at)
+        self._check_root(trust.root)
+        self._advance(replace(at, state=State.POLICY))
+        place.keep_trust(trust.new_roots, trust.revocations)
+        committed = replace(at, state=State.COMMITTED)
+        place.ledger.commit_trust(self._import_id, committed, place.trust_in_force())
+        self._at = committed
+        self._close_books(_floors({}, None, trust.root, trust.revocations))
+        self._report(committed)
+        return committed
 
 
-def _version_of(verified: Verified, imported_at: int, evidence: dict[str, str]) -> ModelVersion:
-    manifest = verified.manifest
-    return ModelVersion(
-        name=manifest.name,
-        version=manifest.version,
-        sequence=manifest.sequence,
-        model_digest=verified.model_digest,
-        kind=manifest.kind,
-        imported_at=imported_at,
-        signers=(*verified.signers, *verified.publishers),
-        total_size=manifest.total_size,
-        architecture=manifest.model.architecture,
-        files=tuple({"path": f.path, "size": f.size, "sha256": f.sha256} for f in manifest.files),
-        evidence=evidence,
+def _floors(
+    models: dict[str, Floor], issued_at: datetime | None, root: Root, revocations: Revocations | None
+) -> Floors:
+    """What may not sink below this any more."""
+    clocks = [clock for clock in (issued_at, revocations.issued_at if revocations else None) if clock is not None]
+    return Floors(
+        models,
+        max(clocks, default=None),
+        root.version,
+        revocations.sequence if revocations else 0,
+        role_digest(root) if revocations else "",
     )

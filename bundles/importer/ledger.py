@@ -1,153 +1,81 @@
-"""store.db: what was imported, and the outbox of state changes that control copies into the audit log.
+"""store.db: what was imported and staged, what the store lost, and the outbox that control copies into the audit log.
 
-One connection, one writer. A state change and its outbox row are one transaction, so the log can neither miss a
-change nor hear of one that did not happen.
-
-Source: sqlite.org, "Write-Ahead Logging"; synchronous=FULL survives power loss.
+A change and its outbox row are one transaction, so the log can neither miss a change nor hear of one that did not
+happen.
 """
 
 import json
-import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from bundles.format.errors import BundleError
-from bundles.importer.floors import Floors
+from bundles.durable import DISK, Fs
+from bundles.importer.database import Database
+from bundles.importer.records import Damage, Entry, Import, ModelVersion, Scrub
 from bundles.pipeline import Progress, State
 from bundles.trust.policy import Floor
 
-SCHEMA_VERSION = 1
-_SCHEMA = """
-CREATE TABLE import(
-  import_id TEXT PRIMARY KEY, path TEXT NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL, message TEXT NOT NULL,
-  model_version TEXT NOT NULL, model_digest TEXT NOT NULL, started_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL
-) STRICT;
-CREATE TABLE model_version(
-  id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, version TEXT NOT NULL, sequence INTEGER NOT NULL,
-  model_digest TEXT NOT NULL UNIQUE, record TEXT NOT NULL, UNIQUE(name, version), UNIQUE(name, sequence)
-) STRICT;
-CREATE TABLE outbox(
-  sequence INTEGER PRIMARY KEY AUTOINCREMENT, import_id TEXT NOT NULL, state TEXT NOT NULL, reason TEXT NOT NULL,
-  model_version TEXT NOT NULL, model_digest TEXT NOT NULL, utc_ns INTEGER NOT NULL
-) STRICT;
-"""
-
-
-@dataclass(frozen=True)
-class ModelVersion:
-    """A committed model version.
-
-    Attributes:
-        name: the model's.
-        version: shown to people.
-        sequence: release order.
-        model_digest: SHA-256 of the signed manifest, hex.
-        kind: model, adapter or draft.
-        imported_at: seconds since the epoch.
-        signers: key ids whose signatures counted, release and publisher.
-        total_size: bytes of all files.
-        architecture: as config.json names it.
-        files: path, size and SHA-256 of each.
-        evidence: digests in the store of the signed documents, by what they are.
-    """
-
-    name: str
-    version: str
-    sequence: int
-    model_digest: str
-    kind: str
-    imported_at: int
-    signers: tuple[str, ...]
-    total_size: int
-    architecture: str
-    files: tuple[Mapping[str, str | int], ...]
-    evidence: Mapping[str, str]
-
-    @property
-    def reference(self) -> str:
-        """name@version."""
-        return f"{self.name}@{self.version}"
-
-    def digests(self) -> Iterator[str]:
-        """SHA-256 of everything that the store holds of it: the files and the evidence."""
-        yield from (str(file["sha256"]) for file in self.files)
-        yield from self.evidence.values()
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> "ModelVersion":
-        """Of what `as_dict` gave."""
-        fields = json.loads(text)
-        return cls(**fields | {"signers": tuple(fields["signers"]), "files": tuple(fields["files"])})
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One outbox row; `sequence` grows by one, `utc_ns` are nanoseconds since the epoch."""
-
-    sequence: int
-    import_id: str
-    state: State
-    reason: str
-    model_version: str
-    model_digest: str
-    utc_ns: int
+KEPT_IMPORTS = 100
+_FINAL = (State.COMMITTED, State.REJECTED)
 
 
 class Ledger:
-    """The database; safe to call from several threads.
+    """What the importer remembers; safe to call from several threads.
 
     Args:
         path: made when absent.
         now_ns: the clock, nanoseconds since the epoch.
+        fs: how transactions end.
 
     Raises:
-        BundleError: LEDGER_NEWER, a newer Cloister wrote it.
+        BundleError: LEDGER_NEWER, another Cloister wrote it.
     """
 
-    def __init__(self, path: Path, now_ns: Callable[[], int] = time.time_ns) -> None:
+    def __init__(self, path: Path, now_ns: Callable[[], int] = time.time_ns, fs: Fs = DISK) -> None:
         self._now_ns = now_ns
-        self._lock = threading.RLock()
-        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "trusted_schema=OFF", "cell_size_check=ON"):
-            self._db.execute(f"PRAGMA {pragma}")
-        (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
-        elif version != SCHEMA_VERSION:
-            raise BundleError("LEDGER_NEWER", f"{path} has schema {version}, this version reads {SCHEMA_VERSION}")
+        self._db = Database(path, fs)
 
     def close(self) -> None:
         """Close the connection."""
-        with self._lock:
-            self._db.close()
+        self._db.close()
+
+    # Imports.
 
     def begin(self, import_id: str, path: Path) -> None:
-        """An import starts, in quarantine."""
+        """An import starts, in quarantine; of those that ended the last ones are remembered."""
         now = self._now_ns()
-        with self._transaction():
+        with self._db.transaction():
             self._db.execute(
-                "INSERT INTO import VALUES(?,?,?,'','','','',?,?)",
-                (import_id, str(path), State.QUARANTINE, now, now),
+                "INSERT INTO import VALUES(?,?,?,?,?,?)",
+                (import_id, str(path), State.QUARANTINE, _encode(Progress(State.QUARANTINE)), now, now),
             )
-            self._append(import_id, Progress(State.QUARANTINE), now)
+            self._db.execute(
+                "DELETE FROM import WHERE state IN (?,?) AND import_id NOT IN"
+                " (SELECT import_id FROM import WHERE state IN (?,?) ORDER BY changed_ns DESC, rowid DESC LIMIT ?)",
+                (*_FINAL, *_FINAL, KEPT_IMPORTS),
+            )
+            self._append("import", import_id=import_id, progress=Progress(State.QUARANTINE))
 
     def change(self, import_id: str, progress: Progress) -> None:
         """An import is in another state."""
-        with self._transaction():
-            self._change(import_id, progress)
+        with self._db.transaction():
+            self._db.execute(
+                "UPDATE import SET state=?, progress=?, changed_ns=? WHERE import_id=?",
+                (progress.state, _encode(progress), self._now_ns(), import_id),
+            )
+            self._append("import", import_id=import_id, progress=progress)
 
-    def commit(self, import_id: str, progress: Progress, version: ModelVersion) -> None:
-        """An import is complete and its version exists, or neither; one that existed gets the new record."""
-        with self._transaction():
+    def commit(self, import_id: str, progress: Progress, version: ModelVersion, trust: tuple[int, int]) -> None:
+        """An import is complete and its version exists, or neither; one that existed gets the new record.
+
+        Args:
+            import_id: the import.
+            progress: its last.
+            version: what it brought; what was damaged of it is whole again.
+            trust: version of the trust root and sequence of the revocations now in force.
+        """
+        with self._db.transaction():
             self._db.execute(
                 "INSERT INTO model_version(name,version,sequence,model_digest,record) VALUES(?,?,?,?,?)"
                 " ON CONFLICT(model_digest) DO UPDATE SET record=excluded.record",
@@ -159,21 +87,39 @@ class Ledger:
                     json.dumps(version.as_dict()),
                 ),
             )
-            self._change(import_id, progress)
+            self._db.execute(
+                "INSERT INTO floor VALUES(?,?,?) ON CONFLICT(name) DO UPDATE SET sequence=excluded.sequence,"
+                " model_digest=excluded.model_digest WHERE excluded.sequence > floor.sequence",
+                (version.name, version.sequence, version.model_digest),
+            )
+            for digest in dict.fromkeys(version.digests()):
+                self.repaired(digest, import_id)
+            self._db.execute("DELETE FROM staged WHERE model_digest=?", (version.model_digest,))
+            self.trusts(trust, import_id)
+            self.change(import_id, progress)
 
-    def reject_unfinished(self) -> None:
-        """Close what a process that died left open: imports that can never go on."""
-        final = (State.COMMITTED, State.REJECTED)
-        reason = Progress(State.REJECTED, reason="INTERRUPTED", message="the importer stopped; import it again")
-        with self._transaction():
-            rows = self._db.execute("SELECT import_id FROM import WHERE state NOT IN (?,?)", final).fetchall()
-            for (import_id,) in rows:
-                self._change(import_id, reason)
+    def unfinished(self) -> tuple[Import, ...]:
+        """Imports that are neither committed nor rejected."""
+        return self._imports("WHERE state NOT IN (?,?) ORDER BY started_ns", _FINAL)
+
+    def ended(self) -> tuple[Import, ...]:
+        """The last imports that ended, newest first."""
+        return self._imports(
+            "WHERE state IN (?,?) ORDER BY changed_ns DESC, rowid DESC LIMIT ?", (*_FINAL, KEPT_IMPORTS)
+        )
+
+    def _imports(self, which: str, values: tuple[object, ...]) -> tuple[Import, ...]:
+        rows = self._db.rows(
+            f"SELECT import_id, path, started_ns, changed_ns, progress FROM import {which}",  # noqa: S608  # ours
+            values,
+        )
+        return tuple(Import(*row[:4], _decode(row[4])) for row in rows)
+
+    # Versions and what the store must hold.
 
     def versions(self) -> tuple[ModelVersion, ...]:
         """All committed versions, oldest first."""
-        with self._lock:
-            rows = self._db.execute("SELECT record FROM model_version ORDER BY id").fetchall()
+        rows = self._db.rows("SELECT record FROM model_version ORDER BY id")
         return tuple(ModelVersion.from_json(record) for (record,) in rows)
 
     def find(self, reference: str) -> ModelVersion | None:
@@ -181,57 +127,165 @@ class Ledger:
         found = [v for v in self.versions() if reference in (v.reference, v.model_digest, v.name)]
         return max(found, key=lambda v: v.sequence, default=None)
 
-    def floors(self) -> Floors:
-        """Floors that the committed versions set; the clock's is only in its file."""
-        floors: dict[str, Floor] = {}
-        for version in sorted(self.versions(), key=lambda v: v.sequence):
-            floors[version.name] = Floor(version.sequence, version.model_digest)
-        return Floors(floors)
+    def listed(self) -> frozenset[str]:
+        """SHA-256 of every file that any version has."""
+        return frozenset(digest for version in self.versions() for digest in version.digests())
+
+    def remove(self, version: ModelVersion) -> frozenset[str]:
+        """Forget a version; the digests that nothing lists any more. Its floor stays."""
+        with self._db.transaction():
+            self._db.execute("DELETE FROM model_version WHERE model_digest=?", (version.model_digest,))
+            self._db.execute("DELETE FROM staged WHERE model_digest=?", (version.model_digest,))
+            unlisted = frozenset(version.digests()) - self.listed()
+            for digest in unlisted:
+                self._db.execute("DELETE FROM damage WHERE sha256=?", (digest,))
+            self._append("removal", model_version=version.reference, model_digest=version.model_digest)
+            return unlisted
+
+    def floors(self) -> Mapping[str, Floor]:
+        """By model name, the newest release that was ever committed, removed ones included."""
+        rows = self._db.rows("SELECT name, sequence, model_digest FROM floor")
+        return {name: Floor(sequence, digest) for name, sequence, digest in rows}
+
+    # What is staged.
+
+    def stage(self, model_digest: str, sizes: Mapping[int, int]) -> None:
+        """So many verified bytes of these files, by their place in the manifest, are durable in staging."""
+        now = self._now_ns()
+        with self._db.transaction():
+            for position, size in sizes.items():
+                self._db.execute(
+                    "INSERT OR REPLACE INTO staged VALUES(?,?,?,?)", (model_digest, position, size, now)
+                )
+
+    def staged(self, model_digest: str) -> dict[int, int]:
+        """Durable bytes by a file's place in the manifest."""
+        return dict(self._db.rows("SELECT position, bytes FROM staged WHERE model_digest=?", (model_digest,)))
+
+    def stagings(self) -> Mapping[str, int]:
+        """By model digest, when its staging last grew, nanoseconds since the epoch."""
+        return dict(self._db.rows("SELECT model_digest, max(changed_ns) FROM staged GROUP BY model_digest"))
+
+    def unstage(self, model_digest: str, positions: Iterable[int] | None = None) -> None:
+        """Nothing of these files is staged any more; of the whole model where none are named."""
+        with self._db.transaction():
+            if positions is None:
+                self._db.execute("DELETE FROM staged WHERE model_digest=?", (model_digest,))
+                return
+            for position in positions:
+                self._db.execute(
+                    "DELETE FROM staged WHERE model_digest=? AND position=?", (model_digest, position)
+                )
+
+    # Trust.
+
+    def trust(self) -> tuple[int, int]:
+        """Version of the trust root and sequence of the revocations that were in force last; zeros before the first."""
+        rows = self._db.rows("SELECT root_version, revocation_sequence FROM trust")
+        return rows[0] if rows else (0, 0)
+
+    def trusts(self, trust: tuple[int, int], import_id: str = "") -> None:
+        """These are in force; an event where they are others than before. The first root of all is none."""
+        held = self.trust()
+        if trust == held:
+            return
+        with self._db.transaction():
+            self._db.execute("INSERT OR REPLACE INTO trust VALUES(1,?,?)", trust)
+            if held[0]:
+                detail = f"root {trust[0]}, revocations {trust[1]}"
+                self._append("trust", import_id=import_id, detail=detail)
+
+    def commit_trust(self, import_id: str, progress: Progress, trust: tuple[int, int]) -> None:
+        """A trust bundle is in force, and its import complete."""
+        with self._db.transaction():
+            self.trusts(trust, import_id)
+            self.change(import_id, progress)
+
+    # Damage and scrubs.
+
+    def damaged(self) -> tuple[Damage, ...]:
+        """Files that were found changed, absent or unreadable, and not mended since."""
+        return tuple(Damage(*row) for row in self._db.rows("SELECT sha256, finding FROM damage ORDER BY sha256"))
+
+    def found(self, digest: str, finding: str) -> None:
+        """A file that a version lists is `finding`, or sound when that is empty; an event where that is news."""
+        with self._db.transaction():
+            if not finding:
+                self.repaired(digest)
+            elif Damage(digest, finding) not in self.damaged() and digest in self.listed():
+                self._db.execute("INSERT OR REPLACE INTO damage VALUES(?,?)", (digest, finding))
+                self._append("damage", detail=f"{digest} {finding}", **self._owner(digest))
+
+    def repaired(self, digest: str, import_id: str = "") -> None:
+        """A file is what its name says; an event where it was not."""
+        with self._db.transaction():
+            if self._db.execute("DELETE FROM damage WHERE sha256=?", (digest,)):
+                self._append("repair", import_id=import_id, detail=digest, **self._owner(digest))
+
+    def scrub(self) -> Scrub:
+        """Where the last scrub is or ended."""
+        rows = self._db.rows("SELECT position, started, ended, bytes_done FROM scrub")
+        return Scrub(*rows[0]) if rows else Scrub()
+
+    def scrubbed(self, scrub: Scrub) -> None:
+        """A scrub is so far."""
+        with self._db.transaction():
+            self._db.execute(
+                "INSERT OR REPLACE INTO scrub VALUES(1,?,?,?,?)",
+                (scrub.position, scrub.started, scrub.ended, scrub.bytes_done),
+            )
+
+    def _owner(self, digest: str) -> dict[str, str]:
+        """The oldest version that lists a file, for whoever reads the event."""
+        for version in self.versions():
+            if digest in version.digests():
+                return {"model_version": version.reference, "model_digest": version.model_digest}
+        return {}
+
+    # The outbox.
 
     def outbox(self, after: int, limit: int = 100) -> tuple[Entry, ...]:
-        """State changes not yet acknowledged, with a higher number than `after`, oldest first."""
-        with self._lock:
-            rows = self._db.execute(
-                "SELECT * FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?", (after, limit)
-            ).fetchall()
-        return tuple(Entry(row[0], row[1], State(row[2]), *row[3:]) for row in rows)
+        """Events not yet acknowledged, with a higher number than `after`, oldest first."""
+        rows = self._db.rows("SELECT * FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?", (after, limit))
+        return tuple(Entry(*row) for row in rows)
 
     def acknowledge(self, sequence: int) -> None:
-        """Forget state changes up to a number."""
-        with self._transaction():
+        """Forget events up to a number."""
+        with self._db.transaction():
             self._db.execute("DELETE FROM outbox WHERE sequence <= ?", (sequence,))
 
-    def _change(self, import_id: str, progress: Progress) -> None:
-        now = self._now_ns()
+    def _append(
+        self,
+        event: str,
+        *,
+        import_id: str = "",
+        progress: Progress | None = None,
+        model_version: str = "",
+        model_digest: str = "",
+        detail: str = "",
+    ) -> None:
+        if progress is not None:
+            model_version, model_digest = progress.model_version, progress.model_digest
         self._db.execute(
-            "UPDATE import SET state=?, reason=?, message=?, model_version=?, model_digest=?, changed_ns=?"
-            " WHERE import_id=?",
+            "INSERT INTO outbox(event,import_id,state,reason,model_version,model_digest,detail,utc_ns)"
+            " VALUES(?,?,?,?,?,?,?,?)",
             (
-                progress.state,
-                progress.reason,
-                progress.message,
-                progress.model_version,
-                progress.model_digest,
-                now,
+                event,
                 import_id,
+                progress.state if progress else "",
+                progress.reason if progress else "",
+                model_version,
+                model_digest,
+                detail,
+                self._now_ns(),
             ),
         )
-        self._append(import_id, progress, now)
 
-    def _append(self, import_id: str, progress: Progress, now: int) -> None:
-        self._db.execute(
-            "INSERT INTO outbox(import_id,state,reason,model_version,model_digest,utc_ns) VALUES(?,?,?,?,?,?)",
-            (import_id, progress.state, progress.reason, progress.model_version, progress.model_digest, now),
-        )
 
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
+def _encode(progress: Progress) -> str:
+    return json.dumps(asdict(progress))
+
+
+def _decode(text: str) -> Progress:
+    fields = json.loads(text)
+    return Progress(**fields | {"state": State(fields["state"])})
