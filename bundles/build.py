@@ -43,6 +43,7 @@ from bundles.pipeline import Progress, Report, State, stream_payload
 from bundles.reader import BundleReader
 from bundles.trust import dsse, oms
 from bundles.trust.policy import ENGINE_VERSION, Head
+from bundles.trust.publishers import verify_model
 from bundles.trust.roots import Root, parse
 from bundles.trust.signers import Signer
 
@@ -202,8 +203,8 @@ def _publisher_signature(manifest: Manifest, head: Head, signing: Signing) -> by
         raw = signing.oms if signing.oms is not None else head.oms
     if raw is None:
         raise BundleError("OMS_MISSING", "the model has no publisher's signature yet; give a publisher key")
-    signed = oms.verify_model(raw, signing.root.role_keys("publisher"))
-    oms.check_files(signed, {resource.name: resource.digest for resource in resources})
+    signed = verify_model(raw, signing.root, datetime.now(UTC))
+    oms.check_files(signed.resources, {resource.name: resource.digest for resource in resources})
     return raw
 
 

@@ -10,6 +10,7 @@ _FAILED = frozenset(
         "SOURCE_CHANGED",
         "KEY_UNREADABLE",
         "SIGNER_FAILED",
+        "CERTIFICATE_UNREADABLE",
         "ROOT_UNREADABLE",
         "STORE_SPACE",
         "STORE_IO",

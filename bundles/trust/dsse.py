@@ -49,7 +49,13 @@ class Envelope:
 
     def valid_keys(self, keys: Iterable[Key]) -> tuple[str, ...]:
         """Ids of those `keys` that signed this, each once; a signature that names a key counts for it only."""
-        message = self.signed_bytes
+        return self._signers(keys, self.signed_bytes)
+
+    def valid_old_keys(self, keys: Iterable[Key]) -> tuple[str, ...]:
+        """Like `valid_keys`, over the encoding before DSSE v1: it counts for nothing, but tells why one fails."""
+        return self._signers(keys, self.signed_bytes.replace(b"DSSEv1", b"DSSEV1", 1))
+
+    def _signers(self, keys: Iterable[Key], message: bytes) -> tuple[str, ...]:
         valid = [
             key.keyid
             for key in keys
@@ -76,30 +82,42 @@ def parse(raw: bytes, what: str) -> Envelope:
     return from_dict(strict_json.parse_object(raw, what), what)
 
 
-def from_dict(value: object, what: str, *, either_alphabet: bool = False) -> Envelope:
+def from_dict(value: object, what: str, *, foreign: bool = False) -> Envelope:
     """The envelope in a parsed JSON object.
+
+    Args:
+        value: the object.
+        what: names it in errors.
+        foreign: made by others: either base64 alphabet, and key ids that are null and mean nothing.
 
     Raises:
         BundleError: ENVELOPE_SCHEMA, BASE64.
     """
     match value:
         case {"payload": str(payload), "payloadType": str(kind), "signatures": list(entries), **rest} if not rest:
-            signatures = _signatures(entries, what, either_alphabet)
-            return Envelope(_decode64(payload, what, either_alphabet), kind, signatures)
+            signatures = _signatures(entries, what, foreign)
+            return Envelope(_decode64(payload, what, foreign), kind, signatures)
     raise BundleError("ENVELOPE_SCHEMA", f"{what} is not a DSSE envelope")
 
 
-def _signatures(entries: Sequence[object], what: str, either_alphabet: bool) -> tuple[Signature, ...]:
+def _signatures(entries: Sequence[object], what: str, foreign: bool) -> tuple[Signature, ...]:
     if len(entries) > MAX_SIGNATURES:
         raise BundleError("ENVELOPE_SCHEMA", f"{what} has over {MAX_SIGNATURES} signatures")
     signatures = []
     for entry in entries:
         match entry:
-            case {"sig": str(sig), **rest} if rest.keys() <= {"keyid"} and isinstance(rest.get("keyid", ""), str):
-                signatures.append(Signature(str(rest.get("keyid", "")), _decode64(sig, what, either_alphabet)))
+            case {"sig": str(sig), **rest} if rest.keys() <= {"keyid"} and _is_keyid(
+                rest.get("keyid", ""), foreign
+            ):
+                keyid = "" if foreign else str(rest.get("keyid", ""))
+                signatures.append(Signature(keyid, _decode64(sig, what, foreign)))
             case _:
                 raise BundleError("ENVELOPE_SCHEMA", f"{what} has a signature of unknown form")
     return tuple(signatures)
+
+
+def _is_keyid(value: object, foreign: bool) -> bool:
+    return isinstance(value, str) or (foreign and value is None)
 
 
 def _encode64(raw: bytes) -> str:

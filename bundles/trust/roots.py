@@ -1,8 +1,9 @@
 """The trust root: which keys may sign what, how many of them must, and how it follows its predecessor.
 
-A root is a TUF root document with our roles: `root` signs the next root, `release` signs manifests, `publisher`
-signs models. A root is believed when it is pinned here, or when it is exactly one version on and a threshold of
-both its predecessor's and its own root keys signed it.
+A root is a TUF root document with our roles: `root` signs the next root, `release` manifests, `publisher`,
+`publisher/NAME` and `site-publisher` models, `revocation` revocation documents, `custodian` approvals; all but the
+first three are optional. A root is believed when it is pinned here, or when it is exactly one version on and a
+threshold of both its predecessor's and its own root keys signed it. Of a chain only the last may not be expired.
 
 Source: TUF specification 1.0.34, sections 4.3 and 5.3.
 """
@@ -10,22 +11,27 @@ Source: TUF specification 1.0.34, sections 4.3 and 5.3.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
 from bundles.format.manifest import format_time, parse_time
+from bundles.trust import extension as extensions
+from bundles.trust.extension import Extension
 from bundles.trust.keys import Key, canonical_json
 from bundles.trust.signers import Signer
 
 SPEC_VERSION = "1.0.34"
-REQUIRED_ROLES = ("root", "release", "publisher")
+ROOT, RELEASE, PUBLISHER = REQUIRED_ROLES = ("root", "release", "publisher")
+SITE_PUBLISHER, REVOCATION, CUSTODIAN = OPTIONAL_ROLES = ("site-publisher", "revocation", "custodian")
 MAX_ROOT = 1024 * 1024
 MAX_ROOTS = 16
 MAX_KEYS = 64
 _SIGNED_FIELDS = {"_type", "spec_version", "version", "expires", "consistent_snapshot", "keys", "roles"}
+_ROLE = re.compile(rf"{'|'.join((*REQUIRED_ROLES, *OPTIONAL_ROLES))}|publisher/[a-z0-9][a-z0-9._-]{{0,62}}", re.A)
+_SPEC_VERSION = re.compile(r"1(\.[0-9]{1,6}){1,2}", re.A)
 _HEX = re.compile(r"(?:[0-9a-f]{2})+", re.A)  # one way to write a signature, as for everything signed
 
 
@@ -47,6 +53,7 @@ class Root:
         keys: by key id.
         roles: by name.
         raw: the document it was read from.
+        extension: what it says beyond TUF.
     """
 
     version: int
@@ -54,10 +61,17 @@ class Root:
     keys: Mapping[str, Key]
     roles: Mapping[str, Role]
     raw: bytes
+    extension: Extension = field(default_factory=Extension)
 
     def role_keys(self, role: str) -> tuple[Key, ...]:
         """The keys of a role, in the root's order."""
         return tuple(self.keys[keyid] for keyid in self.roles[role].keyids)
+
+    @property
+    def publisher_roles(self) -> tuple[str, ...]:
+        """The roles that may sign models: `publisher`, those of one publisher by name, then the site's own."""
+        named = sorted(role for role in self.roles if role.startswith("publisher/"))
+        return (PUBLISHER, *named, *(role for role in (SITE_PUBLISHER,) if role in self.roles))
 
     def check_fresh(self, now: datetime) -> None:
         """Refuse a root that is past its date.
@@ -77,18 +91,21 @@ def parse(raw: bytes) -> Root:
 
     Raises:
         BundleError: ROOT_SCHEMA, ROOT_KEYID, ROOT_KEY_DUPLICATE, ROOT_THRESHOLD, ROOT_TOO_LARGE, KEY_UNSUPPORTED,
-            or a JSON code.
+            PQ_SIGNATURE_MISSING, CLASSICAL_SIGNATURE_MISSING, or a JSON code.
     """
     if len(raw) > MAX_ROOT:
         raise BundleError("ROOT_TOO_LARGE", f"the trust root has over {MAX_ROOT} bytes")
     signed, _ = _split(raw)
+    extension = extensions.parse(signed.get(extensions.NAME))
     root = Root(
         _version(signed.get("version")),
         _expires(signed.get("expires")),
         keys := _keys(signed.get("keys")),
-        _roles(signed.get("roles"), keys),
+        roles := _roles(signed.get("roles"), keys, extension),
         raw,
+        extension,
     )
+    extensions.check_roles(extension, roles)
     _check_signed(raw, root, "its own")
     return root
 
@@ -139,17 +156,38 @@ def advance(trusted: Root, candidates: Iterable[Root]) -> Root:
     return trusted
 
 
+def check_hybrid(keys: Iterable[Key], what: str) -> None:
+    """Refuse signatures of which none is classical, or none post-quantum.
+
+    Raises:
+        BundleError: PQ_SIGNATURE_MISSING, CLASSICAL_SIGNATURE_MISSING.
+    """
+    kinds = {key.is_post_quantum for key in keys}
+    if True not in kinds:
+        raise BundleError("PQ_SIGNATURE_MISSING", f"{what} must have a post-quantum signature, too (ML-DSA)")
+    if False not in kinds:
+        raise BundleError("CLASSICAL_SIGNATURE_MISSING", f"{what} must have a classical signature, too")
+
+
 def make(
-    version: int, expires: datetime, roles: Mapping[str, Sequence[Key]], thresholds: Mapping[str, int]
+    version: int,
+    expires: datetime,
+    roles: Mapping[str, Sequence[Key]],
+    thresholds: Mapping[str, int],
+    extension: Extension | None = None,
 ) -> dict[str, object]:
     """The signed part of a new root.
 
     Args:
+        version: 1, or that of the root before and 1.
+        expires: when it stops being believed.
         roles: keys by role.
         thresholds: by role; 1 where not given.
+        extension: what it says beyond TUF.
     """
     keys = {key.keyid: key.as_dict() for members in roles.values() for key in members}
-    return {
+    beyond = extension.as_dict() if extension else {}
+    return ({extensions.NAME: beyond} if beyond else {}) | {
         "_type": "root",
         "spec_version": SPEC_VERSION,
         "version": version,
@@ -174,8 +212,8 @@ def _split(raw: bytes) -> tuple[dict[str, object], list[object]]:
     document = strict_json.parse_object(raw, "the trust root")
     signed, signatures = document.get("signed"), document.get("signatures")
     if document.keys() == {"signed", "signatures"} and isinstance(signed, dict) and isinstance(signatures, list):
-        is_root = signed.get("_type") == "root" and str(signed.get("spec_version")).startswith("1.")
-        if is_root and signed.keys() == _SIGNED_FIELDS:
+        is_root = signed.get("_type") == "root" and _SPEC_VERSION.fullmatch(str(signed.get("spec_version")))
+        if is_root and signed.keys() - {extensions.NAME} == _SIGNED_FIELDS and len(signatures) <= MAX_KEYS:
             return signed, signatures
     raise BundleError("ROOT_SCHEMA", "the trust root is not a TUF root document of version 1")
 
@@ -205,17 +243,20 @@ def _keys(value: object) -> dict[str, Key]:
     return keys
 
 
-def _roles(value: object, keys: Mapping[str, Key]) -> dict[str, Role]:
+def _roles(value: object, keys: Mapping[str, Key], extension: Extension) -> dict[str, Role]:
     if not isinstance(value, dict) or not set(REQUIRED_ROLES) <= value.keys():
         raise BundleError("ROOT_SCHEMA", f"the trust root lacks one of the roles {', '.join(REQUIRED_ROLES)}")
-    return {name: _role(name, entry, keys) for name, entry in value.items()}
+    unknown = next((name for name in value if not _ROLE.fullmatch(name)), None)
+    if unknown is not None:
+        raise BundleError("ROOT_SCHEMA", f"the trust root has a role {unknown[:80]!a}, which is unknown here")
+    return {name: _role(name, entry, keys, name in extension.authorities) for name, entry in value.items()}
 
 
-def _role(name: str, entry: object, keys: Mapping[str, Key]) -> Role:
+def _role(name: str, entry: object, keys: Mapping[str, Key], has_authorities: bool) -> Role:
     match entry:
         case {"keyids": list(keyids), "threshold": int(threshold), **rest} if not rest:
             known = all(isinstance(keyid, str) and keyid in keys for keyid in keyids) and threshold is not True
-            if known and len(set(keyids)) == len(keyids) and 1 <= threshold <= len(keyids):
+            if known and len(set(keyids)) == len(keyids) and 1 <= threshold <= len(keyids) + has_authorities:
                 return Role(tuple(keyids), threshold)
     raise BundleError("ROOT_SCHEMA", f"the trust root's role {name!a} names unknown or repeated keys, or too few")
 
@@ -225,7 +266,9 @@ def _check_signed(raw: bytes, by: Root, whose: str) -> None:
     signed, signatures = _split(raw)
     message = canonical_json(signed)
     valid = {keyid for keyid, sig in map(_signature, signatures) if _counts(keyid, sig, by, message)}
-    if len(valid) < by.roles["root"].threshold:
+    if valid and ROOT in by.extension.hybrid:
+        check_hybrid((by.keys[keyid] for keyid in valid), "the trust root")
+    if len(valid) < by.roles[ROOT].threshold:
         code = "ROOT_NOT_SIGNED_BY_OLD" if by.raw != raw else "ROOT_THRESHOLD"
         raise BundleError(code, f"the trust root is not signed by enough of {whose} root keys")
 
@@ -238,4 +281,4 @@ def _signature(entry: object) -> tuple[str, bytes]:
 
 
 def _counts(keyid: str, sig: bytes, by: Root, message: bytes) -> bool:
-    return keyid in by.roles["root"].keyids and by.keys[keyid].verifies(sig, message)
+    return keyid in by.roles[ROOT].keyids and by.keys[keyid].verifies(sig, message)

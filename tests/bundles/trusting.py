@@ -1,0 +1,155 @@
+"""Makes what the tests of trust need: roots over given keys, certificate authorities, their leaves and lists."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from bundles.trust import revocation, roots
+from bundles.trust.extension import Extension
+from bundles.trust.keys import Key
+from bundles.trust.revocation import Revocations
+from bundles.trust.roots import Root
+from bundles.trust.signers import PrivateSigner, Signer, new_signer
+
+NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
+DAY = timedelta(days=1)
+ROOT_KEY, RELEASE_KEY, REVOCATION_KEY = (new_signer("ed25519") for _ in range(3))
+
+
+def root_of(
+    roles: Mapping[str, Sequence[Key]],
+    *,
+    version: int = 1,
+    thresholds: Mapping[str, int] | None = None,
+    extension: Extension | None = None,
+    signers: Sequence[Signer] = (ROOT_KEY,),
+    expires: datetime = NOW + 365 * DAY,
+) -> Root:
+    """A root with these roles, and keys of its own for root, release, publisher and revocation where not given."""
+    held = {
+        "root": [ROOT_KEY.key],
+        "release": [RELEASE_KEY.key],
+        "publisher": [new_signer("ecdsa-sha2-nistp384").key],
+        "revocation": [REVOCATION_KEY.key],
+    }
+    signed = roots.make(version, expires, {**held, **roles}, thresholds or {}, extension)
+    return roots.parse(roots.sign_root(signed, signers))
+
+
+def revocations(sequence: int = 1, signers: Sequence[Signer] = (REVOCATION_KEY,), **fields: object) -> Revocations:
+    """A revocation document of yesterday, for a month."""
+    times = {"issued_at": NOW - DAY, "expires": NOW + 30 * DAY}
+    document = revocation.make(sequence, **{**times, **fields})  # type: ignore[arg-type]  # of the tests' own making
+    return revocation.parse(revocation.sign(document, signers))
+
+
+@dataclass(frozen=True)
+class Authority:
+    """A certificate authority; the one that signed itself, or one below another."""
+
+    certificate: x509.Certificate
+    private: ec.EllipticCurvePrivateKey
+
+    @classmethod
+    def new(cls, name: str = "Ward CA", issuer: "Authority | None" = None, crl_sign: bool = True) -> "Authority":
+        private = ec.generate_private_key(ec.SECP384R1())
+        builder = _builder(name, issuer.certificate.subject if issuer else _name(name), private.public_key())
+        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        builder = builder.add_extension(_usage(key_cert_sign=True, crl_sign=crl_sign), critical=True)
+        return cls(_signed(builder, issuer.private if issuer else private), private)
+
+    def leaf(
+        self,
+        key: Key,
+        *,
+        begins: datetime = NOW - 30 * DAY,
+        ends: datetime = NOW + 30 * DAY,
+        purposes: Sequence[x509.ObjectIdentifier] = (ExtendedKeyUsageOID.CODE_SIGNING,),
+        is_ca: bool = False,
+        critical: x509.ObjectIdentifier | None = None,
+    ) -> x509.Certificate:
+        builder = _builder("Publisher", self.certificate.subject, key.public_key, begins, ends)
+        builder = builder.add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
+        builder = builder.add_extension(_usage(key_cert_sign=is_ca), critical=True)
+        if purposes:
+            builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
+        if critical:
+            builder = builder.add_extension(x509.UnrecognizedExtension(critical, b"\x05\x00"), critical=True)
+        return _signed(builder, self.private)
+
+    def crl(
+        self,
+        *serials: int,
+        issued: datetime = NOW - DAY,
+        due: datetime = NOW + 30 * DAY,
+        private: ec.EllipticCurvePrivateKey | None = None,
+    ) -> bytes:
+        """DER of a list with these serial numbers."""
+        builder = x509.CertificateRevocationListBuilder().issuer_name(self.certificate.subject)
+        builder = builder.last_update(issued).next_update(due)
+        for serial in serials:
+            entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(issued).build()
+            builder = builder.add_revoked_certificate(entry)
+        return builder.sign(private or self.private, hashes.SHA384()).public_bytes(Encoding.DER)
+
+
+def certified(*authorities: Authority, crl_required: bool = False, role: str = "publisher") -> Extension:
+    """What a root says of authorities of publishers."""
+    return Extension(
+        authorities={role: tuple(authority.certificate for authority in authorities)},
+        crl_required=frozenset({role} if crl_required else ()),
+    )
+
+
+def publisher_signer() -> PrivateSigner:
+    """A publisher's key."""
+    return new_signer("ecdsa-sha2-nistp384")
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text)])
+
+
+def _builder(
+    subject: str,
+    issuer: x509.Name,
+    public: object,
+    begins: datetime = NOW - 99 * DAY,
+    ends: datetime = NOW + 99 * DAY,
+) -> x509.CertificateBuilder:
+    return (
+        x509.CertificateBuilder()
+        .subject_name(_name(subject))
+        .issuer_name(issuer)
+        .public_key(public)  # type: ignore[arg-type]  # one that certificates can hold
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begins)
+        .not_valid_after(ends)
+    )
+
+
+def _signed(builder: x509.CertificateBuilder, private: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    builder = builder.add_extension(
+        x509.AuthorityKeyIdentifier.from_issuer_public_key(private.public_key()), critical=False
+    )
+    return builder.sign(private, hashes.SHA384())
+
+
+def _usage(*, key_cert_sign: bool, crl_sign: bool = False) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not key_cert_sign,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        key_cert_sign=key_cert_sign,
+        crl_sign=crl_sign,
+        encipher_only=False,
+        decipher_only=False,
+    )
