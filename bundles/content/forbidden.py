@@ -152,7 +152,7 @@ def _is_archive_end(tail: bytes, found: int, start: int, read: Read) -> bool:
         return True
     entries, length, offset, comment = struct.unpack("<10xHIIH", record)
     if not entries and not length:
-        return start + found + _ZIP_END_SIZE + comment == start + len(tail)
+        return bool(found + _ZIP_END_SIZE + comment == len(tail))
     position = start + found
     places = [place for place in (position - length, offset) if 0 <= place <= position - _ZIP_LEAST_ENTRY]
-    return any(read(place, len(_ZIP_ENTRY)) == _ZIP_ENTRY for place in places)
+    return _ZIP_ENTRY in [read(place, len(_ZIP_ENTRY)) for place in places]

@@ -88,7 +88,7 @@ class Model(_Strict):
     architecture: Annotated[str, Field(min_length=1, max_length=128)]
     dtype: Annotated[str, Field(min_length=1, max_length=32)]
     quantisation: Annotated[str, Field(max_length=64)] | None
-    max_context_tokens: Annotated[int, Field(gt=0)]
+    max_context_tokens: Annotated[int, Field(ge=0)]
     parameters: Annotated[int, Field(ge=0)]
     capabilities: tuple[Annotated[str, Field(max_length=64)], ...]
     tokenizer_sha256: Digest | None

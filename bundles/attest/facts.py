@@ -1,0 +1,67 @@
+"""What is known of a bundle when it is built; statements are written so that equal facts give equal bytes."""
+
+import json
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bundles.attest.card import Card
+from bundles.format.manifest import File, Kind, Licence, Model, Requirement
+
+TOOL = "cloister"
+MOST_LISTED = 30_000
+"""Files that a statement lists by name, so that it stays a document that tools can open."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A release and its files.
+
+    Attributes:
+        name: of the release.
+        version: shown to people.
+        sequence: of the release.
+        kind: model, adapter or draft.
+        issued_at: as manifests write times; the only time in a statement.
+        tool_version: of the builder.
+        files: every file.
+        model: as engine-inspect judged it.
+        details: more of what it found, by name.
+        licences: of the release.
+        card: the model card.
+        requires: models that this one needs.
+        base: SHA-256 of the manifest that a delta builds on, or None.
+        upstream: SHA-256 of the publisher's signature of the source, and whether it is over these very files.
+        parameters: what the builder was told beyond all this.
+    """
+
+    name: str
+    version: str
+    sequence: int
+    kind: Kind
+    issued_at: str
+    tool_version: str
+    files: tuple[File, ...]
+    model: Model
+    details: Mapping[str, str]
+    licences: tuple[Licence, ...]
+    card: Card
+    requires: tuple[Requirement, ...]
+    base: str | None
+    upstream: tuple[str, bool] | None
+    parameters: Mapping[str, object]
+
+    @property
+    def listed(self) -> tuple[File, ...]:
+        """The files that statements list: all, or the first of very many."""
+        return self.files[:MOST_LISTED]
+
+
+def encode(statement: Mapping[str, object]) -> bytes:
+    """A statement as JSON, readable and always the same."""
+    return json.dumps(statement, indent=1, ensure_ascii=True).encode() + b"\n"
+
+
+def derived_uuid(statement: Mapping[str, object]) -> str:
+    """A UUID that is a statement's own: the same for the same content (RFC 9562, version 5)."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, f"urn:x-cloister:statement:{encode(statement).decode()}"))
