@@ -11,7 +11,7 @@ from appliance.cli.failure import UsageError
 from appliance.cli.output import emit, printable, size, table
 
 if TYPE_CHECKING:
-    from bundles.build import Release, Signing
+    from bundles.builder import Release, Signing
     from bundles.format.manifest import Manifest
     from bundles.pipeline import Report
     from bundles.trust.policy import Verified
@@ -88,7 +88,7 @@ def _add_signing(parser: argparse.ArgumentParser, *, required: bool) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from bundles.build import build, sign
+    from bundles.builder import build, sign
 
     signing = _signing(args) if args.root or args.release_key or args.publisher_key or args.model_sig else None
     release = _release(args)
@@ -102,7 +102,7 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _sign(args: argparse.Namespace) -> int:
-    from bundles.build import sign
+    from bundles.builder import sign
 
     signing = _signing(args)
     with _progress(args) as report:
@@ -152,7 +152,7 @@ def _inspect(args: argparse.Namespace) -> int:
 def _release(args: argparse.Namespace) -> "Release":
     from datetime import UTC, datetime, timedelta
 
-    from bundles.build import Release
+    from bundles.builder import Release
 
     now = datetime.now(UTC)
     return Release(
@@ -169,7 +169,7 @@ def _release(args: argparse.Namespace) -> "Release":
 
 
 def _signing(args: argparse.Namespace) -> "Signing":
-    from bundles.build import Signing
+    from bundles.builder import Signing
     from bundles.trust import roots
     from bundles.trust.signers import FileSigner
 

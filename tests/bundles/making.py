@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import struct
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +12,11 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from bundles.build import Release, Signing, build, sign
+from bundles.builder import Release, Signing, build, sign
 from bundles.content.inspector import Inspector
 from bundles.format.container import ContainerReader, ContainerWriter, open_file
-from bundles.format.manifest import PAYLOAD_TYPE
+from bundles.format.manifest import PAYLOAD_TYPE, Manifest, parse
+from bundles.format.members import encode_hints, end_document, header_hints
 from bundles.trust import dsse, roots
 from bundles.trust.roots import Root
 from bundles.trust.signers import PrivateSigner, Signer, new_signer
@@ -90,10 +92,16 @@ def make_release(sequence: int = 1, **changes: Any) -> Release:
     return Release(**fields)
 
 
-def make_bundle(path: Path, trust: Trust, sequence: int = 1, **changes: Any) -> Path:
-    """A signed bundle; a sequence has its own weights."""
-    model = path.with_name(f"{path.name}.model")
-    make_model(model, seed=sequence)
+def make_bundle(
+    path: Path,
+    trust: Trust,
+    sequence: int = 1,
+    prepare: Callable[[Path], object] = lambda model: None,
+    **changes: Any,
+) -> Path:
+    """A signed bundle; a sequence has its own weights, and `prepare` may change the folder of the model."""
+    model = make_model(path.with_name(f"{path.name}.model"), seed=sequence)
+    prepare(model)
     build(make_release(sequence, **changes), model, path, inspector=INSPECTOR)
     sign(path, trust.signing())
     return path
@@ -142,3 +150,50 @@ def forge_manifest(path: Path, trust: Trust, change: Callable[[dict[str, Any]], 
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def manifest_of(path: Path) -> Manifest:
+    """Of a bundle or its first volume; not believed."""
+    return parse(dsse.parse(dict(members_of(path))["manifest.dsse.json"], "manifest").payload)
+
+
+def unpack(path: Path, folder: Path) -> Path:
+    """A whole bundle as a folder."""
+    for name, content in members_of(path):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def split(path: Path, trust: Trust, *counts: int) -> Path:
+    """A whole bundle as volumes with so many chunks each, the rest in the last; the first one."""
+    left = manifest_of(path).chunk_count - sum(counts)
+    listed = [{"index": index, "chunks": chunks} for index, chunks in enumerate((*counts, left), start=1)]
+    whole = path.with_name(f"{path.name}.whole")
+    shutil.copy(path, whole)
+    forge_manifest(whole, trust, lambda fields: fields.update(volumes=listed))
+    manifest, members = manifest_of(whole), members_of(whole)
+    head = [member for member in members[1:-1] if not member[0].startswith("c/")]
+    chunks = [member for member in members if member[0].startswith("c/")]
+    for volume in manifest.volumes:
+        carried, chunks = chunks[: volume.chunks], chunks[volume.chunks :]
+        ends = (header_hints(manifest, volume.index), end_document(manifest, volume.chunks, volume.index))
+        first, last = map(encode_hints, ends)
+        inner = [*(head if volume.index == 1 else []), *carried]
+        write_members(
+            path.with_name(f"{path.name}.{volume.index:03}"), [("header.json", first), *inner, ("end.json", last)]
+        )
+    whole.unlink()
+    return path.with_name(f"{path.name}.001")
+
+
+def make_delta(path: Path, base: Path, trust: Trust) -> Path:
+    """A whole bundle, in place, without the chunks that `base` has, a bundle as well."""
+    older = dsse.parse(dict(members_of(base))["manifest.dsse.json"], "manifest").payload
+    forge_manifest(path, trust, lambda fields: fields.update(base=sha256(older)))
+    absent = {f"c/{digest}" for file in parse(older).files for digest in file.chunks}
+    kept = [member for member in members_of(path)[:-1] if member[0] not in absent]
+    carried = sum(name.startswith("c/") for name, _ in kept)
+    end = encode_hints(end_document(manifest_of(path), carried))
+    write_members(path, [*kept, ("end.json", end)])
+    return path

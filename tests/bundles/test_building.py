@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bundles.build import Signing, build, sign
+from bundles.builder import Signing, build, sign
 from bundles.format.errors import BundleError
 from bundles.trust import oms
 from bundles.verify import verify

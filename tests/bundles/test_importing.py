@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from bundles.build import Signing, build, sign
+from bundles.builder import Signing, build, sign
 from bundles.content.inspector import Inspector, Verdict
 from bundles.format.errors import BundleError
 from bundles.importer import floors
-from bundles.importer.importing import Workplace, import_bundle
+from bundles.importer.importing import import_bundle
+from bundles.importer.workplace import Workplace
 from bundles.importer.ledger import Ledger
 from bundles.pipeline import Progress, State
 from bundles.trust import dsse

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bundles.build import Signing, build, sign
+from bundles.builder import Signing, build, sign
 from bundles.format.chunks import CHUNK_SIZE
 from bundles.format.errors import BundleError
 from bundles.format.manifest import format_time
