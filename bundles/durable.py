@@ -1,7 +1,7 @@
 """Files that are complete or absent, whatever moment the power goes.
 
-`Fs` is the one way by which the importer changes its disk, transactions of store.db included, so that a test can die
-at any of its calls and look at what is left.
+`Fs` is the one way by which the importer changes its disk, transactions of store.db included, so that a test can
+die at any of its calls and look at what is left.
 """
 
 import os

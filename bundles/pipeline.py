@@ -1,13 +1,13 @@
 """The one pass over a bundle: every step from the first byte to judged files, the same for verify and import.
 
-The payload is read once into a small ring of buffers (`ring.py`). Chunk hash, file hash and sink each work on the very
-same buffer, on a thread of their own (hashing and writing release the interpreter lock), so what is written is what
-was hashed and memory does not grow with the bundle.
+The payload is read once into a small ring of buffers (`ring.py`). Chunk hash, file hash and sink each work on the
+very same buffer, on a thread of their own (hashing and writing release the interpreter lock), so what is written
+is what was hashed and memory does not grow with the bundle.
 
-A byte is hashed twice where its file has several chunks. The chunk's digest refuses a damaged medium within 64 MiB,
-lets an interrupted import go on, and names what a delta leaves out; the file's digest is what the publisher signed
-and what the store calls the file, and it does not follow from those of the chunks. Of a file of one chunk they are
-the same, and taken once.
+A byte is hashed twice where its file has several chunks. The chunk's digest refuses a damaged medium at once, lets
+an interrupted import go on, and names what a delta leaves out; the file's digest is what the publisher signed and
+what the store calls the file, and it does not follow from those of the chunks. Of a file of one chunk they are the
+same, and taken once.
 """
 
 import hashlib
@@ -89,18 +89,20 @@ class Progress:
 Report = Callable[[Progress], None]
 
 
-class Sink(Protocol):
+class Sink:
     """Where verified bytes go. `write` runs on a thread of its own, between `begin` and `end` of its file.
 
-    One that begins empty and keeps nothing for a next time needs no more than begin, write, end and files.
+    One that begins empty and keeps nothing for a next time needs no more than begin, write and files.
     """
 
     def begin(self, file: File, told: Callable[[int], None]) -> int:
         """The next file starts; how many of its bytes need not come from the medium.
 
         That is its whole size where the sink has the file and vouches for it, else a multiple of the chunk size:
-        bytes that `held` gives, to be hashed again. `told` hears how many bytes were hashed to find out; may raise.
+        bytes that `held` gives, to be hashed again. `told` hears how many bytes were hashed to find out; it may
+        raise.
         """
+        raise NotImplementedError
 
     def held(self, offset: int, buffer: memoryview) -> int:
         """Bytes of the current file that were there when it began; how many, 0 where there are none."""
@@ -108,12 +110,13 @@ class Sink(Protocol):
 
     def write(self, offset: int, block: memoryview) -> None:
         """Bytes of the current file; the buffer is reused afterwards."""
+        raise NotImplementedError
 
     def checkpoint(self, size: int) -> Callable[[], None] | None:
         """So many bytes of the current file are handed over.
 
-        What makes them durable, where the sink wants that now; it runs on a thread of its own once they are written,
-        also after `end`.
+        What makes them durable, where the sink wants that now; it runs on a thread of its own once they are
+        written, also after `end`.
         """
         return None
 
@@ -128,6 +131,7 @@ class Sink(Protocol):
 
     def files(self) -> ModelFiles:
         """What it holds, for judging."""
+        raise NotImplementedError
 
 
 class Base(Protocol):
@@ -326,7 +330,7 @@ class _Stream:
         refusal = BundleError("CHUNK_DIGEST", f"a chunk of {file.path} is damaged; copy the bundle again")
         if self._reader.carries(digest) or self._base is None:
             self._reader.open_chunk(digest, extent.length)
-            source = self._reader.read_into
+            source: ReadInto = self._reader.read_into
         else:
             source, reused = self._base.open(digest), extent.length
             refusal = self._base.damaged(f"a chunk of {file.path}")

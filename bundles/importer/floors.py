@@ -1,4 +1,4 @@
-"""Floors that nothing restored from a backup can lower: newest sequence per model, trust, and a moment that has passed.
+"""What nothing restored from a backup can lower: newest sequence per model, trust, and a moment that has passed.
 
 Kept beside the trust root, outside store.db; the higher of both holds.
 """
@@ -27,8 +27,8 @@ class Floors:
         clock: newest `issued_at` accepted; None before the first.
         root: highest version of a trust root that was in force; 0 before the first.
         revocation: highest sequence of a revocation document that was in force; 0 before the first.
-        revocation_role: which keys vouched for it (`role_digest`). Others than those begin anew: else whoever stole
-            one could close the way for good with the highest sequence there is.
+        revocation_role: which keys vouched for it (`role_digest`). Others than those begin anew: else whoever
+            stole one could close the way for good with the highest sequence there is.
     """
 
     models: Mapping[str, Floor] = field(default_factory=dict)

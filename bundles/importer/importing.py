@@ -1,9 +1,9 @@
 """One import, from an open source to a committed version or a refusal. Synchronous; runs on a thread of its own.
 
-Order of durability: staged files with a record of each, their links under their digests, new trust, the record, one
-transaction in store.db (this is the commit), the floors, the end of the staging. A crash before the transaction
-leaves the old state and what is staged, so that the next import of the same bundle goes on; after it, the new state,
-and starting again completes the rest.
+Order of durability: staged files with a record of each, their links under their digests, new trust, the version's
+record, one transaction in store.db (this is the commit), the floors, the end of the staging. A crash before the
+transaction leaves the old state and what is staged, so that the next import of the same bundle goes on; after it,
+the new state, and starting again completes the rest.
 """
 
 import errno

@@ -4,16 +4,24 @@ import asyncio
 import logging
 import secrets
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bundles.format.errors import BundleError
-from bundles.importer.importing import Workplace, import_bundle
+from bundles.importer.importing import import_bundle
+from bundles.importer.records import Import
+from bundles.importer.steering import Steering
+from bundles.importer.workplace import Workplace
 from bundles.pipeline import Progress, State
 
-log = logging.getLogger(__name__)
+MOST_IMPORTS = 64
+"""Imports that run or wait at once; each has a thread."""
+
 _FINAL = (State.COMMITTED, State.REJECTED)
+
+log = logging.getLogger(__name__)
 
 
 class Job:
@@ -22,13 +30,20 @@ class Job:
     def __init__(self, path: Path) -> None:
         self.import_id = secrets.token_hex(8)
         self.path = path
+        self.steering = Steering()
         self._history: list[Progress] = [Progress(State.QUARANTINE)]
         self._changed = asyncio.Event()
+        self._started_ns = self._changed_ns = time.time_ns()
 
     @property
     def ended(self) -> bool:
         """Committed or rejected."""
         return self._history[-1].state in _FINAL
+
+    @property
+    def latest(self) -> Import:
+        """Where it is."""
+        return Import(self.import_id, str(self.path), self._started_ns, self._changed_ns, self._history[-1])
 
     def publish(self, progress: Progress) -> None:
         """Tell the watchers."""
@@ -36,6 +51,7 @@ class Job:
             self._history[-1] = progress
         else:
             self._history.append(progress)
+        self._changed_ns = time.time_ns()
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -54,7 +70,7 @@ class Job:
 
 
 class Jobs:
-    """The queue: one import runs, the others wait; one path is in it once.
+    """The queue: one import works, the others wait; one path is in it once.
 
     Args:
         place: where imports happen.
@@ -66,37 +82,79 @@ class Jobs:
         self._place = place
         self._ledger_failed = ledger_failed
         self._running: dict[Path, Job] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="import")
-        self._stopping = False
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._threads = ThreadPoolExecutor(MOST_IMPORTS, thread_name_prefix="import")
         self.outbox_grew = asyncio.Event()
 
     def start(self, path: Path) -> Job:
-        """The job that imports `path`: the one that does already, or a new one."""
+        """The job that imports `path`: the one that does already, or a new one.
+
+        Raises:
+            BundleError: IMPORTS_TOO_MANY.
+        """
         job = self._running.get(path)
         if job is None:
+            if len(self._running) >= MOST_IMPORTS:
+                raise BundleError(
+                    "IMPORTS_TOO_MANY", f"{MOST_IMPORTS} imports run or wait; let one end, or cancel it"
+                )
             job = self._running[path] = Job(path)
-            task = asyncio.create_task(self._run(job))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._tasks[job.import_id] = asyncio.create_task(self._run(job))
         return job
 
+    def running(self) -> list[Import]:
+        """The imports that work or wait, newest first."""
+        return [job.latest for job in reversed(self._running.values())]
+
+    async def offer(self, import_id: str, path: Path) -> None:
+        """Hand a volume to an import that waits for it.
+
+        Raises:
+            BundleError: IMPORT_NOT_FOUND, or as `Steering.offer`.
+        """
+        await asyncio.to_thread(self._find(import_id).steering.offer, path)
+
+    async def cancel(self, import_id: str) -> None:
+        """End an import; it has ended when this returns.
+
+        Raises:
+            BundleError: IMPORT_NOT_FOUND.
+        """
+        self._find(import_id).steering.end(
+            BundleError("IMPORT_CANCELLED", "an operator ended the import; importing the bundle again goes on")
+        )
+        await asyncio.gather(*filter(None, [self._tasks.get(import_id)]), return_exceptions=True)
+
     async def stop(self) -> None:
-        """End the running import at its next chunk, and those that wait; all are recorded as interrupted."""
-        self._stopping = True
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._thread.shutdown()
+        """End all imports, each at its next chunk or where it waits; all are recorded as interrupted."""
+        for job in self._running.values():
+            job.steering.end(
+                BundleError("INTERRUPTED", "the importer is stopping; import the bundle again, and it goes on")
+            )
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+        self._threads.shutdown()
+
+    def wake(self) -> None:
+        """The outbox may have grown."""
+        self.outbox_grew.set()
+        self.outbox_grew = asyncio.Event()
+
+    def _find(self, import_id: str) -> Job:
+        for job in self._running.values():
+            if job.import_id == import_id:
+                return job
+        raise BundleError("IMPORT_NOT_FOUND", "no import of this name runs or waits")
 
     async def _run(self, job: Job) -> None:
         loop = asyncio.get_running_loop()
 
         def told(progress: Progress) -> None:
             loop.call_soon_threadsafe(self._publish, job, progress)
-            if self._stopping and progress.state not in _FINAL:
-                raise BundleError("INTERRUPTED", "the importer is stopping; import the bundle again")
 
         try:
-            await loop.run_in_executor(self._thread, import_bundle, self._place, job.import_id, job.path, told)
+            await loop.run_in_executor(
+                self._threads, import_bundle, self._place, job.import_id, job.path, told, job.steering
+            )
         except Exception as error:
             log.exception("import failed", extra={"import_id": job.import_id})
             reason = Progress(State.REJECTED, reason="INTERNAL", message=f"a defect: {type(error).__name__}")
@@ -105,12 +163,9 @@ class Jobs:
                 self._ledger_failed()
         finally:
             self._running.pop(job.path, None)
-            self._wake()
+            self._tasks.pop(job.import_id, None)
+            self.wake()
 
     def _publish(self, job: Job, progress: Progress) -> None:
         job.publish(progress)
-        self._wake()
-
-    def _wake(self) -> None:
-        self.outbox_grew.set()
-        self.outbox_grew = asyncio.Event()
+        self.wake()

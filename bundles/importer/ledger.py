@@ -1,4 +1,4 @@
-"""store.db: what was imported and staged, what the store lost, and the outbox that control copies into the audit log.
+"""store.db: what was imported, is staged or damaged, and the outbox that control copies into the audit log.
 
 A change and its outbox row are one transaction, so the log can neither miss a change nor hear of one that did not
 happen.
@@ -52,7 +52,7 @@ class Ledger:
             )
             self._db.execute(
                 "DELETE FROM import WHERE state IN (?,?) AND import_id NOT IN"
-                " (SELECT import_id FROM import WHERE state IN (?,?) ORDER BY changed_ns DESC, rowid DESC LIMIT ?)",
+                " (SELECT import_id FROM import WHERE state IN (?,?) ORDER BY changed_ns DESC LIMIT ?)",
                 (*_FINAL, *_FINAL, KEPT_IMPORTS),
             )
             self._append("import", import_id=import_id, progress=Progress(State.QUARANTINE))
@@ -113,7 +113,7 @@ class Ledger:
             f"SELECT import_id, path, started_ns, changed_ns, progress FROM import {which}",  # noqa: S608  # ours
             values,
         )
-        return tuple(Import(*row[:4], _decode(row[4])) for row in rows)
+        return tuple(Import(row[0], row[1], row[2], row[3], _decode(row[4])) for row in rows)
 
     # Versions and what the store must hold.
 
@@ -139,7 +139,7 @@ class Ledger:
             unlisted = frozenset(version.digests()) - self.listed()
             for digest in unlisted:
                 self._db.execute("DELETE FROM damage WHERE sha256=?", (digest,))
-            self._append("removal", model_version=version.reference, model_digest=version.model_digest)
+            self._append("removal", version=version)
             return unlisted
 
     def floors(self) -> Mapping[str, Floor]:
@@ -180,7 +180,7 @@ class Ledger:
     # Trust.
 
     def trust(self) -> tuple[int, int]:
-        """Version of the trust root and sequence of the revocations that were in force last; zeros before the first."""
+        """Version of the root and sequence of the revocations that were in force last; zeros before the first."""
         rows = self._db.rows("SELECT root_version, revocation_sequence FROM trust")
         return rows[0] if rows else (0, 0)
 
@@ -214,13 +214,13 @@ class Ledger:
                 self.repaired(digest)
             elif Damage(digest, finding) not in self.damaged() and digest in self.listed():
                 self._db.execute("INSERT OR REPLACE INTO damage VALUES(?,?)", (digest, finding))
-                self._append("damage", detail=f"{digest} {finding}", **self._owner(digest))
+                self._append("damage", detail=f"{digest} {finding}", version=self._owner(digest))
 
     def repaired(self, digest: str, import_id: str = "") -> None:
         """A file is what its name says; an event where it was not."""
         with self._db.transaction():
             if self._db.execute("DELETE FROM damage WHERE sha256=?", (digest,)):
-                self._append("repair", import_id=import_id, detail=digest, **self._owner(digest))
+                self._append("repair", import_id=import_id, detail=digest, version=self._owner(digest))
 
     def scrub(self) -> Scrub:
         """Where the last scrub is or ended."""
@@ -235,12 +235,9 @@ class Ledger:
                 (scrub.position, scrub.started, scrub.ended, scrub.bytes_done),
             )
 
-    def _owner(self, digest: str) -> dict[str, str]:
+    def _owner(self, digest: str) -> ModelVersion | None:
         """The oldest version that lists a file, for whoever reads the event."""
-        for version in self.versions():
-            if digest in version.digests():
-                return {"model_version": version.reference, "model_digest": version.model_digest}
-        return {}
+        return next((version for version in self.versions() if digest in version.digests()), None)
 
     # The outbox.
 
@@ -260,12 +257,14 @@ class Ledger:
         *,
         import_id: str = "",
         progress: Progress | None = None,
-        model_version: str = "",
-        model_digest: str = "",
+        version: ModelVersion | None = None,
         detail: str = "",
     ) -> None:
+        names = ("", "")
         if progress is not None:
-            model_version, model_digest = progress.model_version, progress.model_digest
+            names = (progress.model_version, progress.model_digest)
+        elif version is not None:
+            names = (version.reference, version.model_digest)
         self._db.execute(
             "INSERT INTO outbox(event,import_id,state,reason,model_version,model_digest,detail,utc_ns)"
             " VALUES(?,?,?,?,?,?,?,?)",
@@ -274,8 +273,7 @@ class Ledger:
                 import_id,
                 progress.state if progress else "",
                 progress.reason if progress else "",
-                model_version,
-                model_digest,
+                *names,
                 detail,
                 self._now_ns(),
             ),

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import os
 import platform
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from bundles.importer.workplace import Workplace
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}
 _WHO_PROCESS, _CLASS_IDLE = 1, 3 << 13
 _DAY_S = 24 * 3600
-_LOOK_S = 3600.0
+_LOOK_S, _TOLD_S = 3600.0, 0.5
 _SAVED_BYTES, _SAVED_FILES = 256 * 1024 * 1024, 1000  # how much of a scrub a restart may repeat
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class Sweep:
     ended: bool
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The process ends; the scrub goes on at its next start."""
 
 
@@ -68,32 +69,46 @@ class Scrubber:
     Args:
         place: whose store.
         pace: how gently and how often.
-        changed: called whenever it is further, from its thread.
         clock: seconds, never going back.
+        pause: waits so many seconds instead of its own wait, which `stop` cuts short.
+
+    Attributes:
+        changed: called now and then while it runs, and when it has ended, from its thread.
     """
 
     def __init__(
         self,
         place: Workplace,
         pace: Pace,
-        changed: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], None] | None = None,
     ) -> None:
-        self._place, self._pace, self._changed, self._clock = place, pace, changed, clock
+        self._place, self._pace, self._clock = place, pace, clock
+        self.changed: Callable[[], None] = lambda: None
+        self._pause = pause or self._wait
         self._wake = threading.Condition()
+        self._rounds = 0
         self._asked = self._stopping = False
-        self._sweep: Sweep | None = None
+        self._sweep = self._last = Sweep(0, 0, (), ended=True)
+        self._told = clock()
         self._thread = threading.Thread(target=self._run, name="scrub", daemon=True)
 
     def start(self) -> None:
         """Begin: a scrub that was interrupted goes on, and those that are due come."""
         self._thread.start()
 
-    def ask(self) -> None:
-        """Scrub now, unless one runs."""
+    def ask(self) -> int:
+        """Scrub now, unless one runs; names the round, for `sweep`."""
         with self._wake:
-            self._asked = True
-            self._wake.notify_all()
+            if self._sweep.ended:
+                self._asked, self._sweep = True, Sweep(0, 0, (), ended=False)
+                self._wake.notify_all()
+            return self._rounds
+
+    def sweep(self, asked: int) -> Sweep:
+        """How far the round is that `ask` named."""
+        with self._wake:
+            return self._sweep if self._rounds == asked else replace(self._last, ended=True)
 
     def stop(self) -> None:
         """End at the next block."""
@@ -103,18 +118,11 @@ class Scrubber:
         if self._thread.is_alive():
             self._thread.join()
 
-    def sweep(self) -> Sweep:
-        """How far it is."""
-        with self._wake:
-            if self._sweep is not None:
-                return self._sweep
-            return Sweep(0, 0, self._place.ledger.damaged(), ended=not self._asked)
-
     def scrub(self) -> None:
         """One scrub, from where the last one was interrupted; on the caller's thread.
 
         Raises:
-            Stopped: by `stop`.
+            StoppedError: by `stop`.
         """
         ledger, now = self._place.ledger, int(self._place.now().timestamp())
         at = ledger.scrub()
@@ -168,33 +176,41 @@ class Scrubber:
 
     def _run(self) -> None:
         _be_idle()
-        with suppress(Stopped):
+        with suppress(StoppedError):
             while True:
                 if self._asked or self.is_due():
-                    self.scrub()
-                    with self._wake:
-                        self._asked, self._sweep = False, None
-                    self._changed()
-                self._pause_until_asked()
+                    self._round()
+                with self._wake:
+                    if not self._asked and not self._stopping:
+                        self._wake.wait(_LOOK_S)
+                self._wait(0)
 
-    def _pause_until_asked(self) -> None:
+    def _round(self) -> None:
         with self._wake:
-            if not self._asked and not self._stopping:
-                self._wake.wait(_LOOK_S)
-            if self._stopping:
-                raise Stopped
+            self._asked, self._sweep = False, Sweep(0, 0, (), ended=False)
+        try:
+            self.scrub()
+        except (OSError, sqlite3.Error):
+            log.exception("a scrub ended early; it goes on at the next start")
+        with self._wake:
+            self._sweep = replace(self._sweep, damaged=self._place.ledger.damaged(), ended=True)
+            self._last = self._sweep
+            self._rounds += 1
+        self.changed()
 
-    def _pause(self, seconds: float) -> None:
+    def _wait(self, seconds: float) -> None:
         with self._wake:
             if seconds > 0 and not self._stopping:
                 self._wake.wait(seconds)
             if self._stopping:
-                raise Stopped
+                raise StoppedError
 
     def _tell(self, sweep: Sweep) -> None:
         with self._wake:
             self._sweep = replace(sweep, damaged=self._place.ledger.damaged())
-        self._changed()
+        if self._clock() - self._told >= _TOLD_S:
+            self._told = self._clock()
+            self.changed()
 
     def _size(self, digest: str) -> int:
         with suppress(OSError):

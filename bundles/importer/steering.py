@@ -112,7 +112,7 @@ class Desk:
 
     @contextmanager
     def aside(self, ticket: object, check: Callable[[], None]) -> Iterator[None]:
-        """Let others work during the block, which waits for a person; the desk is held again after it, or it raised."""
+        """Let others work during the block, which waits for a person; hold the desk again unless it raised."""
         self._leave(ticket)
         yield
         self._take(ticket, check)

@@ -1,4 +1,4 @@
-"""Where imports happen: store, ledger, trust and what this site allows, cleared at start of what a dead process left."""
+"""Where imports happen: store, ledger, trust and what this site allows; at start it clears what a crash left."""
 
 import logging
 import time
@@ -83,7 +83,7 @@ class Workplace:
         inspector: Inspector | None = None,
         *,
         fs: Fs = DISK,
-        allowed: Allowed = Allowed(),  # noqa: B008  # frozen
+        allowed: Allowed = Allowed(),
         interval: int = SYNC_INTERVAL,
     ) -> "Workplace":
         """The workplace in a home directory, cleared of what a dead process left.
@@ -140,7 +140,7 @@ class Workplace:
             self.store.fs.write_file(path, revocations.raw)
 
     def trust_in_force(self) -> tuple[int, int]:
-        """Version of the trust root and sequence of the revocations that are installed; zeros where there is none."""
+        """Version of the trust root and sequence of the revocations that are installed; 0 for none of these."""
         root, held = self.pinned(), self.revocations()
         return root.version, held.sequence if held else 0
 
@@ -187,10 +187,10 @@ class Workplace:
         self.store.sweep(listed, [(version.name, version.sequence) for version in kept], staged)
 
     def _lost(self, staged: Collection[str]) -> Iterator[ModelVersion]:
-        """Versions whose records are here while store.db does not know them: it was lost, or an older one restored.
+        """Versions whose records are here and that store.db does not know: it was lost, or an older one restored.
 
-        Their files stay, and importing their bundles again finds them. The record of an import that died before its
-        commit is none of those: what it published is still staged.
+        Their files stay, and importing their bundles again finds them. The record of an import that died before
+        its commit is none of those: what it published is still staged.
         """
         known = {version.model_digest for version in self.ledger.versions()}
         for record in self.store.records():

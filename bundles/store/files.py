@@ -89,7 +89,7 @@ class Store:
         return "" if content.hexdigest() == digest else CHANGED
 
     def whole(self, digests: Iterable[str], read: Callable[[int], None]) -> bool:
-        """Whether every file is there and is what its name says; all are read for that, up to the first that is not.
+        """Whether every file is there and is what its name says; they are read up to the first that is not.
 
         Args:
             digests: of the files.

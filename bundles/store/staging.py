@@ -18,13 +18,13 @@ from bundles.pipeline import Sink
 from bundles.store.files import Store
 
 SYNC_INTERVAL = 256 * 1024 * 1024
-"""Bytes of one file that may be on their way to the disk before they are recorded: what a resumed import reads again."""
+"""Bytes of a file that may be on their way to the disk and not recorded: what a resumed import reads again."""
 
 _MOST_PENDING = 256
 
 
 class Records(Protocol):
-    """Remembers durably, by model digest, how many bytes of each file (by its place in the manifest) are staged."""
+    """Remembers by model digest how many bytes of each file, by its place in the manifest, are staged."""
 
     def staged(self, model_digest: str) -> dict[int, int]:
         """What was recorded."""
@@ -183,7 +183,7 @@ class Staging(Sink):
             self._pending, self._grown = {}, 0
 
     def _usable(self, path: Path, file: File, recorded: int) -> int:
-        """How much of what is recorded is there; of a file that is to be written on, only where it is nobody else's."""
+        """How much of what is recorded is there; nothing where it would be written on and is the store's too."""
         try:
             status = path.lstat()
         except OSError:
@@ -194,7 +194,7 @@ class Staging(Sink):
         return recorded if recorded == file.size or own else 0
 
     def _take_from_store(self, file: File, path: Path, told: Callable[[int], None]) -> bool:
-        """Take a file that the store has, if it is what its name says; a second name holds it while the import runs."""
+        """Take a file that the store has, if it is what its name says; a second name of it holds it."""
         if not self._store.has(file.sha256, file.size) or self._store.finding(file.sha256, told):
             return False
         self._clear(path)

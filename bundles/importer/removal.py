@@ -1,22 +1,8 @@
-"""The store's care: versions removed, files hashed again in the background, what trust says of what is installed."""
-
-import ctypes
-import logging
-import os
-import platform
-import threading
-import time
-from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+"""Versions removed: what nothing lists any more is deleted, what others share stays."""
 
 from bundles.format.errors import BundleError
-from bundles.importer.records import ModelVersion, Scrub
+from bundles.importer.records import ModelVersion
 from bundles.importer.workplace import Workplace
-from bundles.trust.installed import Installed, revoked
-
-log = logging.getLogger(__name__)
 
 
 def remove_version(place: Workplace, reference: str) -> tuple[str, int]:
@@ -36,7 +22,7 @@ def remove_version(place: Workplace, reference: str) -> tuple[str, int]:
         if version is None:
             return "", place.discard_staging(model_digest)
         _check_unneeded(place, version)
-        # The record first: a version without one gets it again at the next start, a record without a version stays.
+        # The record first: a version without one gets it again at the next start, the reverse would stay.
         place.store.remove_record(version.name, version.sequence)
         freed = place.discard_staging(model_digest)
         with place.desk.publishing:
