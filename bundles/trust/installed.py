@@ -35,9 +35,9 @@ def revoked(installed: Installed, root: Root, revocations: Revocations | None) -
     if revocations is None:
         return ""
     if installed.model_digest in revocations.manifests:
-        return "MODEL_REVOKED"
+        return "MANIFEST_REVOKED"
     if installed.sequence < revocations.minimum_sequences.get(installed.name, 0):
-        return "MODEL_REVOKED"
+        return "SEQUENCE_REVOKED"
     if not revocations.certificates.isdisjoint(installed.certificates):
         return "CERTIFICATE_REVOKED"
     for role, keyids in ((RELEASE, installed.signers), (PUBLISHER, installed.publishers)):

@@ -94,7 +94,7 @@ def verify_head(
         revocation_floor: the highest sequence of one that was ever in force here.
 
     Raises:
-        BundleError: MODEL_REVOKED, OMS_MISSING, OMS_DIGEST; REVOCATION_ROLLBACK, REVOCATION_EXPIRED,
+        BundleError: MANIFEST_REVOKED, OMS_MISSING, OMS_DIGEST; REVOCATION_ROLLBACK, REVOCATION_EXPIRED,
             REVOCATION_NOT_YET_VALID; those of roots, roles, dsse, manifest, publishers and oms.
     """
     trust, _ = _follow(head.roots, head.revocation, pinned, now, revocations, revocation_floor)
@@ -103,7 +103,7 @@ def verify_head(
     manifest = manifests.parse(envelope.payload)
     model_digest = hashlib.sha256(envelope.payload).hexdigest()
     if trust.revocations and model_digest in trust.revocations.manifests:
-        raise BundleError("MODEL_REVOKED", f"{manifest.reference} was revoked; ask for a newer release")
+        raise BundleError("MANIFEST_REVOKED", f"{manifest.reference} was revoked; ask for a newer release")
     published = _check_publisher(head.oms, manifest, trust, now)
     return Verified(
         manifest,

@@ -10,12 +10,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from bundles.trust import revocation, roots
+from bundles.format import manifest as manifests
+from bundles.format.manifest import Manifest
+from bundles.trust import dsse, oms, roots
+from bundles.trust import revocation as revoking
 from bundles.trust.extension import Extension
 from bundles.trust.keys import Key
+from bundles.trust.policy import Head
 from bundles.trust.revocation import Revocations
 from bundles.trust.roots import Root
 from bundles.trust.signers import PrivateSigner, Signer, new_signer
+from tests.bundles.making import sha256
 
 NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -45,8 +50,8 @@ def root_of(
 def revocations(sequence: int = 1, signers: Sequence[Signer] = (REVOCATION_KEY,), **fields: object) -> Revocations:
     """A revocation document of yesterday, for a month."""
     times = {"issued_at": NOW - DAY, "expires": NOW + 30 * DAY}
-    document = revocation.make(sequence, **{**times, **fields})  # type: ignore[arg-type]  # of the tests' own making
-    return revocation.parse(revocation.sign(document, signers))
+    document = revoking.make(sequence, **{**times, **fields})  # type: ignore[arg-type]  # of the tests' own making
+    return revoking.parse(revoking.sign(document, signers))
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,81 @@ def certified(*authorities: Authority, crl_required: bool = False, role: str = "
 def publisher_signer() -> PrivateSigner:
     """A publisher's key."""
     return new_signer("ecdsa-sha2-nistp384")
+
+
+def manifest_of(**changes: object) -> Manifest:
+    """The manifest of a model of one file, with `changes`."""
+    content = b"Do as you like.\n"
+    digest = sha256(content)
+    fields = {
+        "schema": manifests.SCHEMA,
+        "bundle_id": "0" * 32,
+        "product": manifests.PRODUCT,
+        "kind": "model",
+        "name": "tiny",
+        "version": "1.0.0",
+        "sequence": 1,
+        "issued_at": manifests.format_time(NOW - DAY),
+        "not_before": manifests.format_time(NOW - DAY),
+        "expires": None,
+        "min_engine": "0.1",
+        "supersedes": None,
+        "base": None,
+        "targets": (),
+        "requires": (),
+        "model": {
+            "architecture": "LlamaForCausalLM",
+            "dtype": "float16",
+            "quantisation": None,
+            "max_context_tokens": 8,
+            "parameters": 1,
+            "capabilities": (),
+            "tokenizer_sha256": None,
+        },
+        "resources": {"gpu_memory": 0, "gpus": 0},
+        "chunk_size": 4096,
+        "files": (_file("LICENSE", content, digest),),
+        "total_size": len(content),
+        "volumes": (),
+        "oms_sha256": None,
+        "attestations": (),
+        "licences": ({"member": "licence/LICENSE", "size": 1, "sha256": digest, "spdx": "MIT", "accept": False},),
+        "canary": (),
+        "canary_pass_percent": 100,
+        "critical": (),
+    }
+    return Manifest.model_validate(fields | changes)
+
+
+def _file(path: str, content: bytes, digest: str) -> dict[str, object]:
+    return {
+        "path": path,
+        "size": len(content),
+        "sha256": digest,
+        "media_type": manifests.media_type_of(path),
+        "role": manifests.role_of(path),
+        "chunks": (digest,),
+    }
+
+
+def head_of(
+    publisher: Signer,
+    *,
+    signers: Sequence[Signer] = (RELEASE_KEY,),
+    chain: Sequence[x509.Certificate] = (),
+    second: Signer | None = None,
+    revocation: bytes | None = None,
+    **changes: object,
+) -> Head:
+    """A bundle's head: a manifest with `changes`, signed by a publisher and release keys."""
+    unsigned = manifest_of(**changes)
+    resources = [oms.Resource(file.path, file.sha256) for file in unsigned.files]
+    raw = oms.sign_model("tiny", resources, publisher, chain=chain, second=second)
+    manifest = unsigned.model_copy(update={"oms_sha256": sha256(raw)})
+    envelope = dsse.Envelope(manifest.encode(), manifests.PAYLOAD_TYPE)
+    for signer in signers:
+        envelope = envelope.signed_by(signer)
+    return Head(b"{}", (), envelope.encode(), raw, revocation)
 
 
 def _name(text: str) -> x509.Name:
