@@ -61,7 +61,7 @@ def table(settings: "Settings") -> tuple[ProcessSpec, ...]:
             ready_within=_LOG_READ_WITHIN,
             heard_within=heard,
         ),
-        ProcessSpec("importer", "bundles.importer", home, heard_within=heard),
+        ProcessSpec("importer", "bundles.importer", (*home, *_importer(settings)), heard_within=heard),
         ProcessSpec("engine-host", "engine.host", _engine_host(settings), heard_within=heard),
         ProcessSpec(
             "gateway",
@@ -76,8 +76,14 @@ def table(settings: "Settings") -> tuple[ProcessSpec, ...]:
 
 def _control(settings: "Settings") -> tuple[str, ...]:
     told = json.dumps(settings.changed(), sort_keys=True)
-    values = {"audit_wait_seconds": settings.audit.wait_seconds, **settings.tenants.model_dump(), "settings": told}
-    return _options(values)
+    values = {"audit_wait_seconds": settings.audit.wait_seconds, **settings.tenants.model_dump()}
+    return _options({**values, **settings.models.model_dump(), "settings": told})
+
+
+def _importer(settings: "Settings") -> tuple[str, ...]:
+    values = settings.imports.model_dump()
+    licences = (f"--licence={licence}" for licence in values.pop("licences"))
+    return (*_options(values), *licences)
 
 
 def _engine_host(settings: "Settings") -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 _NAME = re.compile(r"[A-Za-z0-9.-]{0,253}")
+_SPDX = re.compile(r"[A-Za-z0-9.:+-]{1,128}")
 
 
 def split_address(text: str) -> tuple[str, int]:
@@ -48,6 +49,12 @@ def _host(text: str) -> str:
 def _file(text: str) -> str:
     if text and not (Path(text).is_absolute() and Path(text).is_file()):
         raise ValueError("not a file")
+    return text
+
+
+def _spdx(text: str) -> str:
+    if not _SPDX.fullmatch(text):
+        raise ValueError("not an SPDX identifier")
     return text
 
 
@@ -144,6 +151,47 @@ class DeviceSettings(_Section):
     )
 
 
+class ImportSettings(_Section):
+    """What may come in, how much of it, and how the store is looked after."""
+
+    licences: list[Annotated[str, AfterValidator(_spdx)]] = _setting(
+        [],
+        "Licences a model may come under; any other is refused, LICENCE_NOT_ALLOWED. An empty list allows any.",
+        'a list of SPDX identifiers, such as ["Apache-2.0", "MIT"]',
+    )
+    quota_bytes: int = _setting(
+        0,
+        "Most that the store may hold; an import that would need more is refused, STORE_QUOTA. 0 leaves it to the "
+        "disk.",
+        "bytes",
+        ge=0,
+        le=1 << 60,
+    )
+    scrub_days: int = _setting(
+        30, "Every file of the store is hashed again after so many days; 0 leaves it to `cloister bundle scrub`.",
+        "days", ge=0, le=3650,
+    )  # fmt: skip
+    scrub_bytes_per_second: int = _setting(
+        64 << 20,
+        "The most that a scrub reads, so that it slows nobody down.",
+        "bytes per second",
+        ge=1 << 16,
+        le=1 << 40,
+    )
+
+
+class ModelSettings(_Section):
+    """How a model version is tried before an alias answers with it."""
+
+    canary_seconds: float = _setting(
+        120.0,
+        "The answer to a canary that takes longer has failed; raise it for a model that is slow on this machine.",
+        "seconds",
+        ge=1,
+        le=3600,
+    )
+
+
 class WatchdogSettings(_Section):
     """When a process that stands still is killed and started again."""
 
@@ -185,19 +233,27 @@ class Settings(_Section):
     gateway: GatewaySettings = GatewaySettings()
     audit: AuditSettings = AuditSettings()
     tenants: TenantSettings = TenantSettings()
+    imports: ImportSettings = Field(
+        default=ImportSettings(), alias="import"
+    )  # a word that Python keeps for itself
+    models: ModelSettings = ModelSettings()
     devices: DeviceSettings = DeviceSettings()
     watchdog: WatchdogSettings = WatchdogSettings()
     logs: LogSettings = LogSettings()
 
     def changed(self) -> dict[str, str]:
         """What is not its default, by `section.name`."""
-        known = Settings().model_dump()
+        known = Settings().model_dump(by_alias=True)
         return {
             f"{section}.{name}": str(value)
-            for section, values in self.model_dump().items()
+            for section, values in self.model_dump(by_alias=True).items()
             for name, value in values.items()
             if value != known[section][name]
         }
+
+    def value(self, section: str, name: str) -> Any:
+        """The value of `section.name`, as the file calls them."""
+        return getattr(getattr(self, _attribute(section)), name)
 
     def with_listen(self, address: str) -> "Settings":
         """The same, with another address to listen on."""
@@ -208,7 +264,7 @@ def accepts(field: FieldInfo) -> str:
     """What a setting may be, in words."""
     if get_origin(field.annotation) is Literal:
         return f"one of {', '.join(map(str, get_args(field.annotation)))}"
-    if field.annotation is str:
+    if field.annotation is str or get_origin(field.annotation) is list:
         return unit_of(field)
     least, most = (_bound(field, kind) for kind in (Ge, Le))
     kind = "a whole number" if field.annotation is int else "a number"
@@ -226,14 +282,21 @@ def _bound(field: FieldInfo, kind: type[Ge] | type[Le]) -> float:
 
 def model_of(section: str) -> type[BaseModel]:
     """The model of one section."""
-    model: type[BaseModel] = Settings.model_fields[section].annotation  # type: ignore[assignment]  # all are models
+    field = Settings.model_fields[_attribute(section)]
+    model: type[BaseModel] = field.annotation  # type: ignore[assignment]  # all are models
     return model
 
 
 def sections() -> Iterator[tuple[str, dict[str, FieldInfo]]]:
     """Every section with its settings, in the file's order."""
-    for section in Settings.model_fields:
+    for name, field in Settings.model_fields.items():
+        section = field.alias or name
         yield section, dict(model_of(section).model_fields)
+
+
+def _attribute(section: str) -> str:
+    """What a section is called in Python."""
+    return next(name for name, field in Settings.model_fields.items() if section == (field.alias or name))
 
 
 def unit_of(field: FieldInfo) -> str:

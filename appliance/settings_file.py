@@ -39,9 +39,9 @@ class Entry:
     """
 
     key: str
-    value: str | int | float
+    value: str | int | float | list[str]
     source: str
-    default: str | int | float
+    default: str | int | float | list[str]
     unit: str
     accepts: str
     effect: str
@@ -59,7 +59,7 @@ class Configuration:
         for section, fields in sections():
             for name, field in fields.items():
                 key = f"{section}.{name}"
-                value = getattr(getattr(self.settings, section), name)
+                value = self.settings.value(section, name)
                 facts = (field.default, unit_of(field), accepts(field), field.description or "")
                 yield Entry(key, value, self.sources.get(key, "default"), *facts)
 
@@ -182,14 +182,14 @@ def _reason(kind: str, key: str, value: object) -> str:
         return f"is a table, [{section}]"
     shown = repr(value)
     shown = shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}…"
-    return f"is {shown}, must be {accepts(model_of(section).model_fields[name])}"
+    return f"is {shown}, must be {accepts(model_of(section).model_fields[name.partition('.')[0]])}"
 
 
 def _nearest(section: str, name: str) -> str:
     """The known setting or section that an unknown one is most like; one in another section counts, too."""
     known = {f"{s}.{n}": (s, n) for s, fields in sections() for n in fields}
     if not name:
-        alike = difflib.get_close_matches(section, Settings.model_fields, 1)
+        alike = difflib.get_close_matches(section, [s for s, _ in sections()], 1)
         homes = [key for key, (_, own) in known.items() if own == section]
         return (homes or [f"[{s}]" for s in alike] or [""])[0]
     elsewhere = [key for key, (_, own) in known.items() if own == name]
@@ -227,4 +227,6 @@ def _sentence(words: str) -> str:
 
 
 def _toml(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_toml, value))}]"
     return f'"{value}"' if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,71 +1,191 @@
-"""`cloister bundle import` and `bundle list`: the verbs of `bundle` that need the running appliance."""
+"""`cloister bundle import`: a bundle's way in, watched, with the next volume asked for; it runs on without us."""
 
 import argparse
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
+import grpc
+
+from appliance.cli import bundle_store
 from appliance.cli.failure import UsageError
-from appliance.cli.output import emit, plain, printable, size, table
+from appliance.cli.output import emit_line, plain, printable, size
 from appliance.cli.progress import ProgressBar
 from appliance.client.admin import AdminClient
+from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
 from bundles.format.errors import BundleError
+
+_INTERRUPTED = 130
+_SUFFIX_DIGITS = 3
+
 
 Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns has no public name
 
 
 def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
-    """Add `import` and `list` to the verbs of `cloister bundle`."""
-    load = verbs.add_parser("import", help="verify a bundle and store the model version in it")
-    load.add_argument("path", type=Path, metavar="BUNDLE")
-    load.set_defaults(run=_import)
-    verbs.add_parser("list", help="the model versions in the store").set_defaults(run=_list)
+    """Add the verbs of `cloister bundle` that need the running appliance."""
+    load = verbs.add_parser(
+        "import", help="verify a bundle and store the model version in it; or a trust bundle of a few KB"
+    )
+    load.add_argument("path", type=Path, metavar="BUNDLE", help="a file, its first volume, or a folder")
+    load.add_argument(
+        "--volume",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a further volume that does not lie beside the first; may be repeated",
+    )
+    load.set_defaults(run=import_bundle)
+    bundle_store.register_verbs(verbs)
 
 
-def _import(args: argparse.Namespace) -> int:
-    path = args.path.absolute()
-    try:
-        request = admin_pb2.ImportBundleRequest(path=str(path))
-    except ValueError:  # of a folder above, which nobody typed
-        raise UsageError(f"{path} is not UTF-8; import the bundle from another folder") from None
-    bar = ProgressBar()
-    last = admin_pb2.ImportBundleResponse()
-    try:
-        with AdminClient(args.home) as admin:
-            for last in admin.models.ImportBundle(request):
-                bar.update(last.state, last.bytes_done, last.bytes_total, last.file)
-    finally:
-        bar.close()
+def import_bundle(args: argparse.Namespace) -> int:
+    """Import a bundle, or watch the import of it that runs; the exit status."""
+    path = _utf8(args.path.absolute())
+    offered = [_utf8(volume.absolute()) for volume in args.volume]
+    with AdminClient(args.home) as admin:
+        watch = Watch(admin, args, path, offered)
+        try:
+            last = watch.follow()
+        except KeyboardInterrupt:
+            watch.bar.close()
+            print(f"\nthe import goes on; to watch it again: {_again(path)}, or cloister bundle imports",
+                  file=sys.stderr)  # fmt: skip
+            return _INTERRUPTED
+        finally:
+            watch.bar.close()
     if last.state != "committed":
         message = last.message or f"the import of {path} ended in state {last.state or 'unknown'}; import it again"
         raise BundleError(last.reason or "IMPORT_INCOMPLETE", message)
-    emit(args, plain(last), _done(last))
+    emit_line(args, plain(last), done(last))
     return 0
 
 
-def _done(last: admin_pb2.ImportBundleResponse) -> str:
+class Watch:
+    """One import as it goes: a bar on a terminal, lines elsewhere, and volumes handed over when they are wanted.
+
+    Args:
+        admin: the appliance.
+        args: of the command.
+        path: of the bundle.
+        volumes: named on the command line, not offered yet.
+    """
+
+    def __init__(self, admin: AdminClient, args: argparse.Namespace, path: str, volumes: list[str]) -> None:
+        self._admin = admin
+        self._args = args
+        self._path = path
+        self._volumes = volumes
+        self._asked = 0
+        self._told_refusal = ""
+        self._line = ("", 0, "")
+        self.bar = ProgressBar()
+
+    def follow(self) -> admin_pb2.ImportBundleResponse:
+        """Progress to the end; the last of it.
+
+        Raises:
+            CloisterError: VOLUME_WANTED, nobody is here to name the next volume; the import waits on.
+        """
+        last = admin_pb2.ImportBundleResponse()
+        stream: Iterator[admin_pb2.ImportBundleResponse]
+        stream = self._admin.models.ImportBundle(admin_pb2.ImportBundleRequest(path=self._path))
+        for last in stream:
+            self._show(last)
+            if last.volume_wanted and last.volume_wanted != self._asked:
+                self._asked = last.volume_wanted
+                self._hand_over(last)
+            elif not last.volume_wanted:
+                self._asked = 0
+        return last
+
+    def _show(self, told: admin_pb2.ImportBundleResponse) -> None:
+        state = f"volume {told.volume_wanted}?" if told.volume_wanted else told.state
+        if not self._args.json:
+            self.bar.update(state, told.bytes_done, told.bytes_total, told.file, told.bytes_per_second or None)
+            return
+        line = (told.state, told.volume_wanted, told.volume_refused)
+        if line != self._line and told.state not in ("committed", "rejected"):
+            self._line = line
+            emit_line(self._args, plain(told), "")
+
+    def _hand_over(self, told: admin_pb2.ImportBundleResponse) -> None:
+        """Offer volumes until one is taken: first those named already, then what the operator names."""
+        for volume in list(self._volumes):
+            if self._offer(told.import_id, volume, quiet=True):
+                self._volumes.remove(volume)
+                return
+        if self._args.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
+            raise CloisterError(
+                "VOLUME_WANTED",
+                f"the import waits for volume {told.volume_wanted} of {told.volumes}: "
+                f"{_again(self._path)} --volume VOLUME goes on with it",
+                grpc.StatusCode.FAILED_PRECONDITION,
+                {"import_id": told.import_id, "volume": str(told.volume_wanted)},
+            )
+        self.bar.close()
+        while not self._offer(told.import_id, _ask(told, self._path), quiet=False):
+            pass
+
+    def _offer(self, import_id: str, volume: str, quiet: bool) -> bool:
+        """Whether a volume was taken; why it was not is told on standard error, but for a wrong one of several."""
+        try:
+            self._admin.models.OfferVolume(admin_pb2.OfferVolumeRequest(import_id=import_id, path=volume))
+        except CloisterError as error:
+            if error.status is grpc.StatusCode.UNAVAILABLE:
+                raise
+            if not (quiet and error.code == "VOLUME_ORDER"):
+                print(printable(f"not taken: {error.code}: {error.message}"), file=sys.stderr)
+            return False
+        return True
+
+
+def done(last: admin_pb2.ImportBundleResponse) -> str:
     """What a committed import did, in words."""
+    if last.kind == "trust":
+        return "trust bundle accepted; `cloister trust show` has what is in force"
     version = f"{printable(last.model_version)}, digest {last.model_digest[:16]}"
     if last.bytes_done < last.bytes_total:
         return f"{version}: in the store already; the payload of this bundle was not read"
-    return f"{version}: imported, {size(last.bytes_done)}"
+    reused = f", {size(last.bytes_reused)} of it were here already" if last.bytes_reused else ""
+    return f"{version}: imported, {size(last.bytes_done)}{reused}"
 
 
-def _list(args: argparse.Namespace) -> int:
-    with AdminClient(args.home) as admin:
-        versions = admin.models.ListModelVersions(admin_pb2.ListModelVersionsRequest()).versions
-    rows = [
-        (
-            f"{v.name}@{v.version}",
-            v.sequence,
-            v.kind,
-            size(v.total_size),
-            v.architecture,
-            v.imported_at.ToDatetime().strftime("%Y-%m-%d %H:%M"),
-            v.model_digest[:16],
-        )
-        for v in versions
-    ]
-    header = ("model", "sequence", "kind", "size", "architecture", "imported", "digest")
-    text = table(header, rows) if rows else "no model versions; `cloister bundle import` brings one in"
-    emit(args, [plain(v) for v in versions], text)
-    return 0
+def _ask(told: admin_pb2.ImportBundleResponse, path: str, stream: TextIO | None = None) -> str:
+    """The path of the next volume, from whoever sits at the terminal; an empty answer is the one proposed."""
+    likely = _likely(path, told.volume_wanted)
+    shown = f" [{printable(likely)}]" if likely else ""
+    print(f"volume {told.volume_wanted} of {told.volumes} is wanted; insert its medium, then name it{shown}: ",
+          end="", file=stream or sys.stderr, flush=True)  # fmt: skip
+    line = sys.stdin.readline()
+    if not line:
+        raise KeyboardInterrupt
+    answer = line.strip() or likely
+    return str(Path(answer).expanduser().absolute()) if answer else _ask(told, path, stream)
+
+
+def _likely(path: str, volume: int) -> str:
+    """`X.bundle.001` as volume 2: `X.bundle.002`; empty where the name tells nothing."""
+    stem, dot, digits = path.rpartition(".")
+    numbered = dot and len(digits) >= _SUFFIX_DIGITS and digits.isdecimal()
+    return f"{stem}.{volume:0{len(digits)}d}" if numbered else ""
+
+
+def _again(path: str) -> str:
+    return f"cloister bundle import {printable(path)}"
+
+
+def _utf8(path: Path) -> str:
+    """A path as the protocol can carry it.
+
+    Raises:
+        UsageError: a folder above, which nobody typed, is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{path} is not UTF-8; import the bundle from another folder") from None
+    return str(path)

@@ -11,6 +11,7 @@ from appliance.cli.output import printable, size
 _REPAINT_EVERY = 0.1
 _LINE_EVERY = 5.0
 _MIN_BAR = 10
+_MIN_NAME = 10
 
 
 class ProgressBar:
@@ -36,17 +37,28 @@ class ProgressBar:
         self._state = ""
         self._width = 0
 
-    def update(self, state: str, done: int = 0, total: int = 0, file: str = "") -> None:
-        """Show the present state; a repaint too soon after the last is left out, a new state never."""
+    def update(self, state: str, done: int = 0, total: int = 0, file: str = "", rate: int | None = None) -> None:
+        """Show the present state; a repaint too soon after the last is left out, a new state never.
+
+        Args:
+            state: in one word.
+            done: bytes so far.
+            total: bytes in all; 0 for unknown.
+            file: what is worked on.
+            rate: bytes per second; None takes the mean since the bar was made.
+        """
         now = self._clock()
         interval = _REPAINT_EVERY if self._terminal.tty else _LINE_EVERY
         if state == self._state and now - self._painted < interval and done != total:
             return
         changed, self._state, self._painted = state != self._state, state, now
+        elapsed = now - self._began
+        speed = rate if rate is not None else done / elapsed if elapsed > 0 else 0.0
         if self._terminal.tty:
-            self._paint(self._line(now - self._began, done, total, file))
+            self._paint(self._line(self._facts(done, total, speed), done, total, file))
         elif changed or total:
-            print(self._facts(now - self._began, done, total, file), file=self._stream, flush=True)
+            print("  ".join(filter(None, (self._facts(done, total, speed), printable(file)))).rstrip(),
+                  file=self._stream, flush=True)  # fmt: skip
 
     def close(self) -> None:
         """Leave the line as it is and go to the next."""
@@ -59,26 +71,26 @@ class ProgressBar:
         self._stream.flush()
         self._width = len(line)
 
-    def _line(self, elapsed: float, done: int, total: int, file: str) -> str:
-        """Bar and facts in one line, never wider than the terminal; the facts come first when it is narrow."""
+    def _line(self, facts: str, done: int, total: int, file: str) -> str:
+        """Bar, facts and file in one line that the terminal holds: the file gives way first, then the bar."""
         room = self._terminal.columns - 1
-        facts = self._facts(elapsed, done, total, file)
-        bar = min(30, room - len(facts) - 3)
+        name = f"  {printable(file)}" if file else ""
+        if len(facts) + len(name) + (_MIN_BAR + 3 if total else 0) > room:
+            left = room - len(facts) - _MIN_BAR - 3
+            name = f"{name[: left - 1]}…" if left >= _MIN_NAME and self._terminal.utf8 else ""
+        bar = min(30, room - len(facts) - len(name) - 3)
         if not total or bar < _MIN_BAR:
-            return facts[:room]
+            return (facts + name)[:room]
         full, empty = ("█", "░") if self._terminal.utf8 else ("#", ".")
-        filled = bar * done // total
-        return f"[{full * filled}{empty * (bar - filled)}] {facts}"
+        filled = bar * min(done, total) // total
+        return f"[{full * filled}{empty * (bar - filled)}] {facts}{name}"
 
-    def _facts(self, elapsed: float, done: int, total: int, file: str) -> str:
+    def _facts(self, done: int, total: int, rate: float) -> str:
         parts = [f"{self._state:<10}"]
         if total:
-            rate = done / elapsed if elapsed > 0 else 0.0
             parts += [f"{100 * done // total:3d}%", f"{size(done)} of {size(total)}", f"{size(rate)}/s"]
             if rate and done < total:
                 parts.append(f"{_duration((total - done) / rate)} left")
-        if file:
-            parts.append(printable(file))
         return "  ".join(parts).rstrip()
 
 
