@@ -113,11 +113,7 @@ class BundleReader:
         Raises:
             BundleError: BUNDLE_MIXED, BASE_ABSENT, MANIFEST_VOLUMES, CONTAINER_UNLISTED.
         """
-        hints = strict_json.parse_object(self.header, members.HEADER)
-        if not members.same(hints, members.header_hints(manifest)):
-            raise BundleError(
-                "BUNDLE_MIXED", f"{members.HEADER} and the signed manifest belong to different bundles"
-            )
+        self._check_header(manifest)
         if manifest.base is not None and not base_chunks:
             raise BundleError(
                 "BASE_ABSENT",
@@ -136,6 +132,18 @@ class BundleReader:
         self._manifest, self._plan = manifest, plan
         self._listed = FIXED | {document.member for document in manifest.documents}
         self._arrange([document.member for document in manifest.documents])
+
+    def expect_documents(self, manifest: Manifest) -> None:
+        """Take a manifest, verified or not, to read the documents and nothing behind them; a delta needs no base.
+
+        Raises:
+            BundleError: BUNDLE_MIXED.
+        """
+        self._check_header(manifest)
+        self._manifest = manifest
+        self._listed = FIXED | {document.member for document in manifest.documents}
+        names = (document.member for document in manifest.documents)
+        self._ahead = self._source.arrange(names, self._ahead, all_of=False)
 
     def carries(self, digest: str) -> bool:
         """Whether a chunk of the manifest is in the bundle, and not left to the base."""
@@ -212,6 +220,13 @@ class BundleReader:
         found = self._peek()
         if found is not None:
             raise self._refusal(found, _THE_END)
+
+    def _check_header(self, manifest: Manifest) -> None:
+        hints = strict_json.parse_object(self.header, members.HEADER)
+        if not members.same(hints, members.header_hints(manifest)):
+            raise BundleError(
+                "BUNDLE_MIXED", f"{members.HEADER} and the signed manifest belong to different bundles"
+            )
 
     def _arrange(self, documents: list[str]) -> None:
         """Tell the volume which members follow, and count its chunks."""

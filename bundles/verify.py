@@ -2,16 +2,17 @@
 
     verified = verify(Path("demo.bundle"), roots.load(Path("root.json")))
 
-Verification is the importer's own pass with a sink that keeps only what judging needs, in memory.
+Verification is the importer's own pass with a sink that keeps only what judging needs.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import NamedTuple
 
 from bundles.base import BundleBase
 from bundles.content.files import ModelFiles
@@ -21,12 +22,16 @@ from bundles.content.safetensors import header_end
 from bundles.format import manifest as manifests
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
+from bundles.format.members import TrustHead
 from bundles.format.source import beside
 from bundles.pipeline import Base, Progress, Report, Sink, Terms, no_base, read_bundle
 from bundles.reader import BundleReader
 from bundles.trust import dsse
-from bundles.trust.policy import Site, Verified, check_policy, verify_head
+from bundles.trust.policy import Site, Verified, VerifiedTrust, check_policy, verify_head, verify_trust
+from bundles.trust.revocation import Revocations
 from bundles.trust.roots import Root
+
+MOST_MEMORY = 128 * 1024 * 1024
 
 
 def _silent(_: Progress) -> None:
@@ -41,6 +46,7 @@ def verify(
     inspector: Inspector | None = None,
     report: Report = _silent,
     bases: Sequence[Path] = (),
+    revocations: Revocations | None = None,
 ) -> Verified:
     """Verify every signature, chunk and file of a bundle against a trust root; what was signed.
 
@@ -51,6 +57,7 @@ def verify(
         inspector: runs engine-inspect.
         report: is told the progress.
         bases: for a delta, the bundle that it was made against; for a chain of deltas all before it, in any order.
+        revocations: in force.
 
     Raises:
         BundleError: every code of docs/bundle-format.md.
@@ -69,24 +76,32 @@ def verify(
             return stack.enter_context(BundleBase(bases, manifest.base or ""))
 
         reader = stack.enter_context(closing(BundleReader(beside(path))))
-        sink = stack.enter_context(closing(MemorySink()))
-        terms = Terms(pinned, site.now, gate, inspector or Inspector(), base)
+        sink = stack.enter_context(closing(KeptFiles()))
+        terms = Terms(pinned, site.now, gate, inspector or Inspector(), base, revocations)
         accepted = read_bundle(reader, terms, sink, report)
     return accepted if isinstance(accepted, Verified) else accepted.verified
 
 
-class MemorySink(Sink):
-    """Keeps in anonymous memory what judging reads: small files whole, of weights the header and the end.
+class _Piece(NamedTuple):
+    """Bytes of a file that are kept: where they are in the file, how many, where they lie."""
 
-    All files lie one after the other in one sparse piece of memory; what is not kept takes none.
+    offset: int
+    length: int
+    at: int
+
+
+class KeptFiles(Sink):
+    """Keeps what judging reads: small files whole, of weights the header and the end; of the rest nothing.
+
+    All pieces lie one after the other in memory, and beyond `MOST_MEMORY` in a temporary file without a name.
     """
 
     def __init__(self) -> None:
-        self._fd = os.memfd_create("bundle-files", os.MFD_CLOEXEC)
-        self._begins: dict[str, int] = {}
+        self._kept = SpooledTemporaryFile(max_size=MOST_MEMORY)  # noqa: SIM115  # `close` closes it
+        self._pieces: dict[str, list[_Piece]] = {}
         self._sizes: dict[str, int] = {}
         self._at = File.model_construct(path="", size=0)
-        self._keep = 0
+        self._head = self._end = 0
 
     @property
     def sizes(self) -> Mapping[str, int]:
@@ -95,28 +110,34 @@ class MemorySink(Sink):
 
     def read(self, path: str, offset: int, length: int) -> bytes:
         """See `content.files.ModelFiles`."""
-        wanted = max(0, min(length, self._sizes[path] - offset))
-        return os.pread(self._fd, wanted, self._begins[path] + offset)
+        end = min(offset + length, self._sizes[path])
+        content = bytearray(max(0, end - offset))
+        for piece in self._pieces[path]:
+            first, last = max(offset, piece.offset), min(end, piece.offset + piece.length)
+            if first < last:
+                self._kept.seek(piece.at + first - piece.offset)
+                content[first - offset : last - offset] = self._kept.read(last - first)
+        return bytes(content)
 
     def begin(self, file: File, told: Callable[[int], None]) -> int:
         """See `pipeline.Sink`; nothing is here already."""
-        self._begins[file.path] = os.lseek(self._fd, 0, os.SEEK_END)
+        self._pieces[file.path] = []
         self._sizes[file.path] = file.size
         self._at = file
-        self._keep = 0 if file.role == "weights" else file.size
-        os.ftruncate(self._fd, self._begins[file.path] + file.size)
+        self._head = 0 if file.role == "weights" else file.size
         return 0
 
     def write(self, offset: int, block: memoryview) -> None:
         """See `pipeline.Sink`."""
-        if offset == 0 and self._keep == 0:
+        if offset == 0 and self._head == 0:
             # A header that cannot be is refused in judging; its first bytes are enough for that.
-            self._keep = HEAD_BYTES
+            self._head = HEAD_BYTES
             with suppress(BundleError):
-                self._keep = max(HEAD_BYTES, header_end(bytes(block[:8]), self._at.size, "the file"))
-        tail = self._at.size - TAIL_BYTES
-        self._put(offset, block[: max(0, self._keep - offset)])
-        self._put(max(offset, tail), block[max(0, tail - offset) :])
+                self._head = max(HEAD_BYTES, header_end(bytes(block[:8]), self._at.size, "the file"))
+        kept = max(0, min(len(block), self._head - offset))
+        tail = min(len(block), max(kept, self._at.size - TAIL_BYTES - offset))
+        self._keep(offset, block[:kept])
+        self._keep(offset + tail, block[tail:])
 
     def end(self, file: File) -> None:
         """See `pipeline.Sink`."""
@@ -130,11 +151,53 @@ class MemorySink(Sink):
 
     def close(self) -> None:
         """Give the memory back."""
-        os.close(self._fd)
+        self._kept.close()
 
-    def _put(self, offset: int, block: memoryview) -> None:
+    def _keep(self, offset: int, block: memoryview) -> None:
         if block:
-            os.pwrite(self._fd, block, self._begins[self._at.path] + offset)
+            self._kept.seek(self._end)
+            self._kept.write(block)
+            self._pieces[self._at.path].append(_Piece(offset, len(block), self._end))
+            self._end += len(block)
+
+
+def verify_trust_bundle(
+    path: Path, pinned: Root, *, now: datetime | None = None, revocations: Revocations | None = None
+) -> VerifiedTrust:
+    """Verify a trust bundle against a trust root; the roots and revocations that it brings.
+
+    Args:
+        path: the trust bundle.
+        pinned: the root that is believed.
+        now: the clock; today's when absent.
+        revocations: in force so far.
+
+    Raises:
+        BundleError: the SOURCE, CONTAINER, JSON, ROOT, REVOCATION and SIGNATURE codes.
+    """
+    head = read_trust_bundle(path)
+    return verify_trust(head.roots, head.revocation, pinned, now or datetime.now(UTC), revocations)
+
+
+def read_trust_bundle(path: Path) -> TrustHead:
+    """The members of a trust bundle; nothing of them is believed.
+
+    Raises:
+        BundleError: HEADER_FORMAT, it is none; the SOURCE, CONTAINER and JSON codes.
+    """
+    with closing(BundleReader(beside(path))) as reader:
+        reader.read_header()
+        return reader.read_trust()
+
+
+def kind_of(path: Path) -> str:
+    """What a bundle says it is: model, adapter, draft or trust.
+
+    Raises:
+        BundleError: HEADER_FORMAT, VOLUME_ORDER; the SOURCE, CONTAINER and JSON codes.
+    """
+    with closing(BundleReader(beside(path))) as reader:
+        return reader.read_header()
 
 
 @dataclass(frozen=True)
@@ -145,6 +208,7 @@ class Inspection:
         manifest: as found in the bundle.
         model_digest: SHA-256 of the manifest's bytes, hex.
         keyids: key ids the manifest's signatures name.
+        documents: attestations and licences by member name; they are what the manifest says they are.
         has_oms: a publisher's signature is in it.
         roots: how many trust roots it brings.
         verified: the signed statements, when a root was given and they hold.
@@ -154,31 +218,44 @@ class Inspection:
     manifest: Manifest
     model_digest: str
     keyids: tuple[str, ...]
+    documents: Mapping[str, bytes]
     has_oms: bool
     roots: int
     verified: Verified | None = None
     refusal: BundleError | None = None
 
 
-def inspect(path: Path, pinned: Root | None = None) -> Inspection:
-    """Read a bundle's head; with a root, its signatures too. No chunk is read, so no file is verified.
+def inspect(
+    path: Path, pinned: Root | None = None, *, now: datetime | None = None, revocations: Revocations | None = None
+) -> Inspection:
+    """Read a bundle up to its first chunk; with a root, verify its signatures. No file is verified.
+
+    Args:
+        path: the bundle, its first volume, or a folder; of a delta no base is needed.
+        pinned: the root that is believed.
+        now: the clock; today's when absent.
+        revocations: in force.
 
     Raises:
-        BundleError: the head cannot be read.
+        BundleError: it cannot be read so far.
     """
     with closing(BundleReader(beside(path))) as reader:
         head = reader.read_head()
-    envelope = dsse.parse(head.envelope, "the signed manifest")
+        envelope = dsse.parse(head.envelope, "the signed manifest")
+        manifest = manifests.parse(envelope.payload)
+        reader.expect_documents(manifest)
+        documents = {document.member: reader.read_document(document) for document in manifest.documents}
     verified, refusal = None, None
     if pinned is not None:
         try:
-            verified = verify_head(head, pinned, datetime.now(UTC))
+            verified = verify_head(head, pinned, now or datetime.now(UTC), revocations)
         except BundleError as error:
             refusal = error
     return Inspection(
-        manifests.parse(envelope.payload),
+        manifest,
         hashlib.sha256(envelope.payload).hexdigest(),
         tuple(signature.keyid for signature in envelope.signatures),
+        documents,
         head.oms is not None,
         len(head.roots),
         verified,

@@ -38,6 +38,10 @@ _COMPRESSED = {
     b"BZh": "bzip2",
     b"\xfd7zXZ": "xz",
     b"PK\x03\x04": "zip",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"\x1f\x9d": "compress",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"LZIP": "lzip",
 }
 
 
@@ -170,9 +174,9 @@ class ContainerReader:
         self._at = self._left = self._padding = 0
         self._name = "the first member"
 
-    def arrange(self, names: Iterable[str], ahead: Member | None) -> Member | None:
+    def arrange(self, names: Iterable[str], ahead: Member | None, *, all_of: bool = True) -> Member | None:
         """See `Source`; a file has an order of its own."""
-        del names
+        del names, all_of
         return ahead
 
     def close(self) -> None:

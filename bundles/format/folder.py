@@ -81,18 +81,14 @@ class FolderReader:
         """See `Source`."""
         self._left = 0
 
-    def arrange(self, names: Iterable[str], ahead: Member | None) -> Member | None:
+    def arrange(self, names: Iterable[str], ahead: Member | None, *, all_of: bool = True) -> Member | None:
         """See `Source`: what follows is `names` and end.json, and each file of the folder is one of them."""
         del ahead  # it is handed out again, in its place
         self._left = 0
         self._end_member()
         order = list(names)
-        listed = frozenset(order)
-        for folder in _FOLDERS:
-            if folder != "trust":
-                for name in self._names_in(folder, _MAX_ENTRIES):
-                    if name not in listed:
-                        refuse_unlisted(name)
+        if all_of:
+            self._check_listed(frozenset(order))
         self._queue = iter([*order, END])
         return None
 
@@ -139,6 +135,8 @@ class FolderReader:
         found = self._entries(self._root, _MAX_ENTRIES)
         if HEADER not in found:
             raise BundleError("CONTAINER_MISSING", f"the folder has no {HEADER}; it is not a bundle")
+        if OMS in found and MANIFEST not in found:
+            raise BundleError("CONTAINER_MISSING", f"the folder has no {MANIFEST}")
         for name in found:
             if name not in _FILES and name not in _FOLDERS:
                 refuse_unlisted(name)
@@ -150,6 +148,13 @@ class FolderReader:
         roots = [versions[version] for version in sorted(versions)]
         rest = [name for name in (REVOCATION, MANIFEST, OMS, END) if name in found or name in trust]
         return iter([HEADER, *roots, *rest])
+
+    def _check_listed(self, listed: frozenset[str]) -> None:
+        for folder in _FOLDERS:
+            if folder != "trust":
+                for name in self._names_in(folder, _MAX_ENTRIES):
+                    if name not in listed:
+                        refuse_unlisted(name)
 
     def _names_in(self, folder: str, limit: int) -> list[str]:
         """The member names of the files in a folder of this one; none where it is absent."""

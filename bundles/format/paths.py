@@ -1,7 +1,7 @@
 """Which relative paths a model folder may have: those that name one file on every file system and nothing else.
 
 Source: research on archive traversal (CPython tarfile CVEs of 2025 and 2026); Unicode TR36 (bidirectional
-controls); Microsoft, "Naming Files, Paths, and Namespaces" (device names).
+controls) and UAX 15 (stability of normal forms); Microsoft, "Naming Files, Paths, and Namespaces" (device names).
 """
 
 import re
@@ -12,16 +12,19 @@ from bundles.format.errors import BundleError
 
 MAX_COMPONENT = 255
 MAX_PATH = 1024
-_BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])(?:\..*)?", re.IGNORECASE)
+# Control, format (bidirectional, invisible), unassigned (no stable normal form), private, line, paragraph.
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cn", "Co", "Zl", "Zp"})
+_RESERVED = frozenset('<>"|?*')
+_DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³]) *(?:\..*)?", re.IGNORECASE)
 
 # Asked in this order, of the whole path; the first that holds is the refusal.
 _PATH_RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("PATH_EMPTY", "is empty", lambda p: not p),
     ("PATH_ENCODING", "is not valid Unicode", lambda p: any("\ud800" <= c <= "\udfff" for c in p)),
-    ("PATH_CONTROL", "has a control or bidirectional character", lambda p: any(map(_is_control, p))),
+    ("PATH_CONTROL", "has a control, bidirectional or invisible character", lambda p: any(map(_is_control, p))),
     ("PATH_ABSOLUTE", "is absolute", lambda p: p.startswith("/")),
     ("PATH_BACKSLASH", "has a backslash or a colon", lambda p: "\\" in p or ":" in p),
+    ("PATH_RESERVED", "has a character that Windows reserves", lambda p: not _RESERVED.isdisjoint(p)),
     ("PATH_NOT_NFC", "is not in Unicode form NFC", lambda p: unicodedata.normalize("NFC", p) != p),
     ("PATH_TOO_LONG", f"is longer than {MAX_PATH} bytes", lambda p: len(p.encode()) > MAX_PATH),
 )
@@ -40,8 +43,9 @@ def check_path(path: str) -> None:
     """Refuse a path that could name anything but one plain file below the model's folder.
 
     Raises:
-        BundleError: PATH_EMPTY, PATH_ENCODING, PATH_CONTROL, PATH_ABSOLUTE, PATH_BACKSLASH, PATH_NOT_NFC,
-            PATH_TOO_LONG, PATH_TRAVERSAL, PATH_EMPTY_COMPONENT, PATH_HIDDEN, PATH_TRAILING or PATH_DEVICE_NAME.
+        BundleError: PATH_EMPTY, PATH_ENCODING, PATH_CONTROL, PATH_ABSOLUTE, PATH_BACKSLASH, PATH_RESERVED,
+            PATH_NOT_NFC, PATH_TOO_LONG, PATH_TRAVERSAL, PATH_EMPTY_COMPONENT, PATH_HIDDEN, PATH_TRAILING or
+            PATH_DEVICE_NAME.
     """
     for code, reason, broken in _PATH_RULES:
         if broken(path):
@@ -57,12 +61,14 @@ def check_paths(paths: Iterable[str]) -> None:
 
     Raises:
         BundleError: as `check_path`, or PATH_DUPLICATE, PATH_NORMAL_COLLISION and PATH_CASE_COLLISION (two names
-            that a file system which normalises Unicode, or knows no case, would merge), PATH_PREFIX (a file is
-            also a folder).
+            that a file system which normalises Unicode, or knows no case, would merge), PATH_PREFIX (one is a file
+            and a folder).
     """
     listed = tuple(paths)
     seen: dict[str, str] = {}
     for path in listed:
+        if len(path) > MAX_PATH:  # normalising it could take long
+            check_path(path)
         folded = _fold(path)
         if folded in seen:
             raise BundleError(_collision(seen[folded], path), f"the path {path!a} collides with {seen[folded]!a}")
@@ -84,7 +90,7 @@ def _collision(one: str, other: str) -> str:
 
 
 def _is_control(character: str) -> bool:
-    return unicodedata.category(character) == "Cc" or character in _BIDI or character in "\u2028\u2029"
+    return unicodedata.category(character) in _UNPRINTABLE
 
 
 def _fold(path: str) -> str:

@@ -50,11 +50,12 @@ class Source(Protocol):
             BundleError: CONTAINER_TRUNCATED.
         """
 
-    def arrange(self, names: Iterable[str], ahead: Member | None) -> Member | None:
+    def arrange(self, names: Iterable[str], ahead: Member | None, *, all_of: bool = True) -> Member | None:
         """Learn which members follow, in order, before end.json.
 
         A file has an order of its own, and `ahead`, the member that `next` gave last and nobody read, stays the
-        one that comes next. A folder has none: it hands out these, and holds nothing else.
+        one that comes next. A folder has none: it hands out these, and holds nothing else where they are `all_of`
+        its members.
 
         Raises:
             BundleError: CONTAINER_UNLISTED, a folder holds other members too.

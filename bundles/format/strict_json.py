@@ -1,13 +1,14 @@
 """JSON with one reading only: what two parsers could understand differently is refused.
 
 Refused beyond RFC 8259: a byte order mark, duplicate keys, NaN and Infinity, integers beyond 2^53, nesting beyond
-32, lone surrogates, bytes after the value and, unless asked for, fractions. Every signed document of a bundle is
-read here, from the very bytes that verified.
+32, more values than memory should hold, lone surrogates, bytes after the value and, unless asked for, fractions.
+Every signed document of a bundle is read here, from the very bytes that verified.
 
 Source: RFC 8259 sections 4, 6, 8.1 and 9; RFC 7493 (I-JSON).
 """
 
 import json
+import math
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -15,6 +16,7 @@ from bundles.format.errors import BundleError
 
 MAX_DEPTH = 32
 MAX_INTEGER = 2**53
+MAX_VALUES = 1_500_000  # of the documents that are read before anybody's signature is known to hold
 _DIGITS = 16  # of 2^53
 _MANY_DIGITS = 64
 _BOM = b"\xef\xbb\xbf"
@@ -30,10 +32,13 @@ def parse(raw: bytes, what: str, *, any_number: bool = False) -> object:
 
     Raises:
         BundleError: JSON_BOM, JSON_ENCODING, JSON_SYNTAX, JSON_TRAILING, JSON_DUPLICATE_KEY, JSON_CONSTANT,
-            JSON_FLOAT, JSON_INTEGER, JSON_DEPTH or JSON_SURROGATE.
+            JSON_FLOAT, JSON_INTEGER, JSON_DEPTH, JSON_VALUES or JSON_SURROGATE.
     """
     if raw.startswith(_BOM):
         raise BundleError("JSON_BOM", f"{what} begins with a byte order mark")
+    # Counted in strings, too: a document is refused for its commas before one object is made.
+    if raw.count(b",") + raw.count(b"[") + raw.count(b"{") > MAX_VALUES:
+        raise BundleError("JSON_VALUES", f"{what} has over {MAX_VALUES} values")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -43,7 +48,9 @@ def parse(raw: bytes, what: str, *, any_number: bool = False) -> object:
             text,
             object_pairs_hook=_without_duplicates(what),
             parse_int=_bounded_integer(what, _MANY_DIGITS if any_number else _DIGITS),
-            parse_float=float if any_number else _refused("JSON_FLOAT", f"{what} has a number with a fraction"),
+            parse_float=_bounded_float(what)
+            if any_number
+            else _refused("JSON_FLOAT", f"{what} has a number with a fraction"),
             parse_constant=_refused("JSON_CONSTANT", f"{what} has NaN or Infinity"),
         )
     except json.JSONDecodeError as error:
@@ -87,6 +94,16 @@ def _bounded_integer(what: str, most_digits: int) -> Callable[[str], int]:
     return convert
 
 
+def _bounded_float(what: str) -> Callable[[str], float]:
+    def convert(text: str) -> float:
+        number = float(text)
+        if math.isinf(number):
+            raise BundleError("JSON_CONSTANT", f"{what} has a number that reads as Infinity")
+        return number
+
+    return convert
+
+
 def _refused(code: str, message: str) -> Callable[[str], NoReturn]:
     def refuse(_: str) -> NoReturn:
         raise BundleError(code, message)
@@ -95,7 +112,8 @@ def _refused(code: str, message: str) -> Callable[[str], NoReturn]:
 
 
 def _check(value: object, what: str, depth: int) -> None:
-    if depth > MAX_DEPTH:
+    """Refuse lone surrogates, and an object or list that stands in 32 others."""
+    if depth == MAX_DEPTH and isinstance(value, dict | list):
         raise BundleError("JSON_DEPTH", f"{what} is nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
         _check_text(value, what)

@@ -97,6 +97,8 @@ def test_what_is_written_is_read_by_us_and_by_any_tar_program(tmp_path: Path) ->
         (lambda raw: raw[:10] + b"!" + raw[11:], "CONTAINER_CHECKSUM"),
         (lambda raw: b"\x1f\x8b" + raw, "CONTAINER_COMPRESSED"),
         (lambda raw: b"\x28\xb5\x2f\xfd" + raw, "CONTAINER_COMPRESSED"),
+        (lambda raw: b"\x04\x22\x4d\x18" + raw, "CONTAINER_COMPRESSED"),
+        (lambda raw: b"7z\xbc\xaf\x27\x1c" + raw, "CONTAINER_COMPRESSED"),
         (lambda raw: raw[:600] + b"!" + raw[601:], "CONTAINER_PADDING"),
         (lambda raw: raw[:-1024], "CONTAINER_NO_END"),
         (lambda raw: raw[:-512], "CONTAINER_NO_END"),

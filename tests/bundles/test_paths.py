@@ -21,6 +21,13 @@ _BAD = [
     ("a\nb", "PATH_CONTROL"),
     ("a\x85b", "PATH_CONTROL"),
     ("a\u202etxt.exe", "PATH_CONTROL"),
+    ("config\u200b.json", "PATH_CONTROL"),
+    ("\ufeffconfig.json", "PATH_CONTROL"),
+    ("a\u2028b", "PATH_CONTROL"),
+    ("a\u0378", "PATH_CONTROL"),
+    ("a\ue000", "PATH_CONTROL"),
+    ("what?.json", "PATH_RESERVED"),
+    ("a|b", "PATH_RESERVED"),
     ("a\ud800", "PATH_ENCODING"),
     ("cafe\u0301.json", "PATH_NOT_NFC"),
     ("a" * 256, "PATH_TOO_LONG"),
@@ -33,6 +40,7 @@ _BAD = [
     ("con", "PATH_DEVICE_NAME"),
     ("a/LPT1.json", "PATH_DEVICE_NAME"),
     ("nul.safetensors", "PATH_DEVICE_NAME"),
+    ("nul .safetensors", "PATH_DEVICE_NAME"),
 ]
 
 

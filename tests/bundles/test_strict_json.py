@@ -19,6 +19,8 @@ from bundles.format.errors import BundleError
         (b'{"a": ' + b"9" * 5000 + b"}", "JSON_INTEGER"),
         (b'{"a":' * 33 + b"1" + b"}" * 33, "JSON_DEPTH"),
         (b"[" * 100_000, "JSON_DEPTH"),
+        (b"[" * 33 + b"]" * 33, "JSON_DEPTH"),
+        (b'{"a": [' + b"[]," * 1_500_000 + b"[]]}", "JSON_VALUES"),
         (b"\xef\xbb\xbf{}", "JSON_BOM"),
         (b'{"a": "\xff"}', "JSON_ENCODING"),
         (b'{"a": "\\ud800"}', "JSON_SURROGATE"),
@@ -37,13 +39,14 @@ def test_ambiguous_json_is_refused_by_name(raw: bytes, code: str) -> None:
 
 def test_the_limits_themselves_are_accepted() -> None:
     assert strict_json.parse(b'{"a": 9007199254740992}', "it") == {"a": 2**53}
-    nested = b'{"a":' * 31 + b"1" + b"}" * 31
-    strict_json.parse(nested, "it")
+    for nested in (b'{"a":' * 32 + b"1" + b"}" * 32, b"[" * 32 + b"]" * 32):
+        strict_json.parse(nested, "it")
 
 
 def test_model_configuration_may_have_any_number_but_no_ambiguity() -> None:
     raw = b'{"eps": 1e-6, "model_max_length": 1000000000000000019884624838656}'
     value = strict_json.parse_object(raw, "config", any_number=True)
     assert value == {"eps": 1e-6, "model_max_length": 1000000000000000019884624838656}
-    with pytest.raises(BundleError, match="JSON_DUPLICATE_KEY"):
-        strict_json.parse(b'{"a": 1, "a": 1.5}', "config", any_number=True)
+    for ambiguous, code in ((b'{"a": 1, "a": 1.5}', "JSON_DUPLICATE_KEY"), (b'{"a": 1e999}', "JSON_CONSTANT")):
+        with pytest.raises(BundleError, match=code):
+            strict_json.parse(ambiguous, "config", any_number=True)

@@ -242,7 +242,7 @@ def _path(name: str) -> Change:
         (lambda m: m.update(base="0" * 64), "BASE_ABSENT"),
         (lambda m: m.update(volumes=[{"index": 1, "chunks": 1}]), "MANIFEST_VOLUMES"),
         (lambda m: m.update(kind="adapter"), "MANIFEST_REQUIRES"),
-        (lambda m: m.update(kind="draft", requires=[{"name": "x", "model_digest": None}]), "KIND_UNSUPPORTED"),
+        (lambda m: m.update(kind="draft", requires=[{"name": "x", "model_digest": None}]), "BUNDLE_MIXED"),
         (lambda m: m.update(requires=[{"name": "x", "model_digest": None}]), "MANIFEST_REQUIRES"),
         (lambda m: m.update(licences=[]), "LICENCE_MISSING"),
         (lambda m: m["licences"][0].update(member="licence/../../x"), "MANIFEST_SCHEMA"),
@@ -384,7 +384,7 @@ def test_inspecting_believes_nothing_without_a_root(bundle: Path, trust: Trust) 
 def test_the_ring_holds_few_buffers_however_large_the_bundle(
     tmp_path: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bundles import pipeline
+    from bundles import ring
     from bundles import verify as verifying
 
     model = make_model(tmp_path / "m")
@@ -393,16 +393,16 @@ def test_the_ring_holds_few_buffers_however_large_the_bundle(
     build(make_release(), model, path, inspector=INSPECTOR)
     sign(path, trust.signing())
     seen: set[int] = set()
-    real = verifying.MemorySink.write
+    real = verifying.KeptFiles.write
 
     def watching(self: Any, offset: int, block: memoryview) -> None:
         seen.add(id(block.obj))
         real(self, offset, block)
 
-    monkeypatch.setattr(verifying.MemorySink, "write", watching)
+    monkeypatch.setattr(verifying.KeptFiles, "write", watching)
     manifest = verify(path, trust.root, inspector=INSPECTOR).manifest
     assert sum(len(file.chunks) for file in manifest.files) > 256
-    assert len(seen) == pipeline.RING_BUFFERS
+    assert len(seen) == ring.RING_BUFFERS
 
 
 def test_a_manifest_over_its_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,124 @@
+"""A delta: a bundle without the chunks of its base, which only the base can complete."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bundles.format.errors import BundleError
+from bundles.format.source import beside
+from bundles.reader import BundleReader
+from bundles.verify import inspect, verify
+from tests.bundles.making import (
+    INSPECTOR,
+    Trust,
+    forge_manifest,
+    make_bundle,
+    make_delta,
+    manifest_of,
+    members_of,
+    split,
+    write_members,
+)
+
+
+@pytest.fixture
+def delta(tmp_path: Path, bundle: Path, trust: Trust) -> Path:
+    """Sequence 2, against the bundle of sequence 1."""
+    return make_delta(make_bundle(tmp_path / "second", trust, sequence=2), bundle, trust)
+
+
+def _refusal(path: Path, trust: Trust, *bases: Path) -> str:
+    with pytest.raises(BundleError) as error:
+        verify(path, trust.root, inspector=INSPECTOR, bases=bases)
+    return error.value.code
+
+
+def test_a_delta_and_its_base_are_verified_as_a_whole_bundle_is(
+    tmp_path: Path, bundle: Path, delta: Path, trust: Trust
+) -> None:
+    whole = make_bundle(tmp_path / "whole", trust, sequence=2)
+    verified = verify(delta, trust.root, inspector=INSPECTOR, bases=(bundle,))
+    assert verified.manifest.files == manifest_of(whole).files
+    assert delta.stat().st_size < whole.stat().st_size
+    assert verified.manifest.base == verify(bundle, trust.root, inspector=INSPECTOR).model_digest
+
+
+def test_a_delta_without_its_base_is_refused_and_can_still_be_inspected(
+    tmp_path: Path, bundle: Path, delta: Path, trust: Trust
+) -> None:
+    assert _refusal(delta, trust) == "BASE_ABSENT"
+    other = make_bundle(tmp_path / "third", trust, sequence=3)
+    assert _refusal(delta, trust, other) == "BASE_ABSENT"
+    assert inspect(delta, trust.root).verified is not None
+
+
+def test_a_delta_s_base_may_be_in_volumes(bundle: Path, tmp_path: Path, trust: Trust) -> None:
+    first = split(bundle, trust, 1)
+    delta = make_delta(make_bundle(tmp_path / "second", trust, sequence=2), first, trust)
+    verify(delta, trust.root, inspector=INSPECTOR, bases=(first,))
+    first.with_suffix(".002").unlink()
+    assert _refusal(delta, trust, first) == "VOLUME_MISSING"
+
+
+def test_a_delta_of_a_delta_needs_all_before_it(bundle: Path, delta: Path, tmp_path: Path, trust: Trust) -> None:
+    third = make_delta(make_bundle(tmp_path / "third", trust, sequence=3), delta, trust)
+    for bases in ((bundle, delta), (delta, bundle)):
+        verify(third, trust.root, inspector=INSPECTOR, bases=bases)
+    assert _refusal(third, trust, delta) == "BASE_ABSENT"
+    assert _refusal(third, trust, bundle) == "BASE_ABSENT"
+
+
+def test_a_damaged_base_is_refused_and_said_to_be_the_base(bundle: Path, delta: Path, trust: Trust) -> None:
+    carried = {name for name, _ in members_of(delta)}
+    members = members_of(bundle)
+    for index, (name, content) in enumerate(members):
+        if name.startswith("c/") and name not in carried:
+            damaged = [*members[:index], (name, bytes(len(content) - 1) + b"!"), *members[index + 1 :]]
+            write_members(bundle, damaged)
+            assert _refusal(delta, trust, bundle) == "BASE_DAMAGED"
+            write_members(bundle, [*members[:index], (name, content[:-1]), *members[index + 1 :]])
+            assert _refusal(delta, trust, bundle) == "BASE_DAMAGED"
+            return
+    pytest.fail("the delta leaves out nothing")
+
+
+def test_a_chunk_of_the_base_is_not_in_a_delta(bundle: Path, delta: Path, trust: Trust) -> None:
+    members = members_of(delta)
+    kept = next(m for m in members_of(bundle) if m[0].startswith("c/") and m[0] not in dict(members))
+    write_members(delta, [*members[:-1], kept, members[-1]])
+    assert _refusal(delta, trust, bundle) == "CONTAINER_UNLISTED"
+
+
+def test_a_chunk_that_the_base_lacks_is_in_a_delta(bundle: Path, delta: Path, trust: Trust) -> None:
+    members = members_of(delta)
+    write_members(delta, [*members[:-2], members[-1]])
+    assert _refusal(delta, trust, bundle) == "CONTAINER_MISSING"
+
+
+def test_a_whole_bundle_takes_no_chunk_from_anywhere_else(
+    tmp_path: Path, bundle: Path, delta: Path, trust: Trust
+) -> None:
+    forge_manifest(delta, trust, lambda m: m.update(base=None))
+    assert _refusal(delta, trust, bundle).startswith("CONTAINER_")
+    reader = BundleReader(beside(bundle))
+    manifest = manifest_of(bundle)
+    reader.read_head()
+    reader.expect(manifest, frozenset(manifest.files[0].chunks))
+    assert reader.carries(manifest.files[0].chunks[0])
+    reader.close()
+
+
+def test_a_delta_may_be_in_volumes(bundle: Path, tmp_path: Path, trust: Trust) -> None:
+    delta = make_delta(make_bundle(tmp_path / "second", trust, sequence=2), bundle, trust)
+    carried = [member for member in members_of(delta) if member[0].startswith("c/")]
+    copy = tmp_path / "copy"
+    shutil.copy(delta, copy)
+    forge_manifest(
+        copy, trust, lambda m: m.update(volumes=[{"index": 1, "chunks": 1}, {"index": 2, "chunks": 99}])
+    )
+    assert _refusal(copy, trust, bundle) == "MANIFEST_VOLUMES"
+    forge_manifest(
+        copy, trust, lambda m: m.update(volumes=[{"index": 1, "chunks": 1}, {"index": 2, "chunks": len(carried)}])
+    )
+    assert _refusal(copy, trust, bundle) in ("MANIFEST_VOLUMES", "BUNDLE_MIXED")
