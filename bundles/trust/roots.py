@@ -8,6 +8,7 @@ threshold of both its predecessor's and its own root keys signed it. Of a chain 
 Source: TUF specification 1.0.34, sections 4.3 and 5.3.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -208,6 +209,37 @@ def sign_root(signed: Mapping[str, object], signers: Iterable[Signer]) -> bytes:
     return json.dumps({"signatures": signatures, "signed": signed}, indent=1).encode() + b"\n"
 
 
+def add_signature(raw: bytes, signer: Signer) -> bytes:
+    """A root document, which may lack signatures still, with that of `signer`, which replaces an older one of its key.
+
+    Raises:
+        BundleError: ROOT_SCHEMA, SIGNER_FAILED, or a JSON code.
+    """
+    signed, signatures = _split(raw)
+    others = [entry for entry in map(_signature, signatures) if entry[0] != signer.key.keyid]
+    added = (signer.key.keyid, signer.sign(canonical_json(signed)))
+    listed = [{"keyid": keyid, "sig": sig.hex()} for keyid, sig in (*others, added)]
+    return json.dumps({"signatures": listed, "signed": signed}, indent=1).encode() + b"\n"
+
+
+def signed_version(raw: bytes) -> int:
+    """The version that a root document states, whoever signed it.
+
+    Raises:
+        BundleError: ROOT_SCHEMA, or a JSON code.
+    """
+    return _version(_split(raw)[0].get("version"))
+
+
+def fingerprint(raw: bytes) -> str:
+    """What people compare of a root: SHA-256 of its canonical signed part, hex; more signatures do not change it.
+
+    Raises:
+        BundleError: ROOT_SCHEMA, or a JSON code.
+    """
+    return hashlib.sha256(canonical_json(_split(raw)[0])).hexdigest()
+
+
 def _split(raw: bytes) -> tuple[dict[str, object], list[object]]:
     document = strict_json.parse_object(raw, "the trust root")
     signed, signatures = document.get("signed"), document.get("signatures")
@@ -235,11 +267,11 @@ def _keys(value: object) -> dict[str, Key]:
     if not isinstance(value, dict) or not 0 < len(value) <= MAX_KEYS:
         raise BundleError("ROOT_SCHEMA", f"the trust root does not have 1 to {MAX_KEYS} keys")
     keys = {keyid: Key.from_dict(entry) for keyid, entry in value.items()}
+    if len({key.public for key in keys.values()}) != len(keys):
+        raise BundleError("ROOT_KEY_DUPLICATE", "the trust root lists one key under two key ids")
     for keyid, key in keys.items():
         if keyid != key.keyid:
             raise BundleError("ROOT_KEYID", "a key id of the trust root is not the digest of its key")
-    if len({key.public for key in keys.values()}) != len(keys):
-        raise BundleError("ROOT_KEY_DUPLICATE", "the trust root lists one key under two key ids")
     return keys
 
 

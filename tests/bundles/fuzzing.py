@@ -1,0 +1,234 @@
+"""What is fuzzed: for each parser, documents it knows, how they are changed, and what must hold where it accepts.
+
+Where a parser stands behind a signature, the changed document is signed again with the right key.
+"""
+
+import base64
+import json
+import os
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from random import Random
+from typing import Any
+
+import safetensors as reference
+
+from bundles.content import safetensors
+from bundles.format import manifest as manifests
+from bundles.format import strict_json
+from bundles.format.container import ContainerReader, encode_header
+from bundles.format.paths import check_path
+from bundles.trust import dsse, publishers, revocation, roots
+from bundles.trust.keys import canonical_json
+from tests.bundles.forging import Ceremony, Draft, encoded, envelope, oms_signature
+from tests.bundles.hostile_certificates import Authority, Keyholder, Leaf
+from tests.bundles.making import Members
+from tests.bundles.making import safetensors as weights
+from tests.bundles.mutating import mutated, mutated_json, written
+
+LIMIT = 1 << 20
+
+
+@dataclass(frozen=True)
+class Target:
+    """A parser.
+
+    Attributes:
+        seeds: documents that it accepts.
+        change: makes another document of one of them.
+        parse: parses; raises AssertionError where it accepts what it must not.
+        wrap: puts a document into another one, which is what `parse` takes.
+    """
+
+    seeds: Sequence[bytes]
+    change: Callable[[Random, bytes], bytes]
+    parse: Callable[[bytes], None]
+    wrap: Callable[[bytes], bytes] = bytes
+
+
+def targets(good: Draft) -> dict[str, Target]:
+    """Every target, by name, around a bundle that is good."""
+    keys, pinned = good.keys, roots.parse(good["trust/1.root.json"])
+    authority, publisher = Authority(), Keyholder.ecdsa()
+    certified = roots.parse(
+        keys.root_document(
+            1, lambda s: s.update({"x-cloister": {"certificate_authorities": {"publisher": [authority.pem]}}})
+        )
+    )
+    chain = [authority.issue(publisher, Leaf())]
+    statement = encoded(good.statement())
+    signed = oms_signature(statement, publisher, chain)
+    return {
+        "container": Target([_archive(list(good.members)[:6]), _archive([])], mutated, _read_container),
+        "json": Target([good.payload, good["trust/1.root.json"], b'[1,{"a":"\\u00e9"},null]'], _text, _read_json),
+        "manifest": Target([good.payload], _document, _read_manifest),
+        "signed manifest": Target([good["manifest.dsse.json"]], mutated_text, _reads_envelope),
+        "root": Target([good["trust/1.root.json"]], lambda r, raw: _root(r, raw, keys), _reads_root(pinned)),
+        "revocations": Target(
+            [keys.revocations(crls=[base64.b64encode(authority.revocation_list(5)).decode()])],
+            lambda r, raw: _enveloped(r, raw, [keys.revocation]),
+            lambda raw: _read_revocations(raw, pinned),
+        ),
+        "publisher's statement": Target(
+            [statement],
+            _document,
+            lambda raw: _read_publisher(raw, pinned),
+            lambda raw: encoded(oms_signature(raw, keys.publisher)),
+        ),
+        "publisher's signature": Target(
+            [good["oms.sig"], encoded(signed)], mutated_text, lambda raw: _read_publisher(raw, certified)
+        ),
+        "publisher's certificate": Target(
+            chain,
+            mutated,
+            lambda raw: _read_publisher(raw, certified),
+            lambda der: encoded(oms_signature(statement, publisher, [der])),
+        ),
+        "safetensors": Target([_WEIGHTS, good.content("model.safetensors")], _tensors, _read_tensors),
+        "path": Target([b"a/b.json", "caf\u00e9/\u65e5.txt".encode()], mutated, _read_path),
+    }
+
+
+_WEIGHTS = weights(
+    {"b": ("F32", [1], [4, 8]), "a": ("U8", [2, 2], [0, 4]), "e": ("F16", [0], [8, 8])}, bytes(range(8))
+)
+
+
+def _text(random: Random, raw: bytes) -> bytes:
+    return mutated(random, raw) if random.random() < 0.5 else _document(random, raw)
+
+
+def _document(random: Random, raw: bytes) -> bytes:
+    """Another JSON document; now and then one that is none."""
+    text = written(random, mutated_json(random, json.loads(raw)))
+    return mutated(random, text) if random.random() < 0.2 else text
+
+
+def mutated_text(random: Random, raw: bytes) -> bytes:
+    return _document(random, raw) if random.random() < 0.8 else mutated(random, raw)
+
+
+def _enveloped(random: Random, raw: bytes, signers: Sequence[Keyholder]) -> bytes:
+    """Another payload, signed again."""
+    value = json.loads(raw)
+    payload = _document(random, base64.b64decode(value["payload"]))
+    return encoded(envelope(payload, signers, value["payloadType"]))
+
+
+def _root(random: Random, raw: bytes, keys: Ceremony) -> bytes:
+    """The next version, changed, signed again where it can be."""
+    signed = json.loads(raw)["signed"] | {"version": random.choice((1, 2, 2, 2, 3))}
+    changed = mutated_json(random, signed)
+    try:
+        message = canonical_json(changed)
+    except Exception:  # whatever has no canonical form is sent with a signature over nothing
+        message = b""
+    signatures = [{"keyid": keys.root.keyid, "sig": keys.root.sign(message).hex()}]
+    return written(random, {"signatures": signatures, "signed": changed})
+
+
+def _archive(members: Members) -> bytes:
+    parts = [encode_header(name, len(raw)) + raw + bytes(-len(raw) % 512) for name, raw in members]
+    return b"".join(parts) + bytes(1024)
+
+
+def _read_container(raw: bytes) -> None:
+    fd = os.memfd_create("fuzzed")
+    os.write(fd, raw)
+    found: Members = []
+    with closing(ContainerReader(fd)) as reader:
+        while (member := reader.next()) is not None:
+            found.append((member.name, reader.read(LIMIT)))
+        assert reader.bytes_read == len(raw)
+    assert _archive(found) == raw, "an archive has one encoding"
+
+
+def _read_json(raw: bytes) -> None:
+    value = strict_json.parse(raw, "it")
+    assert value == json.loads(raw)
+    assert json.loads(json.dumps(value, allow_nan=False)) == value
+
+
+def _read_manifest(raw: bytes) -> None:
+    manifest = manifests.parse(raw)
+    assert manifests.parse(manifest.encode()) == manifest
+    assert json.loads(manifest.encode()) == json.loads(raw), "no field is read otherwise than it is written"
+    assert sum(file.size for file in manifest.files) == manifest.total_size
+    for file in manifest.files:
+        _check_path(file.path)
+
+
+def _reads_envelope(raw: bytes) -> None:
+    found = dsse.parse(raw, "it")
+    assert dsse.parse(found.encode(), "it") == found
+    assert json.loads(found.encode()) == {"signatures": []} | json.loads(raw) or any(
+        "keyid" not in entry for entry in json.loads(raw)["signatures"]
+    )
+
+
+def _reads_root(pinned: roots.Root) -> Callable[[bytes], None]:
+    def read(raw: bytes) -> None:
+        root = roots.parse(raw)
+        newest = roots.advance(pinned, [root])
+        signed = json.loads(raw)["signed"]
+        assert newest.version in (1, 2)
+        assert root.version == signed["version"]
+        assert set(root.keys) == set(signed["keys"])
+        for role in root.roles.values():
+            assert 1 <= role.threshold <= len(set(role.keyids)) or root.extension.authorities
+
+    return read
+
+
+def _read_revocations(raw: bytes, root: roots.Root) -> None:
+    found = revocation.verify(raw, root)
+    payload = json.loads(base64.b64decode(json.loads(raw)["payload"]))
+    assert json.loads(found.document.encode()) == payload
+    assert len(found.crls) == len(payload["crls"])
+
+
+def _read_publisher(raw: bytes, root: roots.Root) -> None:
+    found = publishers.verify_model(raw, root, datetime.now(UTC))
+    payload = json.loads(raw)["dsseEnvelope"]["payload"]
+    statement = json.loads(base64.urlsafe_b64decode(payload.translate(str.maketrans("+/", "-_"))))
+    assert [(r.name, r.digest) for r in found.resources] == [
+        (entry["name"], entry["digest"]) for entry in statement["predicate"]["resources"]
+    ]
+    assert found.keyids
+
+
+def _tensors(random: Random, raw: bytes) -> bytes:
+    """Another header over the same data, with its length made right; or any bytes."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    if random.random() < 0.2:
+        return mutated(random, raw)
+    header = _document(random, raw[8 : 8 + length])
+    return struct.pack("<Q", len(header)) + header + raw[8 + length :]
+
+
+def _read_tensors(raw: bytes) -> None:
+    found = safetensors.read_tensors(lambda at, length: raw[at : at + length], len(raw), "it.safetensors")
+    (length,) = struct.unpack("<Q", raw[:8])
+    position = 0
+    for tensor in found:
+        assert (tensor.begin, position) == (position, tensor.begin)
+        position = tensor.end
+    assert position == len(raw) - 8 - length
+    theirs: list[tuple[str, Any]] = reference.deserialize(raw)
+    assert {name for name, _ in theirs} == {tensor.name for tensor in found}, "as its own library reads it"
+
+
+def _read_path(raw: bytes) -> None:
+    text = raw.decode(errors="surrogateescape")
+    check_path(text)
+    _check_path(text)
+
+
+def _check_path(path: str) -> None:
+    assert path.encode()
+    assert not path.startswith("/")
+    assert not set(path) & set("\\:\0")
+    assert not {"", ".", ".."} & set(path.split("/"))
