@@ -16,6 +16,11 @@ from tests.e2e.appliance import ALIAS, Appliance
 BUF = Path(sys.executable).with_name("buf")
 
 
+def tokens_used(appliance: Appliance) -> int:
+    """By the one tenant that has an application."""
+    return next(t["tokens_used"] for t in appliance.json("tenant", "list") if t["name"] == "ward-notes")
+
+
 def test_a_tenant_streams_an_answer_with_a_receipt(appliance: Appliance) -> None:
     note = draw(7, 1, "unseen_values")[0]
     with appliance.client() as client:
@@ -123,14 +128,14 @@ def test_bias_penalties_and_length_change_what_is_drawn(appliance: Appliance) ->
 
 def test_text_becomes_tokens_and_text_again_and_costs_nothing(appliance: Appliance) -> None:
     text = "Bett 4, Müller: 38,2 °C <|user|>"
-    used = appliance.json("tenant", "list")[0]["tokens_used"]
+    used = tokens_used(appliance)
     with appliance.client() as client:
         ids = client.tokenize(ALIAS, text, add_special_tokens=False)
         assert client.detokenize(ALIAS, ids) == text, "control tokens in a text are text"
         assert client.generate(ALIAS, text, max_tokens=1).result().accepted.prompt_tokens == len(
             client.tokenize(ALIAS, text)
         )
-    assert appliance.json("tenant", "list")[0]["tokens_used"] == used + len(ids) + 1
+    assert tokens_used(appliance) == used + len(ids) + 1
     printed = appliance.cloister("tokenize", ALIAS, "a b", "--credentials", str(appliance.credentials)).stdout
     shown = appliance.cloister(
         "detokenize", ALIAS, *printed.split(), "--credentials", str(appliance.credentials)
