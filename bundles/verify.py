@@ -209,7 +209,7 @@ class Inspection:
         model_digest: SHA-256 of the manifest's bytes, hex.
         keyids: key ids the manifest's signatures name.
         documents: attestations and licences by member name; they are what the manifest says they are.
-        has_oms: a publisher's signature is in it.
+        oms: the publisher's signature; None where there is none yet.
         roots: how many trust roots it brings.
         verified: the signed statements, when a root was given and they hold.
         refusal: why they do not.
@@ -219,7 +219,7 @@ class Inspection:
     model_digest: str
     keyids: tuple[str, ...]
     documents: Mapping[str, bytes]
-    has_oms: bool
+    oms: bytes | None
     roots: int
     verified: Verified | None = None
     refusal: BundleError | None = None
@@ -256,7 +256,7 @@ def inspect(
         hashlib.sha256(envelope.payload).hexdigest(),
         tuple(signature.keyid for signature in envelope.signatures),
         documents,
-        head.oms is not None,
+        head.oms,
         len(head.roots),
         verified,
         refusal,

@@ -12,3 +12,4 @@ from bundles.builder.release import Output as Output
 from bundles.builder.release import Release as Release
 from bundles.builder.signing import Signing as Signing
 from bundles.builder.signing import sign as sign
+from bundles.builder.volumes import written as written

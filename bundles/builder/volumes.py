@@ -1,11 +1,11 @@
 """Which chunks lie in which volume, so that none exceeds its size and no chunk is split."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bundles.format.container import BLOCK
 from bundles.format.errors import BundleError
-from bundles.format.manifest import MAX_VOLUMES, Volume
+from bundles.format.manifest import MAX_VOLUMES, Manifest, Volume
 from bundles.format.members import MAX_HEADER
 
 _ENDS = 2 * BLOCK + 2 * (BLOCK + MAX_HEADER)  # end marker, and header.json and end.json at their largest
@@ -48,9 +48,11 @@ def plan_volumes(lengths: Sequence[int], head: int, limit: int) -> tuple[Volume,
     return tuple(Volume(index=i, chunks=n) for i, n in enumerate(counts, 1)) if len(counts) > 1 else ()
 
 
-def volume_paths(out: Path, volumes: Sequence[Volume]) -> Iterator[Path]:
+def volume_paths(out: Path, volumes: Sequence[Volume]) -> tuple[Path, ...]:
     """Where the volumes of a bundle are written: `out` itself, or `out.001`, `out.002` and so on."""
-    if not volumes:
-        yield out
-    for volume in volumes:
-        yield out.with_name(f"{out.name}.{volume.index:03}")
+    return tuple(out.with_name(f"{out.name}.{volume.index:03}") for volume in volumes) or (out,)
+
+
+def written(out: Path, manifest: Manifest) -> tuple[Path, ...]:
+    """What building wrote as `out`, the first volume first; that one is signed, verified and imported."""
+    return volume_paths(out, manifest.volumes)

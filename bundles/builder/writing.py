@@ -181,7 +181,7 @@ def writing(out: Path, manifest: Manifest, carried: int, *, directory: bool) -> 
     """
     if directory and os.path.lexists(out):
         raise BundleError("OUTPUT_EXISTS", f"{out} is there already; a folder is never replaced")
-    paths = [out] if directory else list(volume_paths(out, manifest.volumes))
+    paths = volume_paths(out, () if directory else manifest.volumes)
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     try:
         writer = BundleWriter(manifest, carried, temporary, directory=directory)

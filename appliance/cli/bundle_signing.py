@@ -1,0 +1,125 @@
+"""The options of `cloister bundle` that say who signs, and the signers they name."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from appliance.cli.failure import UsageError
+
+if TYPE_CHECKING:
+    from bundles.builder import Signing
+    from bundles.trust.signers import Signer
+
+_PUBLIC = b"-----BEGIN PUBLIC KEY-----"
+
+
+def add_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add them; `required` where there is nothing else to do than to sign."""
+    keys = parser.add_argument_group(
+        "signing" if required else "signing at once (otherwise: cloister bundle sign)"
+    )
+    keys.add_argument(
+        "--root",
+        type=Path,
+        action="append",
+        default=[],
+        required=required,
+        metavar="ROOT.json",
+        help="root of trust over the keys; repeat it with earlier ones for appliances that know no newer",
+    )
+    keys.add_argument(
+        "--release-key", type=Path, action="append", default=[], metavar="KEY", help="signs the manifest"
+    )
+    publisher = keys.add_mutually_exclusive_group()
+    publisher.add_argument(
+        "--publisher-key", type=Path, metavar="KEY", help="signs the model (OpenSSF Model Signing, ECDSA)"
+    )
+    publisher.add_argument(
+        "--site-publisher",
+        type=Path,
+        metavar="KEY",
+        help="signs a converted or unsigned model for the site; the source's own signature becomes provenance",
+    )
+    publisher.add_argument(
+        "--model-sig", type=Path, metavar="FILE", help="the publisher's own model.sig, kept as it is"
+    )
+    keys.add_argument(
+        "--publisher-chain",
+        type=Path,
+        metavar="PEM",
+        help="the publisher's certificate and those above it, instead of a raw key in the root",
+    )
+    keys.add_argument(
+        "--publisher-second", type=Path, metavar="KEY", help="signs the model, too (ML-DSA, post-quantum)"
+    )
+    keys.add_argument(
+        "--sign-with",
+        metavar="COMMAND",
+        help="signs for those KEYs that are public keys: gets what to sign on standard input, writes "
+        "the raw signature (a smart card, an HSM)",
+    )
+    keys.add_argument(
+        "--revocation", type=Path, metavar="FILE", help="a signed revocation document that travels in the bundle"
+    )
+
+
+def wanted(args: argparse.Namespace) -> bool:
+    """Whether anything of signing was asked for."""
+    given = (args.root, args.release_key, args.publisher_key, args.site_publisher, args.model_sig)
+    return any((*given, args.publisher_chain, args.publisher_second, args.sign_with, args.revocation))
+
+
+def read_signing(args: argparse.Namespace) -> "Signing":
+    """Who signs, as the options say.
+
+    Raises:
+        UsageError: options that lack another one.
+        BundleError: KEY_UNREADABLE, KEY_UNSUPPORTED, CERTIFICATE_UNREADABLE, ROOT_UNREADABLE and others of a root.
+    """
+    from bundles.builder import Signing
+    from bundles.trust import certificates, roots
+
+    if not args.root:
+        raise UsageError("signing needs --root ROOT.json, the root of trust over the keys")
+    publisher = args.publisher_key or args.site_publisher
+    if publisher is None and (args.publisher_chain or args.publisher_second):
+        raise UsageError("--publisher-chain and --publisher-second need --publisher-key or --site-publisher")
+    *earlier, root = sorted(map(roots.load, args.root), key=lambda held: held.version)
+    signers = _Signers(args.sign_with)
+    signing = Signing(
+        root=root,
+        release_keys=tuple(map(signers.load, args.release_key)),
+        publisher_key=signers.load(publisher) if publisher else None,
+        oms=args.model_sig.read_bytes() if args.model_sig else None,
+        site=args.site_publisher is not None,
+        chain=certificates.load_chain(args.publisher_chain) if args.publisher_chain else (),
+        second=signers.load(args.publisher_second) if args.publisher_second else None,
+        earlier=tuple(earlier),
+        revocation=args.revocation.read_bytes() if args.revocation else None,
+    )
+    signers.check()
+    return signing
+
+
+class _Signers:
+    """Signers by the files of their keys: a private key signs itself, a public one by the command."""
+
+    def __init__(self, command: str | None) -> None:
+        self._command = command
+        self._used = False
+
+    def load(self, path: Path) -> "Signer":
+        """The signer of the key in a file."""
+        from bundles.trust.signers import load_signer
+
+        if self._command is None or _PUBLIC not in path.read_bytes():
+            return load_signer(str(path))
+        self._used = True
+        return load_signer(self._command, public=path)
+
+    def check(self) -> None:
+        """Refuse a command that has nothing to sign."""
+        if self._command is not None and not self._used:
+            raise UsageError(
+                "--sign-with needs the public half of its key: --release-key or --publisher-key PUBLIC.pem"
+            )
