@@ -25,7 +25,9 @@ CREATE TABLE model_version(
   id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, version TEXT NOT NULL, sequence INTEGER NOT NULL,
   model_digest TEXT NOT NULL UNIQUE, record TEXT NOT NULL, UNIQUE(name, version), UNIQUE(name, sequence)
 ) STRICT;
-CREATE TABLE floor(name TEXT PRIMARY KEY, sequence INTEGER NOT NULL, model_digest TEXT NOT NULL) STRICT;
+CREATE TABLE floor(
+  name TEXT PRIMARY KEY, sequence INTEGER NOT NULL, model_digest TEXT NOT NULL, issued_at INTEGER NOT NULL
+) STRICT;
 CREATE TABLE trust(
   one INTEGER PRIMARY KEY CHECK(one = 1), root_version INTEGER NOT NULL, revocation_sequence INTEGER NOT NULL
 ) STRICT;

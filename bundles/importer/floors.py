@@ -15,6 +15,7 @@ from bundles.format import strict_json
 from bundles.format.errors import BundleError
 from bundles.format.manifest import format_time, parse_time
 from bundles.trust.policy import Floor
+from bundles.trust.revocation import Revocations
 from bundles.trust.roots import REVOCATION, Root
 
 
@@ -48,6 +49,13 @@ class Floors:
         if other.revocation and (other.revocation_role != role or other.revocation > revocation):
             revocation, role = other.revocation, other.revocation_role
         return Floors(models, max(clocks, default=None), max(self.root, other.root), revocation, role)
+
+
+def of_trust(root: Root, revocations: Revocations | None) -> Floors:
+    """What the trust in force sets."""
+    if revocations is None:
+        return Floors(root=root.version)
+    return Floors({}, revocations.issued_at, root.version, revocations.sequence, role_digest(root))
 
 
 def role_digest(root: Root) -> str:

@@ -13,14 +13,14 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
 from bundles.format import manifest as manifests
 from bundles.format.errors import REFUSED, BundleError
-from bundles.format.manifest import Manifest, parse_time
+from bundles.format.manifest import Manifest
 from bundles.format.members import TRUST
-from bundles.importer.floors import Floors, role_digest
+from bundles.importer import floors
+from bundles.importer.floors import Floors
 from bundles.importer.rate import Rate
 from bundles.importer.records import ModelVersion
 from bundles.importer.steering import Steering, Volumes
@@ -30,8 +30,7 @@ from bundles.reader import BundleReader
 from bundles.store.base import StoredBase
 from bundles.store.staging import Staging
 from bundles.trust import dsse
-from bundles.trust.policy import Floor, Verified, check_policy, verify_trust
-from bundles.trust.revocation import Revocations
+from bundles.trust.policy import Verified, check_policy, verify_trust
 from bundles.trust.roots import Root
 
 MANIFEST, OMS = "manifest.dsse.json", "oms.sig"
@@ -239,14 +238,15 @@ class _Import:
             place.store.write_record(version.name, version.sequence, version.as_dict())
             place.ledger.commit(self._import_id, committed, version, place.trust_in_force())
         self._at = committed
-        manifest = verified.manifest
-        floor = {manifest.name: Floor(manifest.sequence, verified.model_digest)}
-        self._close_books(_floors(floor, parse_time(manifest.issued_at), verified.root, verified.revocations))
+        self._close_books(floors.of_trust(verified.root, verified.revocations))
         self._report(committed)
         return committed
 
     def _close_books(self, raised: Floors) -> None:
-        """What follows a commit; where it fails, the database has the floors, and the next start does the rest."""
+        """What follows a commit: the floors of trust, and with them those in the database, go into their file.
+
+        Where it fails, the next start does it.
+        """
         try:
             self._place.raise_floors(raised)
             self._staging.discard()
@@ -258,6 +258,8 @@ class _Import:
         committed = replace(self._at, state=State.COMMITTED, bytes_done=0, file="", bytes_per_second=0)
         self._place.ledger.change(self._import_id, committed)
         self._at = committed
+        with suppress(OSError):
+            self._place.discard_staging(committed.model_digest)
         self._report(committed)
         return committed
 
@@ -308,20 +310,6 @@ class _Import:
         committed = replace(at, state=State.COMMITTED)
         place.ledger.commit_trust(self._import_id, committed, place.trust_in_force())
         self._at = committed
-        self._close_books(_floors({}, None, trust.root, trust.revocations))
+        self._close_books(floors.of_trust(trust.root, trust.revocations))
         self._report(committed)
         return committed
-
-
-def _floors(
-    models: dict[str, Floor], issued_at: datetime | None, root: Root, revocations: Revocations | None
-) -> Floors:
-    """What may not sink below this any more."""
-    clocks = [clock for clock in (issued_at, revocations.issued_at if revocations else None) if clock is not None]
-    return Floors(
-        models,
-        max(clocks, default=None),
-        root.version,
-        revocations.sequence if revocations else 0,
-        role_digest(root) if revocations else "",
-    )

@@ -8,10 +8,12 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 
 from bundles.durable import DISK, Fs
 from bundles.importer.database import Database
+from bundles.importer.floors import Floors
 from bundles.importer.records import Damage, Entry, Import, ModelVersion, Scrub
 from bundles.pipeline import Progress, State
 from bundles.trust.policy import Floor
@@ -88,9 +90,10 @@ class Ledger:
                 ),
             )
             self._db.execute(
-                "INSERT INTO floor VALUES(?,?,?) ON CONFLICT(name) DO UPDATE SET sequence=excluded.sequence,"
-                " model_digest=excluded.model_digest WHERE excluded.sequence > floor.sequence",
-                (version.name, version.sequence, version.model_digest),
+                "INSERT INTO floor VALUES(?,?,?,?) ON CONFLICT(name) DO UPDATE SET sequence=excluded.sequence,"
+                " model_digest=excluded.model_digest, issued_at=max(excluded.issued_at, floor.issued_at)"
+                " WHERE excluded.sequence > floor.sequence",
+                (version.name, version.sequence, version.model_digest, version.issued_at),
             )
             for digest in dict.fromkeys(version.digests()):
                 self.repaired(digest, import_id)
@@ -142,10 +145,11 @@ class Ledger:
             self._append("removal", version=version)
             return unlisted
 
-    def floors(self) -> Mapping[str, Floor]:
-        """By model name, the newest release that was ever committed, removed ones included."""
-        rows = self._db.rows("SELECT name, sequence, model_digest FROM floor")
-        return {name: Floor(sequence, digest) for name, sequence, digest in rows}
+    def floors(self) -> Floors:
+        """What the releases that were ever committed set, removed ones included."""
+        rows = self._db.rows("SELECT name, sequence, model_digest, issued_at FROM floor")
+        clock = max((datetime.fromtimestamp(row[3], UTC) for row in rows), default=None)
+        return Floors({name: Floor(sequence, digest) for name, sequence, digest, _ in rows}, clock)
 
     # What is staged.
 
@@ -244,7 +248,7 @@ class Ledger:
     def outbox(self, after: int, limit: int = 100) -> tuple[Entry, ...]:
         """Events not yet acknowledged, with a higher number than `after`, oldest first."""
         rows = self._db.rows("SELECT * FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?", (after, limit))
-        return tuple(Entry(*row) for row in rows)
+        return tuple(Entry(*row[:3], State(row[3]) if row[3] else None, *row[4:]) for row in rows)
 
     def acknowledge(self, sequence: int) -> None:
         """Forget events up to a number."""

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from bundles.format.manifest import parse_time
-from bundles.pipeline import Progress
+from bundles.pipeline import Progress, State
 from bundles.trust.policy import Verified
 
 _TUPLES = ("signers", "publishers", "certificates", "files", "requires", "licences", "canaries")
@@ -132,7 +132,7 @@ class Entry:
         sequence: grows by one.
         event: import, removal, damage, repair or trust.
         import_id: empty where no import did it.
-        state: of the import; empty for other events.
+        state: of the import; None for other events.
         reason: stable code, with a rejection.
         model_version: name@version, once known.
         model_digest: hex, once known.
@@ -143,7 +143,7 @@ class Entry:
     sequence: int
     event: str
     import_id: str
-    state: str
+    state: State | None
     reason: str
     model_version: str
     model_digest: str

@@ -11,7 +11,7 @@ from bundles.pipeline import Progress, State
 from bundles.protos import importer_pb2 as pb
 
 _STATES = {
-    "": pb.IMPORT_STATE_UNSPECIFIED,
+    None: pb.IMPORT_STATE_UNSPECIFIED,
     State.QUARANTINE: pb.IMPORT_STATE_QUARANTINE,
     State.SIGNED: pb.IMPORT_STATE_SIGNED,
     State.POLICY: pb.IMPORT_STATE_POLICY,

@@ -146,8 +146,8 @@ class Workplace:
 
     def floors(self) -> Floors:
         """The higher of the floors in the file and in the database."""
-        held = floors.load(self.trust / FLOORS)
-        return held.join(Floors(self.ledger.floors(), root=self.ledger.trust()[0]))
+        held = floors.load(self.trust / FLOORS).join(self.ledger.floors())
+        return held.join(Floors(root=self.ledger.trust()[0]))
 
     def raise_floors(self, raised: Floors) -> None:
         """Write floors that are nowhere lower than those held."""
@@ -221,9 +221,11 @@ class Workplace:
             if not self.store.record_path(version.name, version.sequence).exists():
                 self.store.write_record(version.name, version.sequence, version.as_dict())
         self.sweep()
+        raised = Floors()
         with suppress(BundleError):  # without a root there is nothing in force yet
             self.ledger.trusts(self.trust_in_force())
-        self.raise_floors(Floors())
+            raised = floors.of_trust(self.pinned(), self.revocations())
+        self.raise_floors(raised)
 
 
 def _site_name(path: Path) -> str:

@@ -1,92 +1,65 @@
-"""Dies at every call that changes the disk, one after the other, and tells what the next start finds.
+"""Imports in a child that is killed at its N-th change of the disk, again and again, and tells what was found.
 
     crashing_import.py HOME BUNDLE WORK STEP
 
-HOME has one committed version; BUNDLE is the next. Every round copies HOME, imports in a forked child whose N-th
-such call is SIGKILL (N grows by STEP), then opens the copy again, looks, and imports once more. Prints a JSON list
-of rounds.
+Every round copies HOME to WORK and imports BUNDLE in a forked child whose N-th change is SIGKILL (N grows by
+STEP), then opens the copy again, looks, and imports once more. Prints a JSON list of rounds. With STEP 0 it imports
+into HOME itself, once, for whoever kills it from outside.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
-from bundles.content.inspector import Inspector, Verdict
-from bundles.importer.importing import Workplace, import_bundle
-
-_CALLS = ("open", "pwrite", "fsync", "fdatasync", "fchmod", "rename", "mkdir", "unlink")
+from tests.bundles.dying import DyingFs
+from tests.bundles.stores import bring, damaged_names, open_place
 
 
-class Unquestioning(Inspector):
-    """Another process would only slow the rounds; it writes nothing."""
+class KilledFs(DyingFs):
+    """Ends the process where the other ends the import."""
 
-    def inspect(self, files: Any) -> Verdict:
-        size = os.fstat(files["model.safetensors"]).st_size
-        return Verdict("LlamaForCausalLM", 512, size, "float16", ("generate",))
-
-
-def die_at(call: int) -> None:
-    """Make the `call`-th disk-changing call of this process its last, before it takes effect."""
-    left = call
-
-    def wrap(real: Any) -> Any:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        return counted
-
-    for name in _CALLS:
-        setattr(os, name, wrap(getattr(os, name)))
+    def change(self, name: str) -> None:
+        if self._left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().change(name)
 
 
 def attempt(home: Path, bundle: Path, call: int) -> bool:
     """Import in a child that dies at `call`; whether it died."""
     child = os.fork()
     if child == 0:
-        place = Workplace.open(home, Unquestioning())
-        die_at(call)
-        import_bundle(place, "crashing", bundle, lambda _: None)
+        fs = KilledFs()
+        place = open_place(home, fs)
+        fs.arm(call)
+        bring(place, bundle)
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
-def loadable(place: Workplace) -> bool:
-    """Every file of every committed version is in the store and is what its name says."""
-    files = [str(file["sha256"]) for version in place.ledger.versions() for file in version.files]
-    return all(hashlib.sha256(place.store.path_of(digest).read_bytes()).hexdigest() == digest for digest in files)
-
-
 def look(home: Path, bundle: Path, call: int) -> dict[str, object]:
-    place = Workplace.open(home, Unquestioning())
-    after_crash = place.ledger.versions()[-1].sequence
-    whole = loadable(place)
-    records = sorted(int(path.stem) for path in (home / "store" / "models" / "tiny").iterdir())
-    whole = whole and records == [version.sequence for version in place.ledger.versions()]
-    import_bundle(place, "again", bundle, lambda _: None)
+    place = open_place(home)
+    after_crash = [version.sequence for version in place.ledger.versions()]
+    damaged = damaged_names(place)
+    bring(place, bundle)
     found = {
         "call": call,
         "after_crash": after_crash,
-        "after_retry": place.ledger.versions()[-1].sequence,
-        "loadable": whole and loadable(place),
-        "staging": [path.name for path in (home / "store" / "staging").iterdir()],
-        "floor": place.floors().models["tiny"].sequence,
+        "after_retry": [version.sequence for version in place.ledger.versions()],
+        "damaged": damaged + damaged_names(place),
     }
     place.ledger.close()
     return found
 
 
 def main(home: Path, bundle: Path, work: Path, step: int) -> None:
+    if step == 0:
+        bring(open_place(home), bundle)
+        return
     outcomes = []
-    for call in range(1, 1000, step):
+    for call in range(0, 2000, step):
         copy = work / str(call)
         shutil.copytree(home, copy)
         died = attempt(copy, bundle, call)

@@ -1,0 +1,264 @@
+"""Crashes: the importer dies at each of its changes of the disk in turn, and the next start finds old or new."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from bundles.format.errors import BundleError
+from bundles.importer.removal import remove_version
+from bundles.importer.steering import Steering
+from bundles.importer.workplace import Workplace
+from bundles.pipeline import State
+from tests.bundles.dying import Died, DyingFs, PowerCutFs
+from tests.bundles.making import Trust, make_bundle
+from tests.bundles.stores import bring, damaged_names, make_home, open_place, snapshot, spoil, stored
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is about to happen in a home, and what versions there are before and after."""
+
+    home: Path
+    act: Callable[[Workplace], object]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder whose fsync costs nothing, where there is one; a power cut's losses are the test's."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
+
+
+def _interrupted(place: Workplace, path: Path, at: int) -> None:
+    """Import until so many bytes are verified, then cancel."""
+    steering = Steering()
+
+    class Watching(list):  # type: ignore[type-arg]  # a list that looks at what it gets
+        def append(self, progress: object) -> None:
+            if getattr(progress, "bytes_done", 0) >= at:
+                steering.end(BundleError("IMPORT_CANCELLED", "enough"))
+
+    assert bring(place, path, Watching(), steering).reason == "IMPORT_CANCELLED"
+
+
+def _scene(name: str, folder: Path, trust: Trust) -> Scene:
+    home = make_home(folder / "home", trust)
+    first, second = (make_bundle(folder / f"{n}.bundle", trust, sequence=n) for n in (1, 2))
+    place = open_place(home)
+    if name != "first import":
+        bring(place, first)
+    if name == "removal":
+        bring(place, second)
+    if name == "resumed import":
+        _interrupted(place, second, 9000)
+        assert place.ledger.stagings()
+    if name == "repair":
+        spoil(place.store.path_of(str(place.ledger.versions()[0].files[-1]["sha256"])))
+    place.ledger.close()
+    return {
+        "first import": Scene(home, lambda place: bring(place, first), (), (1,)),
+        "next import": Scene(home, lambda place: bring(place, second), (1,), (1, 2)),
+        "resumed import": Scene(home, lambda place: bring(place, second), (1,), (1, 2)),
+        "removal": Scene(home, _remove_first, (1, 2), (2,)),
+        "repair": Scene(home, lambda place: bring(place, first), (1,), (1,)),
+    }[name]
+
+
+def _remove_first(place: Workplace) -> None:
+    if place.ledger.find("tiny@1.0.1") is not None:
+        remove_version(place, "tiny@1.0.1")
+
+
+SCENES = {"first import": 5, "next import": 7, "resumed import": 7, "removal": 1, "repair": 5}
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [*SCENES.items(), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in SCENES)],
+)
+def test_dying_at_any_change_of_the_disk_leaves_old_or_new_and_the_next_try_completes_it(
+    name: str, step: int, tmp_path: Path, trust: Trust, memory: Path
+) -> None:
+    """By turns the process is killed, or the power is cut and all that was not synced is gone."""
+    scene = _scene(name, tmp_path, trust)
+    shutil.copytree(scene.home, memory / "whole")
+    expected = _complete(memory / "whole", scene)
+    ends = []
+    for call in range(0, 2000, step):
+        work, spare = memory / f"{call}", memory / f"{call}.spare"
+        shutil.copytree(scene.home, work)
+        spare.mkdir()
+        fs = PowerCutFs(spare)
+        died = _die(work, scene, fs, call, cut=call % 2 == 0)
+        ends.append(_check(work, scene, f"{name}, change {call}: {fs.calls[-1:]}"))
+        assert _complete(work, scene) == expected, f"{name}, change {call}"
+        shutil.rmtree(work)
+        shutil.rmtree(spare)
+        if not died:
+            break
+    else:
+        pytest.fail("it never ended")
+    assert {scene.before, scene.after} == set(ends), "both sides of the commit were reached"
+    assert len(ends) > 5
+
+
+def _die(home: Path, scene: Scene, fs: PowerCutFs, call: int, *, cut: bool) -> bool:
+    place = open_place(home, fs)
+    fs.arm(call)
+    try:
+        scene.act(place)
+    except Died:
+        return True
+    else:
+        return False
+    finally:
+        place.ledger.close()
+        if cut:
+            fs.cut()
+        fs.close()
+
+
+def _check(home: Path, scene: Scene, where: str) -> tuple[int, ...]:
+    """What a fresh start finds; the sequences of the versions."""
+    place = open_place(home)
+    found = tuple(version.sequence for version in place.ledger.versions())
+    assert found in (scene.before, scene.after), where
+    if "repair" not in where:
+        assert damaged_names(place) == [], where
+    assert set(stored(place)) <= place.ledger.listed(), where
+    records = sorted(int(path.stem) for path in place.store.records())
+    assert records == sorted(found), where
+    _check_outbox(place, found, where)
+    place.ledger.close()
+    return found
+
+
+def _check_outbox(place: Workplace, found: tuple[int, ...], where: str) -> None:
+    """Every import went through its states in order, once, to one end; what is there was said to be."""
+    states: dict[str, list[State]] = {}
+    for entry in place.ledger.outbox(0, limit=1000):
+        if entry.state is not None:
+            states.setdefault(entry.import_id, []).append(entry.state)
+    order = list(State)
+    for told in states.values():
+        assert told == sorted(set(told), key=order.index), where
+        assert [state in (State.COMMITTED, State.REJECTED) for state in told] == [False] * (len(told) - 1) + [True]
+    events = Counter(entry.event for entry in place.ledger.outbox(0, limit=1000))
+    committed = {
+        entry.model_version for entry in place.ledger.outbox(0, limit=1000) if entry.state is State.COMMITTED
+    }
+    assert {f"tiny@1.0.{sequence}" for sequence in found} <= committed, where
+    assert events["removal"] == len(committed) - len(found), where
+
+
+def _complete(home: Path, scene: Scene) -> dict[str, bytes]:
+    """Act until it is done; all that is on the disk then."""
+    place = open_place(home)
+    scene.act(place)
+    assert tuple(version.sequence for version in place.ledger.versions()) == scene.after
+    assert damaged_names(place) == []
+    assert set(stored(place)) == place.ledger.listed()
+    assert place.ledger.stagings() == {}
+    place.ledger.close()
+    return snapshot(home)
+
+
+def test_dying_while_a_start_tidies_up_leaves_it_to_the_next_start(
+    tmp_path: Path, trust: Trust, memory: Path
+) -> None:
+    scene = _scene("next import", tmp_path, trust)
+    shutil.copytree(scene.home, memory / "whole")
+    whole = DyingFs()
+    place = open_place(memory / "whole", whole)
+    whole.arm(2000)
+    scene.act(place)
+    place.ledger.close()
+    fs = DyingFs()
+    place = open_place(scene.home, fs)
+    fs.arm(len(whole.calls) - whole.calls[::-1].index("link"))  # all is published, nothing committed
+    with pytest.raises(Died):
+        scene.act(place)
+    place.ledger.close()
+    for call in range(200):
+        work = memory / str(call)
+        shutil.copytree(scene.home, work)
+        fs = DyingFs()
+        fs.arm(call)
+        try:
+            open_place(work, fs).ledger.close()
+            break
+        except Died:
+            _check(work, scene, f"start, change {call}")
+    assert call > 2
+
+
+def test_a_repaired_file_and_a_removed_version_are_events_once(tmp_path: Path, trust: Trust) -> None:
+    scene = _scene("repair", tmp_path, trust)
+    place = open_place(scene.home)
+    digest = str(place.ledger.versions()[0].files[-1]["sha256"])
+    place.ledger.found(digest, "changed")
+    place.ledger.found(digest, "changed")
+    scene.act(place)
+    scene.act(place)
+    remove_version(place, "tiny@1.0.1")
+    events = [(e.event, e.detail, e.model_version) for e in place.ledger.outbox(0) if e.event != "import"]
+    assert events == [
+        ("damage", f"{digest} changed", "tiny@1.0.1"),
+        ("repair", digest, "tiny@1.0.1"),
+        ("removal", "", "tiny@1.0.1"),
+    ]
+    place.ledger.close()
+
+
+def test_killed_for_good_at_a_change_the_next_process_goes_on(tmp_path: Path, trust: Trust, memory: Path) -> None:
+    """The same with a real process and SIGKILL, at changes far apart."""
+    scene = _scene("next import", tmp_path, trust)
+    result = _run("crashing_import.py", scene.home, tmp_path / "2.bundle", memory, "9")
+    assert result.returncode == 0, result.stderr
+    outcomes = json.loads(result.stdout)
+    assert {tuple(outcome["after_crash"]) for outcome in outcomes} == {(1,), (1, 2)}
+    assert all(outcome["after_retry"] == [1, 2] and not outcome["damaged"] for outcome in outcomes), outcomes
+
+
+@pytest.mark.parametrize("call", ["fdatasync:2", "fsync:4", "rename:3", "link:2"])
+def test_killed_inside_a_system_call_the_next_process_goes_on(
+    call: str, tmp_path: Path, trust: Trust, memory: Path
+) -> None:
+    """strace kills the process as it enters the n-th call, those of the database included."""
+    name, number = call.split(":")
+    inject = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", f"trace={name}", "-e"]
+    inject.append(f"inject={name}:signal=KILL:when={number}")
+    if shutil.which("strace") is None or subprocess.run([*inject, "true"], check=False).returncode:
+        pytest.skip("strace does not run here")
+    scene = _scene("next import", tmp_path, trust)
+    shutil.copytree(scene.home, memory / "home")
+    result = _run("crashing_import.py", memory / "home", tmp_path / "2.bundle", memory, "0", before=inject)
+    assert result.returncode in (-9, 137), result.stderr
+    place = open_place(memory / "home")
+    assert damaged_names(place) == []
+    scene.act(place)
+    assert [version.sequence for version in place.ledger.versions()] == [1, 2]
+    assert damaged_names(place) == []
+    place.ledger.close()
+
+
+def _run(script: str, *words: object, before: list[str] | None = None) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [*(before or []), sys.executable, str(Path(__file__).with_name(script)), *map(str, words)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        check=False,
+    )
