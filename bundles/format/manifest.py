@@ -5,7 +5,6 @@ reader may skip. Sizes are bytes, digests are SHA-256 in lower-case hex, times a
 """
 
 import json
-import re
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
@@ -22,6 +21,8 @@ PRODUCT = "cloister"
 MAX_MANIFEST = 32 * 1024 * 1024
 MAX_FILES = 100_000
 MAX_VOLUMES = 999
+MAX_DOCUMENTS = 64
+MAX_DOCUMENTS_SIZE = 64 * 1024 * 1024
 MAX_TOTAL = 2**50
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
@@ -213,6 +214,9 @@ def parse(raw: bytes) -> Manifest:
     value = strict_json.parse_object(raw, "the manifest")
     if value.get("critical"):
         raise BundleError("MANIFEST_CRITICAL", "the manifest needs a newer Cloister: it has critical extensions")
+    files = value.get("files")
+    if isinstance(files, list) and len(files) > MAX_FILES:
+        raise BundleError("MANIFEST_FILES", f"the manifest lists over {MAX_FILES} files")
     try:
         manifest = Manifest.model_validate_json(json.dumps(value))
     except ValidationError as error:
@@ -249,8 +253,6 @@ def _check_volumes(manifest: Manifest) -> None:
 
 
 def _check_files(manifest: Manifest) -> None:
-    if len(manifest.files) > MAX_FILES:
-        raise BundleError("MANIFEST_FILES", f"the manifest lists over {MAX_FILES} files")
     check_paths(file.path for file in manifest.files)
     if manifest.total_size != sum(file.size for file in manifest.files):
         raise BundleError("MANIFEST_SIZES", "the files' sizes do not add up to the manifest's total_size")
@@ -274,20 +276,24 @@ def _check_documents(manifest: Manifest) -> None:
     misplaced = [d.member for documents, folder in folders for d in documents if not d.member.startswith(folder)]
     if misplaced or len(set(names)) != len(names):
         raise BundleError("MANIFEST_DOCUMENTS", "a document is listed twice or in the wrong folder")
+    if len(names) > MAX_DOCUMENTS or sum(d.size for d in manifest.documents) > MAX_DOCUMENTS_SIZE:
+        raise BundleError(
+            "MANIFEST_DOCUMENTS", f"the documents are over {MAX_DOCUMENTS} or {MAX_DOCUMENTS_SIZE} bytes"
+        )
     if not manifest.licences:
         raise BundleError("LICENCE_MISSING", "the manifest names no licence; every bundle states one")
 
 
 def media_type_of(path: str) -> str:
     """The media type a manifest gives a file, by its name."""
-    suffix = re.sub(r"^.*\.", "", path).lower()
+    _, dot, suffix = path.rpartition("/")[2].lower().rpartition(".")
     return {
         "json": "application/json",
         "safetensors": "application/vnd.safetensors",
         "jinja": "text/x-jinja",
         "md": "text/markdown",
         "model": "application/vnd.sentencepiece",
-    }.get(suffix, "text/plain")
+    }.get(suffix if dot else "", "text/plain")
 
 
 def role_of(path: str) -> Role:

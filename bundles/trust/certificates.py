@@ -24,6 +24,15 @@ from bundles.format.errors import BundleError
 
 MAX_CHAIN = 8
 CLOCK_TOLERANCE = timedelta(days=1)
+MALFORMED = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises of a certificate that is none."""
+
 _KNOWN_CRITICAL = {
     ExtensionOID.BASIC_CONSTRAINTS,
     ExtensionOID.KEY_USAGE,
@@ -63,6 +72,18 @@ def verify_chain(
     """
     if not authorities:
         raise _untrusted("the trust root names no certificate authority for it")
+    try:
+        return _verify_chain(chain, authorities, now, revoked)
+    except MALFORMED:  # certificates and lists are parsed where they are looked at
+        raise _untrusted("it, or a revocation list for it, is malformed") from None
+
+
+def _verify_chain(
+    chain: Sequence[x509.Certificate],
+    authorities: Sequence[x509.Certificate],
+    now: datetime,
+    revoked: RevokedCertificates,
+) -> tuple[str, ...]:
     for certificate in chain:
         _check_validity(certificate, now)
     _check_leaf(chain[0])
@@ -121,7 +142,8 @@ def _check_leaf(leaf: x509.Certificate) -> None:
     try:
         usage, purposes = _extension(leaf, x509.KeyUsage), _extension(leaf, x509.ExtendedKeyUsage)
         authority, extensions = is_authority(leaf), tuple(leaf.extensions)
-    except ValueError:
+        leaf.public_key()
+    except MALFORMED:
         raise _untrusted("it has malformed extensions") from None
     if authority or (usage is not None and usage.key_cert_sign):
         raise BundleError("CERTIFICATE_CA_AS_LEAF", "the model is signed with a certificate authority's own key")

@@ -24,7 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
 from bundles.trust import dsse
-from bundles.trust.certificates import MAX_CHAIN
+from bundles.trust.certificates import MALFORMED, MAX_CHAIN
 from bundles.trust.keys import Key
 from bundles.trust.signers import Signer
 
@@ -237,7 +237,7 @@ def _certificate(entry: object) -> x509.Certificate:
         case {"rawBytes": str(encoded), **rest} if not rest:
             try:
                 return x509.load_der_x509_certificate(_decoded(encoded))
-            except ValueError:
+            except MALFORMED:
                 pass
     raise BundleError("OMS_SCHEMA", "a certificate of the publisher cannot be read")
 

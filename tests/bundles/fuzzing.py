@@ -84,7 +84,7 @@ def targets(good: Draft) -> dict[str, Target]:
         "publisher's certificate": Target(
             chain,
             mutated,
-            lambda raw: _read_publisher(raw, certified),
+            lambda raw: _read_certificate(raw, certified, chain[0]),
             lambda der: encoded(oms_signature(statement, publisher, [der])),
         ),
         "safetensors": Target([_WEIGHTS, good.content("model.safetensors")], _tensors, _read_tensors),
@@ -198,6 +198,12 @@ def _read_publisher(raw: bytes, root: roots.Root) -> None:
         (entry["name"], entry["digest"]) for entry in statement["predicate"]["resources"]
     ]
     assert found.keyids
+
+
+def _read_certificate(raw: bytes, root: roots.Root, only: bytes) -> None:
+    _read_publisher(raw, root)
+    (entry,) = json.loads(raw)["verificationMaterial"]["x509CertificateChain"]["certificates"]
+    assert base64.b64decode(entry["rawBytes"]) == only, "a certificate that nobody issued"
 
 
 def _tensors(random: Random, raw: bytes) -> bytes:

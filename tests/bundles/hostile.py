@@ -30,10 +30,14 @@ REFUSALS: tuple[Refusal, ...] = (
     *hostile_content.NEEDS,
 )
 
-# Codes that two numbers have, and why one look cannot tell them apart.
-SHARED: Mapping[str, tuple[set[int], str]] = {
-    "OMS_SIGNATURE": ({2, 3}, "one signature that does not verify: what of the two was changed, nobody can say"),
-    "JSON_INTEGER": ({24, 31}, "2^63 is no integer of a document before it is a sequence"),
-    "SOURCE_CHANGED": ({71, 72}, "a medium that grows is a medium that changes"),
-    "CONTENT_CODE": ({76, 80}, "a program under another name is a program"),
+# Codes of two numbers: the one that each belongs to, the one that has it too, and why nobody can tell them apart.
+SHARED: Mapping[str, tuple[int, int, str]] = {
+    "OMS_SIGNATURE": (
+        2,
+        3,
+        "of one signature that does not verify, nobody can say what was changed: it or the rest",
+    ),
+    "JSON_INTEGER": (31, 24, "2^63 is no integer of a document before it is a sequence"),
+    "SOURCE_CHANGED": (71, 72, "a medium that grows is a medium that changes"),
+    "CONTENT_CODE": (80, 76, "a program under another name is a program"),
 }

@@ -215,8 +215,7 @@ def test_a_code_belongs_to_one_number_unless_two_are_one_fault() -> None:
     numbers: dict[str, set[int]] = {}
     for refusal in REFUSALS:
         numbers.setdefault(refusal.code, set()).add(refusal.number)
-    assert {code: found for code, found in numbers.items() if len(found) > 1} == {
-        code: found for code, (found, _) in SHARED.items()
-    }
-    own = {min(found) for code, found in numbers.items() if len(found) == 1}
-    assert own == set(range(1, 85)), "every number has a code that no other has"
+    shared = {code: {home, guest} for code, (home, guest, _) in SHARED.items()}
+    assert {code: found for code, found in numbers.items() if len(found) > 1} == shared
+    homes = {SHARED[code][0] if code in SHARED else min(found) for code, found in numbers.items()}
+    assert homes == set(range(1, 85)), "every number has a code of its own"
