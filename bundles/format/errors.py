@@ -12,15 +12,22 @@ _FAILED = frozenset(
         "SIGNER_FAILED",
         "CERTIFICATE_UNREADABLE",
         "ROOT_UNREADABLE",
+        "RECORD_UNREADABLE",
         "STORE_SPACE",
         "STORE_IO",
         "LEDGER_NEWER",
         "INTERRUPTED",
+        "IMPORT_CANCELLED",
+        "IMPORT_RUNNING",
+        "IMPORTS_TOO_MANY",
+        "IMPORT_NOT_FOUND",
         "IMPORT_INCOMPLETE",
+        "VOLUME_NOT_WANTED",
+        "MODEL_VERSION_NOT_FOUND",
         "INTERNAL",
     }
 )
-_BAD_USAGE = frozenset({"RELEASE_INVALID", "ALREADY_SIGNED"})
+_BAD_USAGE = frozenset({"RELEASE_INVALID", "ALREADY_SIGNED", "OUTPUT_EXISTS", "PATH_NOT_ABSOLUTE"})
 
 
 def exit_status_of(code: str) -> int:
