@@ -91,8 +91,18 @@ def parse(raw: bytes) -> Root:
     """The root in `raw`; its own root keys must have signed it.
 
     Raises:
-        BundleError: ROOT_SCHEMA, ROOT_KEYID, ROOT_KEY_DUPLICATE, ROOT_THRESHOLD, ROOT_TOO_LARGE, KEY_UNSUPPORTED,
-            PQ_SIGNATURE_MISSING, CLASSICAL_SIGNATURE_MISSING, or a JSON code.
+        BundleError: as `read`; ROOT_THRESHOLD, PQ_SIGNATURE_MISSING, CLASSICAL_SIGNATURE_MISSING.
+    """
+    root = read(raw)
+    _check_signed(raw, root, "its own")
+    return root
+
+
+def read(raw: bytes) -> Root:
+    """The root in `raw`, well-formed; nobody need have signed it.
+
+    Raises:
+        BundleError: ROOT_SCHEMA, ROOT_KEYID, ROOT_KEY_DUPLICATE, ROOT_TOO_LARGE, KEY_UNSUPPORTED, or a JSON code.
     """
     if len(raw) > MAX_ROOT:
         raise BundleError("ROOT_TOO_LARGE", f"the trust root has over {MAX_ROOT} bytes")
@@ -107,7 +117,6 @@ def parse(raw: bytes) -> Root:
         extension,
     )
     extensions.check_roles(extension, roles)
-    _check_signed(raw, root, "its own")
     return root
 
 
@@ -210,7 +219,7 @@ def sign_root(signed: Mapping[str, object], signers: Iterable[Signer]) -> bytes:
 
 
 def add_signature(raw: bytes, signer: Signer) -> bytes:
-    """A root document, which may lack signatures still, with that of `signer`, which replaces an older one of its key.
+    """A root document, signed by enough or not, with one more signature; it replaces an older one of the same key.
 
     Raises:
         BundleError: ROOT_SCHEMA, SIGNER_FAILED, or a JSON code.
@@ -220,15 +229,6 @@ def add_signature(raw: bytes, signer: Signer) -> bytes:
     added = (signer.key.keyid, signer.sign(canonical_json(signed)))
     listed = [{"keyid": keyid, "sig": sig.hex()} for keyid, sig in (*others, added)]
     return json.dumps({"signatures": listed, "signed": signed}, indent=1).encode() + b"\n"
-
-
-def signed_version(raw: bytes) -> int:
-    """The version that a root document states, whoever signed it.
-
-    Raises:
-        BundleError: ROOT_SCHEMA, or a JSON code.
-    """
-    return _version(_split(raw)[0].get("version"))
 
 
 def fingerprint(raw: bytes) -> str:

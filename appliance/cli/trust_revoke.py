@@ -1,0 +1,249 @@
+"""`cloister trust revoke` and `bundle`: what is trusted no longer, and the trust bundle that carries it."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from appliance.cli.arguments import days
+from appliance.cli.failure import UsageError
+from appliance.cli.output import emit, printable, size
+from appliance.cli.signing_keys import add_signers, numbered, signers
+from appliance.cli.trust_show import describe_revocations, revocation_facts
+
+if TYPE_CHECKING:
+    from bundles.format.members import TrustHead
+    from bundles.trust.revocation import Document, Revocations, RevokedCertificate
+    from bundles.trust.roots import Root
+
+Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns has no public name
+
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.A)
+_SERIAL = re.compile(r"(0[xX])?([0-9a-fA-F]{1,2}(:?[0-9a-fA-F]{2})*|[0-9a-fA-F]+)", re.A)
+
+
+def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
+    """Add `revoke` and `bundle` to `cloister trust`."""
+    revoke = verbs.add_parser(
+        "revoke", help="write a trust bundle that revokes, and repeats what was revoked before"
+    )
+    revoke.add_argument("--root", type=Path, action="append", required=True, metavar="ROOT.json", help=_ROOT_HELP)
+    revoke.add_argument(
+        "--previous", type=Path, metavar="TRUST.bundle", help="the trust bundle before, whose revocations go on"
+    )
+    revoke.add_argument(
+        "--key",
+        type=_digest,
+        action="append",
+        default=[],
+        metavar="KEYID",
+        help="a release, publisher or custodian key",
+    )
+    revoke.add_argument(
+        "--manifest",
+        type=_digest,
+        action="append",
+        default=[],
+        metavar="DIGEST",
+        help="a release, by its model digest",
+    )
+    revoke.add_argument(
+        "--certificate",
+        action="append",
+        default=[],
+        metavar="SERIAL[@CA.pem]",
+        help="a publisher's certificate: serial number (hex) and issuer (default: the root's only authority)",
+    )
+    revoke.add_argument(
+        "--crl",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a certificate revocation list (PEM or DER); lists given take the place of those before",
+    )
+    revoke.add_argument(
+        "--minimum",
+        type=numbered,
+        action="append",
+        default=[],
+        metavar="NAME=SEQUENCE",
+        help="nothing of this model below this sequence",
+    )
+    revoke.add_argument(
+        "--expires-days", type=days, default=45, metavar="N", help="when the next one is due (default 45)"
+    )
+    revoke.add_argument("--out", type=Path, required=True, metavar="TRUST.bundle")
+    add_signers(revoke, "--revocation-key", "signs the revocations")
+    revoke.set_defaults(run=_revoke)
+    bundle = verbs.add_parser(
+        "bundle", help="put roots, and revocations that are signed already, into a trust bundle"
+    )
+    bundle.add_argument("--root", type=Path, action="append", required=True, metavar="ROOT.json", help=_ROOT_HELP)
+    bundle.add_argument(
+        "--previous", type=Path, metavar="TRUST.bundle", help="takes over its roots and revocations"
+    )
+    bundle.add_argument("--out", type=Path, required=True, metavar="TRUST.bundle")
+    bundle.set_defaults(run=_bundle)
+
+
+_ROOT_HELP = "the newest root, and with it every one that an appliance may lack"
+
+
+def _digest(text: str) -> str:
+    if not _DIGEST.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is not 64 hex digits in lower case")
+    return text
+
+
+def _revoke(args: argparse.Namespace) -> int:
+    from bundles.trust import revocation
+
+    held = signers(args)
+    if not held:
+        raise UsageError("revocations are signed: give --revocation-key, or --sign-with and --public-key")
+    earlier = _earlier(args.previous)
+    root, chain = _chain(args, earlier)
+    before = revocation.parse(earlier.revocation) if earlier and earlier.revocation else None
+    document = _document(args, root, before)
+    raw = revocation.sign(document, held)
+    found = revocation.parse(raw)
+    is_complete = _is_complete(raw, root)
+    _write(args, chain, raw)
+    note = "" if is_complete else "\nNOT COMPLETE: the root wants more signatures; cloister trust sign"
+    text = f"{describe_revocations(found)}\n\n{_written(args.out)}{note}"
+    emit(args, {"file": str(args.out), "complete": is_complete, **revocation_facts(found)}, text)
+    return 0
+
+
+def _document(args: argparse.Namespace, root: "Root", before: "Revocations | None") -> "Document":
+    from datetime import UTC, datetime, timedelta
+
+    from bundles.trust import revocation
+
+    now = datetime.now(UTC)
+    said = before.document if before else None
+    _check_keys(args.key, root)
+    lists = [_crl(path) for path in args.crl]
+    return revocation.make(
+        before.sequence + 1 if before else 1,
+        now,
+        now + timedelta(days=args.expires_days),
+        keys=[*(said.keys if said else ()), *args.key],
+        manifests=[*(said.manifests if said else ()), *args.manifest],
+        revoked=[*(said.certificates if said else ()), *(_certificate(text, root) for text in args.certificate)],
+        crls=lists or [_der(crl) for crl in (before.crls if before else ())],
+        minimum_sequences=_minimums(args.minimum, dict(said.minimum_sequences) if said else {}),
+    )
+
+
+def _minimums(given: list[tuple[str, int]], held: dict[str, int]) -> dict[str, int]:
+    for name, sequence in given:
+        if sequence < held.get(name, 0):
+            raise UsageError(f"the minimum of {name} was {held[name]} before; it does not go back")
+        held[name] = sequence
+    return held
+
+
+def _check_keys(keyids: list[str], root: "Root") -> None:
+    """Root and revocation keys change with a new root, never by a document that they sign or can take back."""
+    for role in ("root", "revocation"):
+        held = root.roles[role].keyids if role in root.roles else ()
+        named = next((keyid for keyid in keyids if keyid in held), None)
+        if named is not None:
+            raise UsageError(f"{named} is a {role} key: replace it with cloister trust rotate")
+
+
+def _certificate(text: str, root: "Root") -> "RevokedCertificate":
+    from bundles.trust.certificates import issuer_sha256, load_chain
+    from bundles.trust.revocation import RevokedCertificate
+
+    serial, _, file = text.partition("@")
+    if not _SERIAL.fullmatch(serial):
+        raise UsageError(f"{serial[:80]!r} is not a serial number in hex, as `openssl x509 -serial` prints it")
+    known = [authority for held in root.extension.authorities.values() for authority in held]
+    issuers = load_chain(Path(file))[:1] if file else tuple(dict.fromkeys(known))
+    if len(issuers) != 1:
+        raise UsageError(f"the root names {len(issuers)} certificate authorities: say whose, {serial[:80]}@CA.pem")
+    number = int(serial.removeprefix("0x").removeprefix("0X").replace(":", ""), 16)
+    return RevokedCertificate(issuer_sha256=issuer_sha256(issuers[0]), serial=f"{number:x}")
+
+
+def _crl(path: Path) -> bytes:
+    from cryptography import x509
+
+    raw = path.read_bytes()
+    try:
+        return _der(x509.load_pem_x509_crl(raw) if raw.startswith(b"-----") else x509.load_der_x509_crl(raw))
+    except ValueError:
+        raise UsageError(f"{path} is no certificate revocation list") from None
+
+
+def _der(crl: object) -> bytes:
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding
+
+    if not isinstance(crl, x509.CertificateRevocationList):
+        raise TypeError(f"{crl!r} is no certificate revocation list")
+    return crl.public_bytes(Encoding.DER)
+
+
+def _bundle(args: argparse.Namespace) -> int:
+    from bundles.trust import revocation
+
+    earlier = _earlier(args.previous)
+    root, chain = _chain(args, earlier)
+    raw = earlier.revocation if earlier else None
+    found = revocation.verify(raw, root) if raw is not None else None
+    _write(args, chain, raw)
+    parts = [f"roots of trust: {', '.join(str(held.version) for held in chain)}"]
+    if found:
+        parts.append(describe_revocations(found))
+    value = {
+        "file": str(args.out),
+        "roots": [held.version for held in chain],
+        "revocations": revocation_facts(found) if found else None,
+    }
+    emit(args, value, "\n".join([*parts, "", _written(args.out)]))
+    return 0
+
+
+def _earlier(path: Path | None) -> "TrustHead | None":
+    from bundles.verify import read_trust_bundle
+
+    return read_trust_bundle(path) if path else None
+
+
+def _chain(args: argparse.Namespace, earlier: "TrustHead | None") -> "tuple[Root, list[Root]]":
+    """The newest root, and all of them; each follows the one before."""
+    from bundles.trust import roots
+
+    brought = [*(roots.parse(raw) for raw in (earlier.roots if earlier else ())), *map(roots.load, args.root)]
+    chain = sorted({root.version: root for root in brought}.values(), key=lambda root: root.version)
+    return roots.advance(chain[0], brought), chain
+
+
+def _is_complete(raw: bytes, root: "Root") -> bool:
+    from bundles.format.errors import BundleError
+    from bundles.trust import revocation
+
+    try:
+        revocation.verify(raw, root)
+    except BundleError as error:
+        if error.code in ("SIGNATURE_THRESHOLD", "PQ_SIGNATURE_MISSING", "CLASSICAL_SIGNATURE_MISSING"):
+            return False
+        raise
+    return True
+
+
+def _write(args: argparse.Namespace, chain: "list[Root]", raw: bytes | None) -> None:
+    from bundles.trust.bundle import write_trust_bundle
+
+    write_trust_bundle(args.out, chain, raw)
+
+
+def _written(path: Path) -> str:
+    return (
+        f"written to {printable(str(path))} ({size(path.stat().st_size)}); appliances take it like a bundle: "
+        f"cloister bundle import {printable(str(path))}"
+    )
