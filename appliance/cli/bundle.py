@@ -154,6 +154,13 @@ def _register_form(build: argparse.ArgumentParser) -> None:
         metavar="BUNDLE",
         help="a signed bundle of the version that appliances have: leave out the chunks that it has",
     )
+    build.add_argument(
+        "--chunk-size",
+        type=_bytes,
+        default=64 * 2**20,
+        metavar="SIZE",
+        help="what a resumed import and a delta count in, 4KiB to 64MiB; the same for a --base (default 64MiB)",
+    )
 
 
 def _build(args: argparse.Namespace) -> int:
@@ -258,6 +265,7 @@ def _release(args: argparse.Namespace) -> "Release":
         requires=tuple(args.requires),
         licence=args.licence,
         licence_files=tuple(args.licence_file),
+        chunk_size=args.chunk_size,
         accept_licence=args.accept_licence_required,
         attestations=tuple(args.attest),
         targets=tuple(args.target),

@@ -12,7 +12,7 @@ MAX_CARD = 1024 * 1024
 _MOST_ENTRIES = 100
 _FIELD = re.compile(r"([A-Za-z_][A-Za-z0-9_-]{0,63}):(?:[ \t]+(.*))?")
 _ITEM = re.compile(r"[ \t]*-[ \t]+(.*)")
-_PLAIN = re.compile(r"[^\[\]{}&*!|>%@`#][^\x00-\x1f\x7f]{0,255}")
+_PLAIN = re.compile(r"[^\[\]{}&*!|>%@`#\x00-\x1f\x7f][^\x00-\x1f\x7f]{0,255}")
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,17 @@ import json
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 from bundles.attest.card import Card
 from bundles.format.manifest import File, Kind, Licence, Model, Requirement
 
 TOOL = "cloister"
-MOST_LISTED = 30_000
-"""Files that a statement lists by name, so that it stays a document that tools can open."""
+MOST_BYTES = 12 * 1024 * 1024
+"""Bytes that a statement spends on listing files, so that it stays a document that a bundle may carry."""
+
+_BYTES_PER_FILE = 400  # of a statement, beyond the path, which stands in it three times
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,16 @@ class Facts:
     upstream: tuple[str, bool] | None
     parameters: Mapping[str, object]
 
-    @property
+    @cached_property
     def listed(self) -> tuple[File, ...]:
         """The files that statements list: all, or the first of very many."""
-        return self.files[:MOST_LISTED]
+        needed = (_BYTES_PER_FILE + 3 * len(json.dumps(file.path)) for file in self.files)
+        return tuple(f for f, total in zip(self.files, accumulate(needed), strict=True) if total <= MOST_BYTES)
 
 
 def encode(statement: Mapping[str, object]) -> bytes:
-    """A statement as JSON, readable and always the same."""
-    return json.dumps(statement, indent=1, ensure_ascii=True).encode() + b"\n"
+    """A statement as JSON, always the same."""
+    return json.dumps(statement, separators=(",", ":"), ensure_ascii=True).encode() + b"\n"
 
 
 def derived_uuid(statement: Mapping[str, object]) -> str:

@@ -23,7 +23,7 @@ from bundles.content import forbidden
 from bundles.content.inspector import Inspector, Verdict
 from bundles.content.judge import judge, model_of
 from bundles.format import manifest as manifests
-from bundles.format.chunks import Extent, extents
+from bundles.format.chunks import CHUNK_SIZE, MIN_CHUNK_SIZE, Extent, extents
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Canary, Document, File, Licence, Manifest, Model, Resources, Statement
 from bundles.format.members import MAX_HEADER, encode_hints, header_hints
@@ -112,6 +112,10 @@ def _check_release(release: Release, output: Output) -> None:
     if (release.kind == "model") == bool(release.requires):
         need = "needs no other" if release.requires else "needs one: name it with --requires"
         raise BundleError("RELEASE_INVALID", f"the kind {release.kind} {need}")
+    if release.chunk_size % MIN_CHUNK_SIZE or not MIN_CHUNK_SIZE <= release.chunk_size <= CHUNK_SIZE:
+        raise BundleError(
+            "RELEASE_INVALID", f"chunks have {MIN_CHUNK_SIZE} to {CHUNK_SIZE} bytes, in steps of {MIN_CHUNK_SIZE}"
+        )
     if output.directory and output.volume_size is not None:
         raise BundleError("RELEASE_INVALID", "a folder is not split into volumes")
 

@@ -30,7 +30,7 @@ class Release:
         gpu_memory: least memory per device, bytes; 0 where a CPU is enough.
         gpus: least number of devices.
         site_publisher: the site signs the model itself; a publisher's signature in the folder becomes provenance.
-        chunk_size: bytes; smaller in tests only.
+        chunk_size: bytes, a multiple of 4096; what a resumed import and a delta count in.
     """
 
     name: str
