@@ -170,6 +170,6 @@ def _advice(out: Path, holds_root: bool) -> str:
     keep = "Keep the root keys offline, each with its own holder. " if holds_root else ""
     return (
         f"written to {printable(str(out))}: root.json, and for each key made a .key file, readable by you alone, "
-        f"and a .pub file.\n{keep}Compare the fingerprint above with whoever else holds a key, before an appliance "
-        "is told to trust this root."
+        f"and a .pub file.\n{keep}Compare the fingerprint above with whoever else holds a key, before an "
+        "appliance is told to trust this root."
     )

@@ -156,3 +156,46 @@ def test_a_file_that_is_no_key_is_refused(tmp_path: Path) -> None:
     for name in ("key", "absent"):
         with pytest.raises(BundleError, match="KEY_UNREADABLE"):
             keys.load_private_key(tmp_path / name)
+
+
+def test_of_a_chain_only_the_last_may_not_be_expired() -> None:
+    key = _new()
+    first, second = make_root(1, _roles(root=[key]), days=-9), make_root(2, _roles(root=[key]))
+    roots.advance(first, [second]).check_fresh(datetime.now(UTC))
+    with pytest.raises(BundleError, match="ROOT_EXPIRED"):
+        roots.advance(first, []).check_fresh(datetime.now(UTC))
+
+
+@pytest.mark.parametrize("name", ["custodians", "publisher/", "publisher/A", "publisher/../x", "timestamp", ""])
+def test_a_role_that_is_unknown_here_is_refused(name: str) -> None:
+    with pytest.raises(BundleError, match="ROOT_SCHEMA"):
+        make_root(1, {**_roles(), name: [_new()]})
+
+
+def test_every_optional_role_may_be_there() -> None:
+    named = ["custodian", "revocation", "site-publisher", "publisher/acme.2"]
+    assert set(named) < make_root(1, {**_roles(), **{name: [_new()] for name in named}}).roles.keys()
+
+
+@pytest.mark.parametrize("version", ["1", "1.0.34.1", "2.0.0", "1.x", 1, ""])
+def test_only_tuf_1_is_read(trust: Trust, version: object) -> None:
+    with pytest.raises(BundleError, match="ROOT_SCHEMA"):
+        roots.parse(_changed(trust.root.raw, lambda d: d["signed"].update(spec_version=version)))
+
+
+def test_signatures_are_added_one_after_the_other_and_the_fingerprint_stays() -> None:
+    first, second = _new(), _new()
+    signed = roots.make(
+        1,
+        datetime.now(UTC) + timedelta(days=1),
+        {role: [signer.key for signer in held] for role, held in _roles(root=[first, second]).items()},
+        {"root": 2},
+    )
+    raw = roots.sign_root(signed, [first])
+    assert roots.read(raw).version == 1
+    with pytest.raises(BundleError, match="ROOT_THRESHOLD"):
+        roots.parse(raw)
+    both = roots.add_signature(roots.add_signature(raw, second), second)
+    assert roots.parse(both).version == 1
+    assert len(json.loads(both)["signatures"]) == 2
+    assert roots.fingerprint(both) == roots.fingerprint(raw)
