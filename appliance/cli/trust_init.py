@@ -85,8 +85,10 @@ def _init(args: argparse.Namespace) -> int:
     from bundles.trust import keys, roots
 
     out: Path = args.out
-    given = signers(args)
     made, draft = _draw_up(args)
+    own = [signer for role, _, signer in made if role == "root"]
+    raw = draft.sign(datetime.now(UTC) + timedelta(days=args.days), [*own, *signers(args)])
+    roots.read(raw)
     out.mkdir(mode=0o700, parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise FileExistsError(17, "keys are never overwritten; name a new or empty folder", str(out))
@@ -95,9 +97,6 @@ def _init(args: argparse.Namespace) -> int:
         keys.save_private_key(signer.private, out / f"{name}.key")
         write_file(out / f"{name}.pub", keys.pem_of(signer.key.public_key).encode())
         files.setdefault(role, []).append(str(out / f"{name}.key"))
-    own = [signer for role, _, signer in made if role == "root"]
-    raw = draft.sign(datetime.now(UTC) + timedelta(days=args.days), [*own, *given])
-    roots.read(raw)
     write_file(out / "root.json", raw)
     tell(args, out / "root.json", raw, {"keys": files}, _advice(out, bool(own)))
     return 0

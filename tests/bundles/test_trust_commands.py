@@ -1,0 +1,210 @@
+"""`cloister trust` as holders of keys type it: ceremonies, rotation, revocation, approval."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
+
+from appliance.cli.main import main
+from bundles.trust import keys, revocation, roots
+from bundles.trust.approval import verify_approval
+from bundles.trust.roots import Root
+from bundles.verify import read_trust_bundle
+from tests.bundles.trusting import Authority
+
+DIGEST = "5e" * 32
+
+
+def _json(capsys: pytest.CaptureFixture[str], *words: str | Path) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["--json", *map(str, words)]) == 0
+    value: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return value
+
+
+def _run(*words: str | Path) -> int:
+    """The exit status."""
+    try:
+        return main([*map(str, words)])
+    except SystemExit as left:
+        return int(left.code or 0)
+
+
+def _init(out: Path, *more: str | Path) -> Root:
+    assert _run("trust", "init", "--out", out, *more) == 0
+    return roots.load(out / "root.json")
+
+
+def _keyid(path: Path) -> str:
+    return keys.load_public_key(path.with_suffix(".pub")).keyid
+
+
+def test_several_holders_have_a_key_each_and_a_majority_signs(tmp_path: Path) -> None:
+    root = _init(tmp_path / "k", "--root-keys", "3", "--release-keys", "3", "--custodians", "2")
+    thresholds = {name: (role.threshold, len(role.keyids)) for name, role in root.roles.items()}
+    assert thresholds == {
+        "root": (2, 3),
+        "release": (2, 3),
+        "publisher": (1, 1),
+        "revocation": (1, 1),
+        "custodian": (2, 2),
+    }
+    assert root.roles["release"].keyids[1] == _keyid(tmp_path / "k" / "release-2.key")
+    assert (tmp_path / "k" / "custodian-2.key").stat().st_mode & 0o777 == 0o600
+
+
+def test_every_holder_of_a_hybrid_root_has_two_keys(tmp_path: Path) -> None:
+    root = _init(tmp_path / "k", "--hybrid", "--release-keys", "2", "--release-threshold", "1")
+    assert root.extension.hybrid == root.roles.keys()
+    assert (root.roles["release"].threshold, len(root.roles["release"].keyids)) == (2, 4)
+    assert [key.scheme for key in root.role_keys("publisher")] == ["ecdsa-sha2-nistp384", "ml-dsa-87/1"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--release-keys", "0"),
+        ("--release-keys", "2", "--release-threshold", "3"),
+        ("--custodian-threshold", "1"),
+        ("--public", "release"),
+        ("--sign-with", "true"),
+        ("--crl-required", "publisher"),
+    ],
+)
+def test_a_root_that_makes_no_sense_is_not_written_and_no_key_is_made(
+    tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    assert _run("trust", "init", "--out", tmp_path / "k", *words) in (2, 3)
+    assert not (tmp_path / "k").exists()
+
+
+def test_a_root_over_keys_that_are_elsewhere_is_signed_by_a_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _init(tmp_path / "hsm")
+    key, public = tmp_path / "hsm" / "root.key", tmp_path / "hsm" / "root.pub"
+    words = ("trust", "init", "--out", tmp_path / "k", "--public", f"root={public}")
+    unsigned = _json(capsys, *words)
+    assert (unsigned["complete"], (tmp_path / "k" / "root.key").exists()) == (False, False)
+    command = f"openssl pkeyutl -sign -rawin -inkey {key} -in /dev/stdin"
+    signed = _json(
+        capsys, "trust", "sign", tmp_path / "k" / "root.json", "--sign-with", command, "--public-key", public
+    )
+    assert signed["complete"]
+    assert signed["fingerprint"] == unsigned["fingerprint"]
+    assert roots.load(tmp_path / "k" / "root.json").roles["root"].keyids == (_keyid(key),)
+
+
+def test_authorities_stand_in_the_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(Authority.new("Acme CA").certificate.public_bytes(Encoding.PEM))
+    root = _init(tmp_path / "k", "--authority", f"publisher/acme={ca}", "--crl-required", "publisher/acme")
+    assert root.roles["publisher/acme"].keyids == ()
+    shown = _json(capsys, "trust", "show", tmp_path / "k" / "root.json")["roles"]["publisher/acme"]
+    assert (shown["certificate_authorities"], shown["crl_required"]) == (["CN=Acme CA"], True)
+
+
+def test_rotating_takes_a_key_away_gives_another_and_needs_both_roots_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    k = tmp_path / "k"
+    old = _init(k, "--root-keys", "2", "--release-keys", "2")
+    _init(tmp_path / "new")
+    words = ("trust", "rotate", "--root", k / "root.json", "--root-key", k / "root-1.key")
+    gone = _keyid(k / "release-1.key")
+    changes = ("--remove", f"release={gone[:8]}", "--add", f"release={tmp_path / 'new' / 'release.pub'}")
+    first = _json(capsys, *words, *changes, "--threshold", "release=1", "--hybrid", "release")
+    assert (first["version"], first["complete"]) == (2, False)
+    signing = ("trust", "sign", k / "2.root.json", "--key", k / "root-2.key", "--root", k / "root.json")
+    assert _json(capsys, *signing)["complete"]
+    new = roots.load(k / "2.root.json")
+    assert roots.advance(old, [new]).version == 2
+    assert gone not in new.roles["release"].keyids
+    assert _keyid(tmp_path / "new" / "release.key") in new.roles["release"].keyids
+    assert (new.roles["release"].threshold, new.extension.hybrid) == (1, {"release"})
+    assert _run(*words, "--remove", f"release={'00' * 32}") == 3
+    assert _run(*words) == 1  # 2.root.json is never overwritten
+
+
+def test_revoking_writes_a_trust_bundle_and_the_next_one_repeats_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    k, first, second = tmp_path / "k", tmp_path / "1.trust", tmp_path / "2.trust"
+    ca, crl = Authority.new(), tmp_path / "crl.der"
+    (tmp_path / "ca.pem").write_bytes(ca.certificate.public_bytes(Encoding.PEM))
+    crl.write_bytes(ca.crl(7))
+    root = _init(k, "--authority", f"publisher={tmp_path / 'ca.pem'}")
+    words = ("trust", "revoke", "--root", k / "root.json", "--revocation-key", k / "revocation.key")
+    release = _keyid(k / "release.key")
+    _json(
+        capsys,
+        *words,
+        "--key",
+        release,
+        "--certificate",
+        "0A:FF",
+        "--crl",
+        crl,
+        "--minimum",
+        "tiny=4",
+        "--out",
+        first,
+    )
+    told = _json(capsys, *words, "--previous", first, "--manifest", DIGEST, "--minimum", "tiny=5", "--out", second)
+    assert (told["sequence"], told["complete"]) == (2, True)
+    head = read_trust_bundle(second)
+    assert [roots.parse(raw).version for raw in head.roots] == [1]
+    found = revocation.verify(head.revocation or b"", root)
+    assert (found.keys, found.manifests, found.minimum_sequences) == ({release}, {DIGEST}, {"tiny": 5})
+    assert [entry.serial for entry in found.document.certificates] == ["aff"]
+    assert len(found.crls) == 1
+    assert second.stat().st_size < 16 * 1024
+    shown = _json(capsys, "trust", "show", second)
+    assert shown["revocations"]["keys"] == [release]
+    assert _run(*words, "--previous", second, "--minimum", "tiny=4", "--out", first) == 2
+    assert _run(*words, "--key", _keyid(k / "root.key"), "--out", first) == 2
+
+
+def test_revocations_that_several_must_sign_are_signed_one_after_the_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    k, out = tmp_path / "k", tmp_path / "t"
+    root = _init(k, "--hybrid")
+    words = ("trust", "revoke", "--root", k / "root.json", "--revocation-key", k / "revocation.key", "--out", out)
+    assert not _json(capsys, *words)["complete"]
+    assert len(_json(capsys, "trust", "sign", out, "--key", k / "revocation-pq.key")["signers"]) == 2
+    assert revocation.verify(read_trust_bundle(out).revocation or b"", root).sequence == 1
+
+
+def test_a_trust_bundle_of_roots_alone_brings_a_rotation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    k, out = tmp_path / "k", tmp_path / "t"
+    _init(k)
+    assert _run("trust", "rotate", "--root", k / "root.json", "--root-key", k / "root.key") == 0
+    words = ("trust", "bundle", "--root", k / "root.json", "--root", k / "2.root.json", "--out", out)
+    assert _json(capsys, *words)["roots"] == [1, 2]
+    assert read_trust_bundle(out).revocation is None
+
+
+def test_custodians_approve_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    k, out = tmp_path / "k", tmp_path / "a"
+    root = _init(k, "--custodians", "2")
+    words = ("trust", "approve", DIGEST, "--appliance", "ward-4")
+    _json(capsys, *words, "--key", k / "custodian-1.key", "--out", out)
+    both = _json(capsys, *words, "--key", k / "custodian-2.key", "--add-to", out)
+    assert len(both["signers"]) == 2
+    assert verify_approval(out.read_bytes(), root, None, "ward-4").is_complete
+    assert _run(*words, "--add-to", out) == 2
+    assert _run("trust", "approve", "5E", "--appliance", "ward-4", "--key", k / "custodian-1.key") == 2
+
+
+def test_a_signing_command_that_fails_writes_nothing(tmp_path: Path) -> None:
+    k = tmp_path / "k"
+    _init(k, "--custodians", "1")
+    failing = ("--sign-with", f"{sys.executable} -c 'raise SystemExit(9)'", "--public-key", k / "custodian.pub")
+    assert _run("trust", "approve", DIGEST, "--appliance", "a", *failing, "--out", tmp_path / "a") == 1
+    assert not (tmp_path / "a").exists()
