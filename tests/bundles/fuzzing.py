@@ -7,25 +7,34 @@ import base64
 import json
 import os
 import struct
-from collections.abc import Callable, Sequence
-from contextlib import closing
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import safetensors as reference
 
 from bundles.content import safetensors
+from bundles.content.files import ModelFiles
+from bundles.content.inspector import Inspector, Verdict
 from bundles.format import manifest as manifests
 from bundles.format import strict_json
 from bundles.format.container import ContainerReader, encode_header
+from bundles.format.manifest import Kind
 from bundles.format.paths import check_path
+from bundles.format.source import beside
+from bundles.reader import BundleReader
 from bundles.trust import dsse, publishers, revocation, roots
 from bundles.trust.keys import canonical_json
+from bundles.verify import verify
 from tests.bundles.forging import Ceremony, Draft, encoded, envelope, oms_signature
 from tests.bundles.hostile_certificates import Authority, Keyholder, Leaf
-from tests.bundles.making import Members
+from tests.bundles.hostile_form import checked
+from tests.bundles.making import Members, sha256
 from tests.bundles.making import safetensors as weights
 from tests.bundles.mutating import mutated, mutated_json, written
 
@@ -62,7 +71,9 @@ def targets(good: Draft) -> dict[str, Target]:
     statement = encoded(good.statement())
     signed = oms_signature(statement, publisher, chain)
     return {
-        "container": Target([_archive(list(good.members)[:6]), _archive([])], mutated, _read_container),
+        "container": Target([_archive(good.members[:6]), _archive([])], _container, _read_container),
+        "bundle": Target([_archive(good.members)], _members, lambda raw: _verify(raw, pinned, good.payload)),
+        "trust bundle": Target([_archive(_trust_bundle(good))], _members, _read_trust),
         "json": Target([good.payload, good["trust/1.root.json"], b'[1,{"a":"\\u00e9"},null]'], _text, _read_json),
         "manifest": Target([good.payload], _document, _read_manifest),
         "signed manifest": Target([good["manifest.dsse.json"]], mutated_text, _reads_envelope),
@@ -108,7 +119,11 @@ def _document(random: Random, raw: bytes) -> bytes:
 
 
 def mutated_text(random: Random, raw: bytes) -> bytes:
-    return _document(random, raw) if random.random() < 0.8 else mutated(random, raw)
+    """Another document of one that may be none any more."""
+    try:
+        return _document(random, raw) if random.random() < 0.8 else mutated(random, raw)
+    except (ValueError, RecursionError):
+        return mutated(random, raw)
 
 
 def _enveloped(random: Random, raw: bytes, signers: Sequence[Keyholder]) -> bytes:
@@ -130,7 +145,56 @@ def _root(random: Random, raw: bytes, keys: Ceremony) -> bytes:
     return written(random, {"signatures": signatures, "signed": changed})
 
 
-def _archive(members: Members) -> bytes:
+def _container(random: Random, raw: bytes) -> bytes:
+    """Other bytes, their headers' checksums now and then made right."""
+    changed = bytearray(mutated(random, raw))
+    if random.random() < 0.7:
+        for at in range(0, len(changed) - 511, 512):
+            if changed[at + 257 : at + 262] == b"ustar":
+                changed[at : at + 512] = checked(bytes(changed[at : at + 512]))
+    return bytes(changed)
+
+
+def _members(random: Random, raw: bytes) -> bytes:
+    """Members changed, lost, repeated, exchanged and renamed, in a sound container."""
+    members, _ = _unpack(raw)
+    for _ in range(random.randint(1, 3)):
+        at, other = random.randrange(len(members)), random.randrange(len(members))
+        (name, content), kind = members[at], random.randrange(6)
+        if kind == 0 and len(members) > 1:
+            del members[at]
+        elif kind == 1:
+            members.insert(other, (name, content))
+        elif kind == 2:
+            members[at], members[other] = members[other], members[at]
+        elif kind == 3:
+            members[at] = (members[other][0], content)
+        else:
+            text = name.endswith((".json", ".sig"))
+            members[at] = (name, mutated_text(random, content) if text else mutated(random, content))
+    return _archive(members)
+
+
+def _unpack(raw: bytes) -> tuple[Members, int]:
+    found, at = [], 0
+    while any(header := raw[at : at + 512]):
+        size = int(header[124:135], 8)
+        found.append((header[:100].rstrip(b"\0").decode(), raw[at + 512 : at + 512 + size]))
+        at += 512 - (-size // 512) * 512
+    return found, at
+
+
+def _trust_bundle(good: Draft) -> Members:
+    header = {"format": "cloister.bundle", "format_version": 1, "kind": "trust"}
+    documents = [
+        ("trust/1.root.json", good["trust/1.root.json"]),
+        ("trust/2.root.json", good.keys.root_document(2)),
+        ("trust/revocation.json", good.keys.revocations()),
+    ]
+    return [("header.json", encoded(header)), *documents, ("end.json", encoded({"kind": "trust", "documents": 3}))]
+
+
+def _archive(members: Iterable[tuple[str, bytes]]) -> bytes:
     parts = [encode_header(name, len(raw)) + raw + bytes(-len(raw) % 512) for name, raw in members]
     return b"".join(parts) + bytes(1024)
 
@@ -144,6 +208,38 @@ def _read_container(raw: bytes) -> None:
             found.append((member.name, reader.read(LIMIT)))
         assert reader.bytes_read == len(raw)
     assert _archive(found) == raw, "an archive has one encoding"
+
+
+class _Believing(Inspector):
+    """Another process would only slow what is looked at here."""
+
+    def inspect(self, files: ModelFiles, kind: Kind) -> Verdict:
+        size = sum(size for path, size in files.sizes.items() if path.endswith(".safetensors"))
+        return Verdict("LlamaForCausalLM", 512, size, "float16", ("generate",))
+
+
+@contextmanager
+def _written(raw: bytes) -> Iterator[Path]:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as file:
+        file.write(raw)
+        file.flush()
+        yield Path(file.name)
+
+
+def _verify(raw: bytes, root: roots.Root, payload: bytes) -> None:
+    with _written(raw) as path:
+        found = verify(path, root, inspector=_Believing())
+    assert found.model_digest == sha256(payload), "what nobody signed"
+
+
+def _read_trust(raw: bytes) -> None:
+    with _written(raw) as path, closing(BundleReader(beside(path))) as reader:
+        assert reader.read_header() == "trust"
+        head = reader.read_trust()
+    members, _ = _unpack(raw)
+    assert [*head.roots, *([head.revocation] if head.revocation is not None else [])] == [
+        c for _, c in members[1:-1]
+    ]
 
 
 def _read_json(raw: bytes) -> None:

@@ -22,19 +22,22 @@ from tests.bundles.forging import Ceremony, Draft
 from tests.bundles.fuzzing import Target, targets
 from tests.bundles.hostile_content import llama
 
-NAMES = (
-    "container",
-    "json",
-    "manifest",
-    "signed manifest",
-    "root",
-    "revocations",
-    "publisher's statement",
-    "publisher's signature",
-    "publisher's certificate",
-    "safetensors",
-    "path",
-)
+# How many documents of each kind are tried where the clock does not decide: about 30 s in all.
+NAMES = {
+    "container": 150,
+    "bundle": 40,
+    "trust bundle": 150,
+    "json": 250,
+    "manifest": 250,
+    "signed manifest": 250,
+    "root": 100,
+    "revocations": 150,
+    "publisher's statement": 100,
+    "publisher's signature": 150,
+    "publisher's certificate": 60,
+    "safetensors": 200,
+    "path": 250,
+}
 # Of processor time and of memory, for a document of a few KiB: far more than any takes, far less than a bomb does.
 MOST_SECONDS = 5.0
 MOST_BYTES = 64 << 20
@@ -73,7 +76,7 @@ def _round(target: Target, documented: frozenset[str], random: Random) -> None:
 
 
 def test_every_target_accepts_what_it_starts_from(known: dict[str, Target]) -> None:
-    assert set(known) == set(NAMES)
+    assert known.keys() == NAMES.keys()
     for target in known.values():
         for document in target.seeds:
             target.parse(target.wrap(document))
@@ -83,7 +86,7 @@ def test_every_target_accepts_what_it_starts_from(known: dict[str, Target]) -> N
 def test_a_changed_document_is_refused_or_means_what_it_says(
     name: str, known: dict[str, Target], documented: frozenset[str]
 ) -> None:
-    @settings(max_examples=250, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=NAMES[name], deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(st.randoms(use_true_random=False))
     def fuzz(random: Random) -> None:
         _round(known[name], documented, random)
