@@ -12,11 +12,12 @@ same, and taken once.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import StrEnum
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from bundles.content import forbidden
@@ -25,7 +26,7 @@ from bundles.content.inspector import Inspector, Verdict
 from bundles.content.judge import check_model, judge
 from bundles.format.chunks import BUFFER_SIZE, EMPTY_SHA256, Extent, extents
 from bundles.format.errors import BundleError
-from bundles.format.manifest import File, Manifest
+from bundles.format.manifest import File, Manifest, Volume
 from bundles.reader import BundleReader
 from bundles.ring import ReadInto, Ring, Work, open_ring
 from bundles.trust.policy import Head, Verified, verify_head
@@ -112,8 +113,8 @@ class Sink:
         """Bytes of the current file; the buffer is reused afterwards."""
         raise NotImplementedError
 
-    def checkpoint(self, size: int) -> Callable[[], None] | None:
-        """So many bytes of the current file are handed over.
+    def checkpoint(self, size: int, *, pause: bool) -> Callable[[], None] | None:
+        """So many bytes of the current file are handed over; with `pause`, nothing follows for a while.
 
         What makes them durable, where the sink wants that now; it runs on a thread of its own once they are
         written, also after `end`.
@@ -244,10 +245,12 @@ def stream_payload(
     """
     report(at)
     with open_ring(min(BUFFER_SIZE, manifest.chunk_size)) as ring:
-        stream = _Stream(reader, sink, ring, base, report, at)
-        for file in manifest.files:
-            stream.pass_file(file, manifest.chunk_size)
-        stream.settle(most=0)
+        stream = _Stream(reader, sink, ring, base, report, at, manifest.volumes)
+        try:
+            for file in manifest.files:
+                stream.pass_file(file, manifest.chunk_size)
+        finally:
+            stream.settle(most=0)  # also of what is refused or interrupted: the next import goes on from there
         return stream.at
 
 
@@ -272,13 +275,21 @@ class _Stream:
     """Files on their way from medium, staging or base, through the ring, to the sink."""
 
     def __init__(
-        self, reader: BundleReader, sink: Sink, ring: Ring, base: Base | None, report: Report, at: Progress
+        self,
+        reader: BundleReader,
+        sink: Sink,
+        ring: Ring,
+        base: Base | None,
+        report: Report,
+        at: Progress,
+        volumes: Sequence[Volume] = (),
     ) -> None:
         self.at = at
         self._reader, self._sink, self._ring, self._base, self._report = reader, sink, ring, base, report
         self._checks: deque[_Check] = deque()
         self._marks: deque[_Mark] = deque()
-        self._handed = self._checked = 0
+        self._handed = self._checked = self._carried = 0
+        self._volume_ends = frozenset(accumulate(volume.chunks for volume in volumes[:-1]))
 
     def pass_file(self, file: File, chunk_size: int) -> None:
         """One file, from wherever its bytes are."""
@@ -294,6 +305,7 @@ class _Stream:
             bytes_reused=before.bytes_reused + held,
         )
         for extent, digest in zip(extents(file.size, chunk_size), file.chunks, strict=True):
+            self._before_chunk(file, max(held, extent.offset), digest)
             if extent.offset >= held:
                 self._pass_chunk(file, extent, digest, whole)
             elif self._reader.carries(digest):
@@ -324,6 +336,18 @@ class _Stream:
             if left or chunk.hexdigest() != digest:
                 return extent.offset, before
         return held, whole
+
+    def _before_chunk(self, file: File, size: int, digest: str) -> None:
+        """Where the next volume begins, which may be hours away, record all until then and `size` bytes of the file."""
+        if not self._reader.carries(digest):
+            return
+        if self._carried in self._volume_ends:
+            self._ring.drain()
+            self._advance(wait=True)
+            if size < file.size:
+                self._mark(file, size, pause=True)
+            self.settle(most=0)
+        self._carried += 1
 
     def _pass_chunk(self, file: File, extent: Extent, digest: str, whole: "hashlib._Hash") -> None:
         reused = 0
@@ -357,8 +381,8 @@ class _Stream:
         self.settle(_MOST_UNSETTLED)
         self._report(self.at)
 
-    def _mark(self, file: File, size: int) -> None:
-        sync = self._sink.checkpoint(size)
+    def _mark(self, file: File, size: int, *, pause: bool = False) -> None:
+        sync = self._sink.checkpoint(size, pause=pause)
         if sync is not None:
             self._marks.append(_Mark(file, size, self._handed, self._ring.after_writes(sync)))
 

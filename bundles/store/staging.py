@@ -102,11 +102,11 @@ class Staging(Sink):
         """See `pipeline.Sink`."""
         self._fs.write(self._fd, block, offset)
 
-    def checkpoint(self, size: int) -> Callable[[], None] | None:
+    def checkpoint(self, size: int, *, pause: bool) -> Callable[[], None] | None:
         """See `pipeline.Sink`."""
         path = next(reversed(self._sizes))
         last = size == self._sizes[path]
-        if not last and size - self._synced < self._interval:
+        if not last and (size == self._synced or (not pause and size - self._synced < self._interval)):
             return None
         fd, begin, self._synced = self._fd, self._synced, size
         if last:
