@@ -85,7 +85,7 @@ def version_of(manifest: Manifest, model_digest: str) -> Version:
         "capabilities": ", ".join(model.capabilities),
         "licences": _licences([(licence.spdx, licence.accept) for licence in manifest.licences]),
         "canaries": f"{len(manifest.canary)}, {manifest.canary_pass_percent}% must pass",
-        "GPU memory": str(manifest.resources.gpu_memory),
+        "GPU memory": f"{manifest.resources.gpu_memory:,} bytes",
         "GPUs": str(manifest.resources.gpus),
     }
     return Version(manifest.reference, model_digest, files, facts)

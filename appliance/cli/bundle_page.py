@@ -32,7 +32,7 @@ def page(seen: "Inspection", against: "Difference | None", now: datetime) -> str
         _section("statements", _statements(manifest, seen.documents)),
         _section("canaries", _canaries(manifest)),
         _section("files", _files(manifest)),
-        _section(f"compared with {against.before}", changes(against)) if against else "",
+        _section("compared", _changes(against)) if against else "",
     ]
     return "\n\n".join(filter(None, sections))
 
@@ -52,8 +52,8 @@ def proof(verified: "Verified", now: datetime) -> str:
     )
 
 
-def changes(found: "Difference") -> Iterator[str]:
-    """What a version has other than another."""
+def _changes(found: "Difference") -> Iterator[str]:
+    yield from _fact("with", found.before)
     for change in found.facts:
         yield from _fact(change.name, f"{change.before or '-'} -> {change.after or '-'}")
     counts = (("added", found.added), ("removed", found.removed), ("changed", found.changed))
@@ -192,6 +192,8 @@ def _publisher(raw: bytes, *, claimed: bool) -> Iterator[str]:
 
 def _needs(manifest: "Manifest") -> Iterator[str]:
     yield from _fact("engine", f"Cloister {manifest.min_engine} or newer")
+    if manifest.not_before != manifest.issued_at:
+        yield from _fact("not before", manifest.not_before)
     resources = manifest.resources
     if resources.gpus or resources.gpu_memory:
         memory = f" with {size(resources.gpu_memory)} each" if resources.gpu_memory else ""
@@ -284,7 +286,8 @@ def _canaries(manifest: "Manifest") -> Iterator[str]:
     how = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     yield from _fact("asked", f"{len(manifest.canary)} ({how}); {manifest.canary_pass_percent}% must pass")
     for canary in manifest.canary[:_MOST_CANARIES]:
-        yield f"  {_clip(printable(canary.messages[-1].content), WIDTH - 2)}"
+        asked = printable(" ".join(canary.messages[-1].content.split()))
+        yield f"  {textwrap.shorten(asked, WIDTH - 2, placeholder=' ...')}"
 
 
 def _files(manifest: "Manifest") -> Iterator[str]:
