@@ -338,7 +338,7 @@ class _Stream:
         return held, whole
 
     def _before_chunk(self, file: File, size: int, digest: str) -> None:
-        """Where the next volume begins, which may be hours away, record all until then and `size` bytes of the file."""
+        """Where the next volume begins, maybe hours away, record all until then and `size` bytes of the file."""
         if not self._reader.carries(digest):
             return
         if self._carried in self._volume_ends:
