@@ -100,8 +100,9 @@ ACTIONS: tuple[Action, ...] = (
         ("alias", "list"), (_ADMIN + "ModelService/ListAliases",),
     ),
     Action(
-        "model.import", ("I",), "Import a bundle, or join its import",
-        "import", _MODELS, ("bundle", "import", "BUNDLE"), (_ADMIN + "ModelService/ImportBundle",),
+        "model.import", ("I",), "Import a bundle, join, name a volume",
+        "import", _MODELS, ("bundle", "import", "BUNDLE"),
+        (_ADMIN + "ModelService/ImportBundle", _ADMIN + "ModelService/OfferVolume"),
     ),
     Action(
         "audit.filter", ("slash",), "Filter by kind, tenant, actor and more", "filter", _AUDIT,

@@ -33,7 +33,7 @@ def poll(
         if page in (Page.DASHBOARD, Page.TENANTS):
             events.append(TenantsRead(port.tenants(), port.keys() if turn % SELDOM == 0 else None))
         elif page is Page.MODELS and turn % SELDOM == 0:
-            events.append(ModelsRead(port.versions(), port.aliases()))
+            events.append(ModelsRead(port.versions(), port.aliases(), port.imports()))
     except CloisterError as error:
         events.append(Unanswered("models" if page is Page.MODELS else "tenants", error))
     return events

@@ -30,6 +30,12 @@ class Port(Protocol):
     def aliases(self) -> tuple[admin_pb2.Alias, ...]:
         """The aliases, by name."""
 
+    def imports(self) -> tuple[admin_pb2.Import, ...]:
+        """The imports that run or wait, and the last ones that ended, newest first."""
+
+    def offer_volume(self, import_id: str, path: str) -> None:
+        """Hand the next volume to an import that waits for it."""
+
     def query_audit(self, request: admin_pb2.QueryAuditRequest) -> admin_pb2.QueryAuditResponse:
         """One page of the log. The appliance records that it was read."""
 
@@ -77,6 +83,15 @@ class AdminPort:
     def aliases(self) -> tuple[admin_pb2.Alias, ...]:
         """The aliases, by name."""
         return tuple(self._admin.models.ListAliases(admin_pb2.ListAliasesRequest(), timeout=_ANSWER_S).aliases)
+
+    def imports(self) -> tuple[admin_pb2.Import, ...]:
+        """The imports that run or wait, and the last ones that ended, newest first."""
+        return tuple(self._admin.models.ListImports(admin_pb2.ListImportsRequest(), timeout=_ANSWER_S).imports)
+
+    def offer_volume(self, import_id: str, path: str) -> None:
+        """Hand the next volume to an import that waits for it."""
+        request = admin_pb2.OfferVolumeRequest(import_id=import_id, path=path)
+        self._admin.models.OfferVolume(request, timeout=_READ_S)
 
     def query_audit(self, request: admin_pb2.QueryAuditRequest) -> admin_pb2.QueryAuditResponse:
         """One page of the log. The appliance records that it was read."""

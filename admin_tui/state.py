@@ -18,6 +18,7 @@ FAST_S, SLOW_S = 1.0, 5.0
 """The console asks every second, and on a slow terminal every five."""
 SLOW_DRAIN_S = 0.3
 """A terminal that takes longer to swallow what is painted is slow."""
+_ENDED = ("committed", "rejected")
 _SILENT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
@@ -48,6 +49,7 @@ class Import:
         asked: the instant of the newest status; beside `now` it tells how long nothing moved.
         lost: why the console no longer hears of it; the importer goes on.
         refused: it was refused at the door, so nothing goes on.
+        elsewhere: somebody else began it, and this console only knows that it runs.
     """
 
     path: str
@@ -58,12 +60,13 @@ class Import:
     asked: float = 0.0
     lost: str = ""
     refused: bool = False
+    elsewhere: bool = False
 
     @property
     def running(self) -> bool:
-        """Neither committed, nor rejected, nor out of sight."""
-        ended = self.progress is not None and self.progress.state in ("committed", "rejected")
-        return not ended and not self.lost
+        """Watched, and neither committed, nor rejected, nor out of sight."""
+        ended = self.progress is not None and self.progress.state in _ENDED
+        return not ended and not self.lost and not self.elsewhere
 
     @property
     def silence(self) -> float:
@@ -72,7 +75,9 @@ class Import:
 
     @property
     def rate(self) -> float:
-        """Bytes per second since bytes began to move; 0 while unknown."""
+        """Bytes per second, as the importer tells or since bytes began to move; 0 while unknown."""
+        if self.progress is not None and self.progress.bytes_per_second:
+            return float(self.progress.bytes_per_second)
         if self.progress is None or self.rated is None or self.now <= self.rated[0]:
             return 0.0
         return max(0, self.progress.bytes_done - self.rated[1]) / (self.now - self.rated[0])
@@ -141,10 +146,11 @@ class TenantsRead:
 
 @dataclass(frozen=True, slots=True)
 class ModelsRead:
-    """ListModelVersions and ListAliases answered."""
+    """ListModelVersions, ListAliases and ListImports answered."""
 
     versions: tuple[admin_pb2.ModelVersion, ...]
     aliases: tuple[admin_pb2.Alias, ...]
+    imports: tuple[admin_pb2.Import, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +236,10 @@ def reduce(state: State, event: Event) -> State:
             keys = state.keys if event.keys is None else event.keys
             return replace(state, tenants=event.tenants, keys=keys, unanswered="")
         case ModelsRead():
-            return replace(state, versions=event.versions, aliases=event.aliases, unanswered="")
+            importing = _elsewhere(state.importing, event.imports)
+            return replace(
+                state, versions=event.versions, aliases=event.aliases, importing=importing, unanswered=""
+            )
         case AuditPage():
             return replace(state, audit=event)
         case Unreached() | Unanswered():
@@ -279,6 +288,14 @@ def _sampled(samples: Mapping[str, tuple[Sample, ...]], event: StatusRead) -> di
         recent = [s for s in kept if s.at >= event.at - RATE_WINDOW_S] or kept[-1:]
         found[deployment.name] = (*recent, new)
     return found
+
+
+def _elsewhere(before: Import | None, imports: tuple[admin_pb2.Import, ...]) -> Import | None:
+    """The import to show: the console's own, else the newest that runs without it."""
+    if before is not None and not before.elsewhere:
+        return before
+    running = [found for found in imports if found.progress.state not in _ENDED]
+    return Import(running[0].path, 0.0, running[0].progress, elsewhere=True) if running else None
 
 
 def _imported(before: Import | None, event: "ImportBegan | ImportTold | ImportLost | ImportSeen") -> Import | None:

@@ -7,6 +7,7 @@ from admin_tui.actions import Page
 from admin_tui.errand import ask, listen
 from admin_tui.state import (
     AuditPage,
+    Import,
     ImportBegan,
     ImportLost,
     ImportTold,
@@ -118,11 +119,35 @@ class Work:
         """Ask for the path, show it, ask again, begin."""
         importing = self._app.state.importing
         if importing is not None and importing.running:
-            self._app.say(f"an import is running: {importing.path}", bad=True)
+            self._next_volume(importing)
             return
         before = importing.path if importing else ""
         help_text = "a path on the appliance; enter goes on, nothing is read yet"
         self._app.push_screen(Ask("Import a bundle", help_text, before), self._confirm)
+
+    def _next_volume(self, importing: Import) -> None:
+        """Ask where the next volume is, if one is wanted."""
+        progress = importing.progress
+        if progress is None or not progress.volume_wanted:
+            self._app.say(f"an import is running: {importing.path}", bad=True)
+            return
+        title = f"Volume {progress.volume_wanted} of {progress.volumes}"
+        help_text = "insert its medium, then name the file as the appliance sees it; a wrong one changes nothing"
+
+        def named(text: str | None) -> None:
+            if text and text.strip():
+                path = str(Path(text.strip()).expanduser().absolute())
+                self._app.run_worker(self._offer(progress.import_id, path), exit_on_error=False, group="volume")
+
+        self._app.push_screen(Ask(title, help_text, importing.path), named)
+
+    async def _offer(self, import_id: str, path: str) -> None:
+        try:
+            await ask(lambda: self._app.port.offer_volume(import_id, path))
+        except CloisterError as error:
+            self._app.say(str(error), bad=True)
+        else:
+            self._app.say("")
 
     def _confirm(self, text: str | None) -> None:
         if not text or not text.strip():

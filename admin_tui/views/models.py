@@ -1,4 +1,4 @@
-"""The models: committed versions, what is deployed of them, which aliases point there; how far an import is."""
+"""The models: committed versions, where each stands, what is deployed of them; how far an import is."""
 
 from admin_tui.cells import Cell, Column, Fact, Line, Row, Symbols, Tone, bar, fit, wrap
 from admin_tui.state import Import, State
@@ -11,9 +11,9 @@ COLUMNS = (
     Column("MODEL", 20, grows=3, ends=True),
     Column("SEQ", 4, right=True),
     Column("DIGEST", 12),
-    Column("SIGNERS", 7, right=True),
+    Column("STATE", 9),
     Column("SIZE", 9, right=True),
-    Column("DEPLOYED AS", 21, grows=3),
+    Column("DEPLOYED AS", 19, grows=3),
     Column("IMPORTED (UTC)", 16, from_width=100),
     Column("ARCHITECTURE", 20, grows=1, from_width=124),
 )
@@ -35,6 +35,7 @@ def detail(state: State, digest: str) -> tuple[Fact, ...]:
         return ()
     facts: list[Fact] = [
         (found.kind or "model", f"{found.name}@{found.version}, sequence {found.sequence}", Tone.STRONG),
+        *_standing(found),
         ("digest", found.model_digest, Tone.PLAIN),
         *((("signed by", signer, Tone.PLAIN)) for signer in found.signers),
         ("size", f"{size(found.total_size)} ({found.total_size:,} bytes)", Tone.PLAIN),
@@ -51,10 +52,38 @@ def detail(state: State, digest: str) -> tuple[Fact, ...]:
     return tuple(facts)
 
 
+def standing(version: admin_pb2.ModelVersion) -> Cell:
+    """Where a version stands; what is wrong with it comes first."""
+    if version.revoked:
+        return Cell("REVOKED", Tone.CRIT)
+    if version.damaged:
+        return Cell("DAMAGED", Tone.CRIT)
+    tones = {"active": Tone.OK, "committed": Tone.WARN, "retired": Tone.DIM}
+    return Cell(version.state or "-", tones.get(version.state, Tone.PLAIN))
+
+
+def _standing(version: admin_pb2.ModelVersion) -> list[Fact]:
+    """State, approvals, licences and what is wrong, for the detail."""
+    facts: list[Fact] = [("state", version.state or "-", standing(version).tone)]
+    if version.approvals_required:
+        wanted = f"{len(version.approvals)} of {version.approvals_required} custodians"
+        facts += [("approved", wanted, Tone.PLAIN), *(("  by", keyid, Tone.PLAIN) for keyid in version.approvals)]
+    if version.revoked:
+        facts.append(("revoked", f"{version.revoked}: it is not loaded again", Tone.CRIT))
+    facts += [("damaged", f"{path}: import the same bundle again", Tone.CRIT) for path in version.damaged]
+    asks = " (to be accepted before first use)" if version.licence_acceptance else ""
+    facts += [("licence", f"{spdx}{asks}", Tone.PLAIN) for spdx in version.licences]
+    return facts
+
+
 def import_lines(importing: Import | None, width: int, symbols: Symbols) -> tuple[Line, ...]:
     """An import in a few lines: what, then how far and at what, or how it ended; none when there was none."""
     if importing is None:
         return ()
+    if importing.elsewhere:
+        progress = importing.progress or admin_pb2.ImportBundleResponse()
+        text = f"IMPORT {progress.state} elsewhere: I with {importing.path} joins it"
+        return (((fit(text, width, symbols, ends=True), Tone.STRONG),),)
     progress = importing.progress or admin_pb2.ImportBundleResponse(state="asking")
     head = "IMPORT " + "  ".join(part for part in (progress.model_version, importing.path) if part)
     first: Line = ((fit(head, width, symbols, ends=True), Tone.STRONG),)
@@ -82,6 +111,8 @@ def ended(importing: Import) -> tuple[str, bool]:
 
 
 def _committed(progress: admin_pb2.ImportBundleResponse) -> str:
+    if progress.kind == "trust":
+        return "committed: the trust bundle is in force"
     if progress.bytes_done < progress.bytes_total:
         return f"committed {progress.model_version}: in the store already, the payload was not read"
     return f"committed {progress.model_version}, {size(progress.bytes_done)} verified"
@@ -94,11 +125,14 @@ def _moving(
     facts = [progress.state, progress.file]
     if not progress.bytes_total:
         facts.append("signatures, root of trust and policy first")
-    silent = importing.silence > _SILENCE_S
+    silent = importing.silence > _SILENCE_S and not progress.volume_wanted
+    if progress.volume_wanted:
+        facts = [f"WARN waits for volume {progress.volume_wanted} of {progress.volumes}: I names it"]
+        facts += [progress.volume_refused] if progress.volume_refused else []
     if silent:
         facts.insert(1, f"WARN nothing moved for {duration(importing.silence)}: is the medium still there?")
     second = fit("  ".join(fact for fact in facts if fact), width, symbols)
-    below: Line = ((second, Tone.WARN if silent else Tone.PLAIN),)
+    below: Line = ((second, Tone.WARN if silent or progress.volume_wanted else Tone.PLAIN),)
     if not progress.bytes_total:
         return ((bar(0, _BAR, symbols), Tone.BAR),), below
     done, total = progress.bytes_done, progress.bytes_total
@@ -114,7 +148,7 @@ def _cells(state: State, version: admin_pb2.ModelVersion) -> tuple[Cell, ...]:
         Cell(f"{version.name}@{version.version}", Tone.STRONG),
         number(version.sequence),
         Cell(version.model_digest[:12]),
-        number(len(version.signers)),
+        standing(version),
         Cell(size(version.total_size), order=float(version.total_size)),
         _deployed(state, version),
         Cell(moment(version.imported_at), order=float(version.imported_at.seconds)),

@@ -80,7 +80,8 @@ def _approve(args: argparse.Namespace) -> int:
         request = admin_pb2.ApproveModelVersionRequest(envelope=envelope)
         version = admin.models.ApproveModelVersion(request).version
     by = "".join(f"\n  {keyid}" for keyid in version.approvals)
-    text = f"{printable(version.name)}@{printable(version.version)}: {version.state}, {_approvals(version)}{by}"
+    approvals = f", approved by {_approvals(version)}" if version.approvals_required else ""
+    text = f"{printable(version.name)}@{printable(version.version)}: {version.state}{approvals}{by}"
     emit(args, plain(version), text)
     return 0
 

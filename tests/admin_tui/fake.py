@@ -90,6 +90,8 @@ class FakePort:
                 signers=["00945d3d", "85af23ee"], total_size=3_772_443, architecture="LlamaForCausalLM",
             )
         ]  # fmt: skip
+        self.version_list[0].state = "active"
+        self.import_list: list[admin_pb2.Import] = []
         self.alias_list = [admin_pb2.Alias(name="notes", deployment="notes")]
         self.log = [record(n) for n in range(1, 251)]
         self.verdict = admin_pb2.VerifyAuditResponse(intact=True, size=1234, root=bytes(range(32)))
@@ -117,6 +119,13 @@ class FakePort:
     def aliases(self) -> tuple[admin_pb2.Alias, ...]:
         self._called("aliases")
         return tuple(self.alias_list)
+
+    def imports(self) -> tuple[admin_pb2.Import, ...]:
+        self._called("imports")
+        return tuple(self.import_list)
+
+    def offer_volume(self, import_id: str, path: str) -> None:
+        self._called(f"offer_volume {import_id} {path}")
 
     def query_audit(self, request: admin_pb2.QueryAuditRequest) -> admin_pb2.QueryAuditResponse:
         self._called("query_audit")

@@ -7,6 +7,7 @@ from textual.pilot import Pilot
 from admin_tui.app import ConsoleApp
 from admin_tui.state import ImportLost, ImportTold
 from appliance.errors import CloisterError
+from appliance.protos import admin_pb2
 from tests.admin_tui.driving import ImportState, running, settled, until
 from tests.admin_tui.fake import GONE, Clock, FakePort, screen
 
@@ -121,3 +122,35 @@ async def test_an_import_refused_at_the_door_says_why() -> None:
         port.failure = CloisterError("ROLE_REQUIRED", "this needs the role operator")
         await pilot.press("tab", "enter")
         assert "CRIT REFUSED ROLE_REQUIRED: this needs the role operator" in await settled(app, pilot)
+
+
+async def test_a_volume_that_is_wanted_is_asked_for_and_named_with_the_same_key() -> None:
+    port = FakePort()
+    waiting = ImportState(
+        import_id="i1", state="streaming", bytes_done=50, bytes_total=200, volume_wanted=2, volumes=3,
+        bytes_per_second=5 << 20, volume_refused="VOLUME_ORDER: this is volume 3",
+    )  # fmt: skip
+    port.progress = [waiting, waiting]
+    async with running(port) as (app, pilot):
+        await pilot.press("3", "I", *"/m", "enter", "tab", "enter")
+        await until(pilot, app, "25%")
+        text = screen(app)
+        assert "WARN waits for volume 2 of 3: I names it  VOLUME_ORDER: this is volume 3" in text
+        assert "5.0 MiB/s" in text, "the rate is the importer's own"
+        await pilot.press("I")
+        await until(pilot, app, "Volume 2 of 3")
+        await pilot.press("backspace", "n", "enter")
+        await pilot.pause()
+        assert "offer_volume i1 /n" in port.calls
+        port.go.set()
+
+
+async def test_an_import_that_somebody_else_began_is_seen_with_the_way_to_join_it() -> None:
+    port = FakePort()
+    progress = ImportState(state="streaming", bytes_done=50, bytes_total=200)
+    port.import_list = [admin_pb2.Import(path="/media/q", progress=progress)]
+    async with running(port) as (app, pilot):
+        await pilot.press("3")
+        assert "IMPORT streaming elsewhere: I with /media/q joins it" in await settled(app, pilot)
+        port.import_list = []
+        assert "elsewhere" not in await settled(app, pilot)

@@ -224,7 +224,7 @@ async def test_models_with_signers_deployments_and_aliases() -> None:
     async with running(FakePort()) as (app, pilot):
         await pilot.press("3", "a")
         text = await settled(app, pilot)
-        assert re.search(r"demo-notes-s@1.0.1 +1 7cceb7f40160 +2 +3.6 MiB OK ready notes", text)
+        assert re.search(r"demo-notes-s@1.0.1 +1 7cceb7f40160 active +3.6 MiB OK ready notes", text)
         assert "signed by  00945d3d" in text
         assert "OK ready, as notes" in text
         assert "  alias    notes" in text
