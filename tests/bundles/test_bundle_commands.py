@@ -57,12 +57,14 @@ def test_trust_init_makes_private_keys_for_their_owner_alone_and_never_overwrite
         "root.key": 0o600,
         "release.key": 0o600,
         "publisher.key": 0o600,
+        "revocation.key": 0o600,
     }
     shown = _json(capsys, "trust", "show", keys / "root.json")
     assert {name: role["threshold"] for name, role in shown["roles"].items()} == {  # type: ignore[attr-defined]  # JSON
         "root": 1,
         "release": 1,
         "publisher": 1,
+        "revocation": 1,
     }
     before = (keys / "root.key").read_bytes()
     assert _run("trust", "init", "--out", keys) == 1
@@ -162,7 +164,7 @@ def test_a_target_is_told_and_judged_where_an_appliance_is_named(
     verify = ("bundle", "verify", out, "--root", keys / "root.json")
     capsys.readouterr()
     assert _run(*verify) == 0
-    assert "for:      ward-3" in capsys.readouterr().out
+    assert "for           ward-3\n" in capsys.readouterr().out
     assert _run(*verify, "--appliance", "ward-3") == 0
     assert _run(*verify, "--appliance", "ward-4") == 3
     assert "error: WRONG_TARGET: " in capsys.readouterr().err
