@@ -126,7 +126,11 @@ def difference(before: Version, after: Version) -> Difference:
 
 def _of_record(path: Path) -> Version:
     with open(open_file(path), "rb") as stream:
-        record = strict_json.parse_object(stream.read(_MAX_RECORD), str(path))
+        raw = stream.read(_MAX_RECORD)
+    try:
+        record = strict_json.parse_object(raw, str(path))
+    except BundleError:
+        raise _no_record(path) from None
     match record:
         case {
             "name": str(name),
