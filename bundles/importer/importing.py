@@ -54,7 +54,7 @@ def import_bundle(
     place.ledger.begin(import_id, path)
     run = _Import(place, import_id, report, steering or Steering())
     try:
-        return run.carry_out(path)
+        return run.tell(run.carry_out(path))
     except BundleError as error:
         return run.reject(error)
     except OSError as error:
@@ -96,7 +96,7 @@ class _Import:
     def reject(self, error: BundleError) -> Progress:
         """Record the refusal, unless the import is committed: then nothing takes that back."""
         if self._at.state is State.COMMITTED:
-            return self._at
+            return self.tell(self._at)
         rejected = replace(
             self._at,
             state=State.REJECTED,
@@ -107,8 +107,12 @@ class _Import:
             bytes_per_second=0,
         )
         self._place.ledger.change(self._import_id, rejected)
-        self._report(rejected)
-        return rejected
+        return self.tell(rejected)
+
+    def tell(self, ended: Progress) -> Progress:
+        """Report the end, once nothing is held any more: whoever hears it may ask for the next thing."""
+        self._report(ended)
+        return ended
 
     def _import_model(self, reader: BundleReader, volumes: Volumes) -> Progress:
         place = self._place
@@ -239,7 +243,6 @@ class _Import:
             place.ledger.commit(self._import_id, committed, version, place.trust_in_force())
         self._at = committed
         self._close_books(floors.of_trust(verified.root, verified.revocations))
-        self._report(committed)
         return committed
 
     def _close_books(self, raised: Floors) -> None:
@@ -260,7 +263,6 @@ class _Import:
         self._at = committed
         with suppress(OSError):
             self._place.discard_staging(committed.model_digest)
-        self._report(committed)
         return committed
 
     def _keep_evidence(self, accepted: Accepted) -> dict[str, str]:
@@ -311,5 +313,4 @@ class _Import:
         place.ledger.commit_trust(self._import_id, committed, place.trust_in_force())
         self._at = committed
         self._close_books(floors.of_trust(trust.root, trust.revocations))
-        self._report(committed)
         return committed

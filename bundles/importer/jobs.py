@@ -93,7 +93,7 @@ class Jobs:
             BundleError: IMPORTS_TOO_MANY.
         """
         job = self._running.get(path)
-        if job is None:
+        if job is None or job.ended:
             if len(self._running) >= MOST_IMPORTS:
                 raise BundleError(
                     "IMPORTS_TOO_MANY", f"{MOST_IMPORTS} imports run or wait; let one end, or cancel it"
@@ -162,7 +162,8 @@ class Jobs:
             if isinstance(error, sqlite3.Error):
                 self._ledger_failed()
         finally:
-            self._running.pop(job.path, None)
+            if self._running.get(job.path) is job:
+                del self._running[job.path]
             self._tasks.pop(job.import_id, None)
             self.wake()
 

@@ -10,20 +10,27 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import grpc
 import pytest
 
+from bundles.content.files import ModelFiles
 from bundles.content.inspector import Inspector, Verdict
-from bundles.importer.importing import Workplace
+from bundles.format.manifest import Kind
+from bundles.importer.importing import import_bundle
 from bundles.importer.jobs import Job, Jobs
+from bundles.importer.rate import Rate
+from bundles.importer.scrubbing import Pace, Scrubber
 from bundles.importer.service import ImporterService
+from bundles.importer.workplace import Workplace
 from bundles.pipeline import State
 from bundles.protos import importer_pb2 as pb
 from bundles.protos import importer_pb2_grpc
-from tests.bundles.making import INSPECTOR, Trust, make_bundle
+from tests.bundles.making import INSPECTOR, Trust, make_bundle, split
+from tests.bundles.stores import spoil
 
 ROOT = Path(__file__).parents[2]
 JUDGING, RELEASED = threading.Event(), threading.Event()
@@ -91,10 +98,34 @@ def test_no_part_of_the_importer_loads_a_forbidden_module() -> None:
 class Held(Inspector):
     """Judges when it is allowed to."""
 
-    def inspect(self, files: Mapping[str, int]) -> Verdict:
+    def inspect(self, files: ModelFiles, kind: Kind) -> Verdict:
         JUDGING.set()
         RELEASED.wait(30)
-        return INSPECTOR.inspect(files)
+        return INSPECTOR.inspect(files, kind)
+
+
+@asynccontextmanager
+async def _served(
+    place: Workplace, home: Path
+) -> "AsyncIterator[tuple[Workplace, importer_pb2_grpc.ImporterServiceAsyncStub]]":
+    """The service over a socket, and a client of it."""
+    stopping = asyncio.Event()
+    jobs, scrubber = Jobs(place, lambda: None), Scrubber(place, Pace(0, 0))
+    server = grpc.aio.server()
+    service = ImporterService(jobs, place, scrubber, stopping)
+    importer_pb2_grpc.add_ImporterServiceServicer_to_server(service, server)
+    server.add_insecure_port(f"unix:{home}/s")
+    await server.start()
+    scrubber.start()
+    try:
+        async with grpc.aio.insecure_channel(f"unix:{home}/s") as channel:
+            yield place, importer_pb2_grpc.ImporterServiceStub(channel)
+    finally:
+        stopping.set()
+        await jobs.stop()
+        await asyncio.to_thread(scrubber.stop)
+        await server.stop(1)
+        place.ledger.close()
 
 
 async def _until(job: Job, state: State) -> None:
@@ -116,7 +147,8 @@ async def test_one_path_is_one_import_and_two_paths_queue(
     assert jobs.start(bundle) is first
     other = jobs.start(second)
     assert other is not first
-    assert [entry.import_id for entry in place.ledger.outbox(0)] == [first.import_id] * 5, "the second waits"
+    waiting = [entry.state for entry in place.ledger.outbox(0) if entry.import_id == other.import_id]
+    assert set(waiting) <= {State.QUARANTINE}, "the second waits"
     RELEASED.set()
     ended = [[p async for p in job.watch()] for job in (first, first, other)]
     assert [told[-1].state for told in ended] == [State.COMMITTED] * 3
@@ -131,15 +163,7 @@ async def test_an_import_goes_on_when_its_caller_leaves_and_the_outbox_tells_the
 ) -> None:
     JUDGING.clear()
     RELEASED.clear()
-    place = Workplace.open(home, Held())
-    stopping = asyncio.Event()
-    jobs = Jobs(place, lambda: None)
-    server = grpc.aio.server()
-    importer_pb2_grpc.add_ImporterServiceServicer_to_server(ImporterService(jobs, place.ledger, stopping), server)
-    server.add_insecure_port(f"unix:{home}/s")
-    await server.start()
-    async with grpc.aio.insecure_channel(f"unix:{home}/s") as channel:
-        stub = importer_pb2_grpc.ImporterServiceStub(channel)
+    async with _served(Workplace.open(home, Held()), home) as (place, stub):
         call = stub.ImportBundle(pb.ImportBundleRequest(path=str(bundle)))
         async for told in call:
             if told.state == pb.IMPORT_STATE_CONTENT:
@@ -159,11 +183,11 @@ async def test_an_import_goes_on_when_its_caller_leaves_and_the_outbox_tells_the
         listed = (await stub.ListModelVersions(pb.ListModelVersionsRequest())).versions
         assert (version.name, version.sequence, len(version.files)) == ("tiny", 1, 5)
         assert [(v.model_digest, len(v.files)) for v in listed] == [(version.model_digest, 0)]
-        stopping.set()
+        assert [(c.match, c.expected, c.messages[0].content) for c in version.canaries] == [("exact", "2", "1+1=")]
+        assert [(given.spdx, given.accept) for given in version.licences] == [("NOASSERTION", False)]
+        assert (version.revoked, list(version.damaged), version.approvals_required) == ("", [], 0)
+        assert version.imported_at >= version.issued_at > 0
         outbox.cancel()
-    await jobs.stop()
-    await server.stop(1)
-    place.ledger.close()
 
 
 async def test_stopping_interrupts_what_waits_and_records_it(home: Path, bundle: Path, tmp_path: Path) -> None:
@@ -194,3 +218,100 @@ async def test_a_database_that_cannot_be_written_ends_the_process(home: Path, bu
     assert (told[-1].state, told[-1].reason) == (State.REJECTED, "INTERNAL")
     await asyncio.wait_for(failed.wait(), 5)
     await jobs.stop()
+
+
+async def _states(stub: "importer_pb2_grpc.ImporterServiceAsyncStub", path: Path) -> list[pb.ImportBundleResponse]:
+    return [told async for told in stub.ImportBundle(pb.ImportBundleRequest(path=str(path)))]
+
+
+async def test_a_volume_is_offered_imports_are_listed_and_one_that_waits_is_cancelled(
+    home: Path, bundle: Path, tmp_path: Path, trust: Trust
+) -> None:
+    first = split(bundle, trust, 5, 1)
+    for index in (2, 3):
+        (tmp_path / str(index)).mkdir()
+        shutil.move(first.with_suffix(f".00{index}"), tmp_path / str(index))
+    second = tmp_path / "2" / first.with_suffix(".002").name
+    async with _served(Workplace.open(home, INSPECTOR), home) as (_, stub):
+        call = stub.ImportBundle(pb.ImportBundleRequest(path=str(first)))
+        wanted = await _wanted(call, 2)
+        listed = (await stub.ListImports(pb.ListImportsRequest())).imports
+        assert [(i.path, i.progress.volume_wanted) for i in listed] == [(str(first), 2)]
+        for path, code in ((first, "VOLUME_ORDER"), (tmp_path, "HEADER")):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.OfferVolume(pb.OfferVolumeRequest(import_id=wanted.import_id, path=str(path)))
+            assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+            assert (refused.value.details() or "").startswith((code, "CONTAINER"))
+        await stub.OfferVolume(pb.OfferVolumeRequest(import_id=wanted.import_id, path=str(second)))
+        await _wanted(call, 3)
+        await stub.CancelImport(pb.CancelImportRequest(import_id=wanted.import_id))
+        listed = (await stub.ListImports(pb.ListImportsRequest())).imports
+        assert [(i.progress.state, i.progress.reason) for i in listed] == [(7, "IMPORT_CANCELLED")]
+        assert listed[0].changed_ns >= listed[0].started_ns > 0
+        with pytest.raises(grpc.aio.AioRpcError) as unknown:
+            await stub.CancelImport(pb.CancelImportRequest(import_id=wanted.import_id))
+        assert unknown.value.code() is grpc.StatusCode.NOT_FOUND
+        store = await stub.GetStore(pb.GetStoreRequest())
+        assert (store.files, store.staged_bytes > 0) == (0, True)
+        for index in (2, 3):
+            shutil.move(tmp_path / str(index) / first.with_suffix(f".00{index}").name, tmp_path)
+        assert (await _states(stub, first))[-1].state == pb.IMPORT_STATE_COMMITTED
+
+
+async def _wanted(call: AsyncIterator[pb.ImportBundleResponse], volume: int) -> pb.ImportBundleResponse:
+    async for told in call:
+        if told.volume_wanted == volume:
+            return told
+    raise AssertionError("the import ended")
+
+
+async def test_the_store_is_scrubbed_mended_and_emptied_and_every_event_is_told(home: Path, bundle: Path) -> None:
+    async with _served(Workplace.open(home, INSPECTOR), home) as (place, stub):
+        await _states(stub, bundle)
+        weights = next(f for f in place.ledger.versions()[0].files if f["path"] == "model.safetensors")
+        spoil(place.store.path_of(str(weights["sha256"])))
+        told = [step async for step in stub.ScrubStore(pb.ScrubStoreRequest())]
+        assert told[-1].ended
+        assert [(d.finding, list(d.used_by)) for d in told[-1].damaged] == [
+            ("changed", ["tiny@1.0.1 model.safetensors"])
+        ]
+        version = (await stub.GetModelVersion(pb.GetModelVersionRequest(reference="tiny"))).version
+        assert list(version.damaged) == ["model.safetensors"]
+        await _states(stub, bundle)
+        store = await stub.GetStore(pb.GetStoreRequest())
+        assert (list(store.damaged), store.listed_bytes, store.scrubbed_at > 0) == ([], version.total_size, True)
+        removed = await stub.RemoveModelVersion(pb.RemoveModelVersionRequest(reference="tiny@1.0.1"))
+        assert (removed.model_version, removed.freed_bytes) == ("tiny@1.0.1", store.bytes)
+        with pytest.raises(grpc.aio.AioRpcError) as gone:
+            await stub.RemoveModelVersion(pb.RemoveModelVersionRequest(reference="tiny@1.0.1"))
+        assert gone.value.code() is grpc.StatusCode.NOT_FOUND
+        events = [entry.event for entry in place.ledger.outbox(0) if entry.event != "import"]
+        assert events == ["damage", "repair", "removal"]
+        assert not (await stub.ListModelVersions(pb.ListModelVersionsRequest())).versions
+
+
+def test_of_imports_that_ended_the_last_hundred_are_remembered(home: Path) -> None:
+    place = Workplace.open(home, INSPECTOR)
+    for number in range(105):
+        import_bundle(place, f"import-{number}", home / "nothing", lambda _: None)
+    assert [held.import_id for held in place.ledger.ended()] == [f"import-{n}" for n in range(104, 4, -1)]
+    assert place.ledger.ended()[0].progress.reason == "SOURCE_UNREADABLE"
+    place.ledger.close()
+
+
+def test_the_rate_is_that_of_the_last_seconds() -> None:
+    now = 0.0
+    rate = Rate(lambda: now, window=10.0)
+    assert rate(0) == 0
+    for second in range(1, 31):
+        now = float(second)
+        assert rate(second * 100) == 100
+    for second in range(31, 60):
+        now = float(second)
+        told = rate(3000 + (second - 30) * 500)
+    assert told == 500
+    rate.pause()
+    now += 1000
+    assert rate(99_999) == 0
+    now += 1
+    assert rate(100_009) == 10
