@@ -200,10 +200,12 @@ class Draft:
     signers: tuple[Keyholder, ...]
 
     @classmethod
-    def made(cls, keys: Ceremony, root: bytes, files: Mapping[str, bytes], sequence: int) -> "Draft":
+    def made(
+        cls, keys: Ceremony, root: bytes, files: Mapping[str, bytes], sequence: int, chunk_size: int = CHUNK
+    ) -> "Draft":
         """A good bundle of these files."""
         documents = {"attest/scan.json": b'{"found": []}', "licence/LICENSE": b"Do as you like.\n"}
-        fields = _manifest(documents, files, sequence)
+        fields = _manifest(documents, files, sequence) | {"chunk_size": chunk_size}
         hints = {name: fields[name] for name in ("bundle_id", "kind", "name", "version")}
         header = {"format": "cloister.bundle", "format_version": 1, **hints, "volume": 1, "volumes": 1}
         members = (
@@ -301,19 +303,17 @@ class Draft:
         """With files added, replaced or (None) removed, all over: chunks, manifest, both signatures."""
         kept = {entry["path"]: entry for entry in self.manifest["files"] if entry["path"] not in files}
         contents = {path: content for path, content in files.items() if content is not None}
-        entries = kept | {path: _entry(path, content) for path, content in contents.items()}
+        size = self.manifest["chunk_size"]
+        entries = kept | {path: _entry(path, content, size) for path, content in contents.items()}
         chunks = dict(self.members) | {
-            f"c/{sha256(piece)}": piece for content in contents.values() for piece in _pieces(content)
+            f"c/{sha256(piece)}": piece for content in contents.values() for piece in _pieces(content, size)
         }
         listed = [entries[path] for path in sorted(entries)]
         carried = [f"c/{digest}" for entry in listed for digest in entry["chunks"]]
         head = [entry for entry in self.members[:-1] if not entry[0].startswith("c/")]
-        end = json.loads(self["end.json"]) | {"chunks": len(carried)}
-        draft = replace(
-            self, members=(*head, *((name, chunks[name]) for name in carried), ("end.json", encoded(end)))
-        )
         total = sum(entry["size"] for entry in listed)
-        draft = draft.put("header.json", encoded(json.loads(self["header.json"]) | {"total_size": total}))
+        members = (*head, *((name, chunks[name]) for name in carried), self.members[-1])
+        draft = replace(self, members=members).with_hints(total, len(carried))
         draft = draft.described(lambda manifest: manifest.update(files=listed, total_size=total))
         return draft.with_oms(draft.statement())
 
@@ -332,6 +332,12 @@ class Draft:
 
         at = whole.where(chunks[half])
         return volume(1, whole.members[1:at]), volume(2, whole.members[at:-1])
+
+    def with_hints(self, total_size: int, chunks: int) -> "Draft":
+        """With other numbers in its first and last member."""
+        first, last = json.loads(self["header.json"]), json.loads(self["end.json"])
+        draft = self.put("header.json", encoded(first | {"total_size": total_size}))
+        return draft.put("end.json", encoded(last | {"chunks": chunks}))
 
     def content(self, path: str) -> bytes:
         """A file, whole."""
@@ -369,7 +375,6 @@ def _manifest(documents: Mapping[str, bytes], files: Mapping[str, bytes], sequen
             "tokenizer_sha256": sha256(files["tokenizer.json"]),
         },
         "resources": {"gpu_memory": 0, "gpus": 0},
-        "chunk_size": CHUNK,
         "files": [],
         "total_size": 0,
         "volumes": [],
@@ -382,11 +387,11 @@ def _manifest(documents: Mapping[str, bytes], files: Mapping[str, bytes], sequen
     }
 
 
-def _pieces(content: bytes) -> list[bytes]:
-    return [content[at : at + CHUNK] for at in range(0, len(content), CHUNK)]
+def _pieces(content: bytes, size: int) -> list[bytes]:
+    return [content[at : at + size] for at in range(0, len(content), size)]
 
 
-def _entry(path: str, content: bytes) -> Fields:
+def _entry(path: str, content: bytes, chunk_size: int) -> Fields:
     """A file as a manifest lists it, with the role and type that its name has (docs/bundle-format.md)."""
     from bundles.format.manifest import media_type_of, role_of
 
@@ -396,7 +401,7 @@ def _entry(path: str, content: bytes) -> Fields:
         "sha256": sha256(content),
         "media_type": media_type_of(path),
         "role": role_of(path),
-        "chunks": [sha256(piece) for piece in _pieces(content)],
+        "chunks": [sha256(piece) for piece in _pieces(content, chunk_size)],
     }
 
 
