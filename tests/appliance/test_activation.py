@@ -213,6 +213,18 @@ async def test_a_rollback_is_back_at_once_while_the_version_before_is_still_load
     ]  # fmt: skip
 
 
+async def test_a_rollback_finds_what_an_operator_had_loaded_under_a_name_of_their_own(site: Site) -> None:
+    models = site.house.models
+    await models.LoadModel(admin_pb2.LoadModelRequest(model_version="notes@1", name="by-hand"))
+    await models.SetAlias(admin_pb2.SetAliasRequest(name="notes", deployment="by-hand"))
+    site.house.importer.add(2)
+    await site.activate("notes@2")
+    assert (await site.rollback())[-1].deployment == "by-hand"
+    assert sorted(await site.deployed()) == ["by-hand", "notes-2"]
+    await models.UnloadModel(admin_pb2.UnloadModelRequest(name="notes-2"))
+    assert (await site.rollback())[-1].deployment == "notes-2"
+
+
 async def test_a_rollback_loads_again_what_was_unloaded_with_its_options(site: Site) -> None:
     options = admin_pb2.DeploymentOptions(threads=3)
     await site.activate("notes@1", options=options)

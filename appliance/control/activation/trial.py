@@ -8,7 +8,7 @@ trial undecided at its next start, and returns.
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -26,6 +26,7 @@ from bundles.protos import importer_pb2
 
 ACTIVATION, ROLLBACK = "activation", "rollback"
 RESTARTED = "CONTROL_RESTARTED"
+_MOST_NAMES = 1000
 PLANNED, LOADING, CANARIES, SWITCHED, ACTIVE, RETURNED = (
     "planned", "loading", "canaries", "switched", "active", "returned",
 )  # fmt: skip
@@ -41,6 +42,7 @@ class Wanted:
         operator: who asked.
         version: the model version, with files and canaries.
         options: of the deployment, serialised.
+        likely: a deployment that may run it already; empty for none.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class Wanted:
     operator: str
     version: importer_pb2.ModelVersion
     options: bytes
+    likely: str = ""
 
     @property
     def canaries(self) -> Sequence[importer_pb2.Canary]:
@@ -244,9 +247,10 @@ def drop_idle(session: Session, names: Sequence[str]) -> None:
 
 def _deployment(session: Session, wanted: Wanted, files: bytes) -> tuple[Deployment, bool]:
     version = wanted.version
-    for number in range(1, 1000):
-        suffix = f"-{version.sequence}" + (f"-{number}" if number > 1 else "")
-        name = wanted.alias[: LONGEST_DEPLOYMENT - len(suffix)].rstrip("-") + suffix
+    likely = session.get(Deployment, wanted.likely)
+    if likely is not None and _is_it(likely, wanted):
+        return likely, False
+    for name in _names(wanted):
         found = session.get(Deployment, name)
         if found is None:
             row = Deployment(
@@ -259,9 +263,21 @@ def _deployment(session: Session, wanted: Wanted, files: bytes) -> tuple[Deploym
                 parked=False,
             )
             return row, True
-        if found.model_digest == version.model_digest and found.options == wanted.options:
+        if _is_it(found, wanted):
             return found, False
     raise CloisterError("TOO_MANY_DEPLOYMENTS", "no name is free for another deployment; unload some")
+
+
+def _is_it(deployment: Deployment, wanted: Wanted) -> bool:
+    """It runs the version that is wanted, as it is wanted."""
+    return (deployment.model_digest, deployment.options) == (wanted.version.model_digest, wanted.options)
+
+
+def _names(wanted: Wanted) -> Iterator[str]:
+    """Names for the deployment of a trial, the best one first."""
+    for number in range(1, _MOST_NAMES):
+        suffix = f"-{wanted.version.sequence}" + (f"-{number}" if number > 1 else "")
+        yield wanted.alias[: LONGEST_DEPLOYMENT - len(suffix)].rstrip("-") + suffix
 
 
 def _idle(session: Session, alias: str, but: str) -> list[str]:

@@ -148,7 +148,7 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
         alias, operator = check_name(request.alias, "alias"), gate.operator()
         before = await self._database.run(lambda s: trial.earlier(s, alias))
         version = await self._versions.runnable(before.model_digest, False, operator)
-        wanted = Wanted(trial.ROLLBACK, alias, operator, version, before.options)
+        wanted = Wanted(trial.ROLLBACK, alias, operator, version, before.options, before.deployment)
         async for activation in self._carry_out(wanted):
             yield admin_pb2.RollbackAliasResponse(activation=activation)
 
