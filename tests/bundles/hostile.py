@@ -32,6 +32,7 @@ REFUSALS: tuple[Refusal, ...] = (
 
 # Codes of two numbers: the one that each belongs to, the one that has it too, and why nobody can tell them apart.
 SHARED: Mapping[str, tuple[int, int, str]] = {
+    "SIGNATURE_INVALID": (2, 8, "a signature that its key did not make, whoever made it and whatever was changed"),
     "OMS_SIGNATURE": (
         2,
         3,

@@ -117,6 +117,12 @@ def _needing(scene: Scene, *, site: Site, gpus: int = 0, gpu_memory: int = 0) ->
 
 DIGESTS = (
     Refusal(73, "a bit flipped in a chunk", "CHUNK_DIGEST", _chunk_flipped, early=False),
+    Refusal(
+        73,
+        "a bit flipped in a licence",
+        "DOCUMENT_DIGEST",
+        lambda s: s.good.put("licence/LICENSE", flipped(s.good["licence/LICENSE"], 3)),
+    ),
     Refusal(74, "chunks exchanged", "FILE_DIGEST", _chunks_exchanged, early=False),
     Refusal(75, "the publisher signed another file", "OMS_FILES_DIFFER", _published_other),
     Refusal(75, "a file that the publisher ignores", "OMS_FILES_DIFFER", _published_fewer),

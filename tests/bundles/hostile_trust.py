@@ -93,6 +93,12 @@ def _key_called_otherwise(signed: Fields) -> None:
     release[0] = "f" * 64
 
 
+def _named_otherwise(scene: Scene) -> Draft:
+    sig = b64(scene.keys.stranger.sign(pae(RELEASE_TYPE, scene.good.payload)))
+    signatures = [{"keyid": key.keyid, "sig": sig} for key in scene.good.signers]
+    return scene.good.enveloped(lambda value: value.update(signatures=signatures))
+
+
 def _hybrid(scene: Scene, signers: slice) -> Draft:
     classical, quantum = Keyholder.ed25519(), Keyholder(mldsa.MLDSA65PrivateKey.generate())
     both = (classical, quantum)
@@ -152,6 +158,7 @@ SIGNATURES = (
         "ROOT_KEYID",
         lambda s: s.good.with_root(s.keys.root_document(2, _key_called_otherwise)),
     ),
+    Refusal(8, "a stranger's signatures under the ids of release keys", "SIGNATURE_INVALID", _named_otherwise),
     Refusal(
         9,
         "keys of other roles",

@@ -70,44 +70,25 @@ def test_what_is_written_is_read_by_us_and_by_any_tar_program(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        (_patched(156, b"1"), "CONTAINER_HARDLINK"),
-        (_patched(156, b"2"), "CONTAINER_SYMLINK"),
-        (_patched(156, b"3"), "CONTAINER_DEVICE"),
-        (_patched(156, b"4"), "CONTAINER_DEVICE"),
         (_patched(156, b"5"), "CONTAINER_DIRECTORY"),
-        (_patched(156, b"6"), "CONTAINER_DEVICE"),
-        (_patched(156, b"S"), "CONTAINER_SPARSE"),
-        (_patched(156, b"x"), "CONTAINER_PAX"),
-        (_patched(156, b"g"), "CONTAINER_PAX"),
-        (_patched(156, b"L"), "CONTAINER_LONG_NAME"),
         (_patched(156, b"7"), "CONTAINER_TYPE"),
         (_patched(156, b"\0"), "CONTAINER_TYPE"),
-        (_patched(100, b"0004755\0"), "CONTAINER_MODE"),
         (_patched(108, b"0000001\0"), "CONTAINER_HEADER"),
         (_patched(265, b"root"), "CONTAINER_HEADER"),
         (_patched(157, b"target"), "CONTAINER_HEADER"),
         (_patched(0, b"\xff"), "CONTAINER_NAME"),
         (_patched(345, b"prefix"), "CONTAINER_NAME"),
         (_patched(99, b"x"), "CONTAINER_NAME"),
-        (_patched(124, b"\x80" + bytes(10) + b"\xff"), "CONTAINER_SIZE"),
-        (_patched(124, b"-0000000001\0"), "CONTAINER_SIZE"),
         (_patched(124, b"         2 \0"), "CONTAINER_SIZE"),
-        (_patched(124, b"77777777777\0"), "CONTAINER_MEMBER_SIZE"),
         (_patched(257, b"xxxxxx"), "CONTAINER_FORMAT"),
-        (lambda raw: raw[:10] + b"!" + raw[11:], "CONTAINER_CHECKSUM"),
-        (lambda raw: b"\x1f\x8b" + raw, "CONTAINER_COMPRESSED"),
         (lambda raw: b"\x28\xb5\x2f\xfd" + raw, "CONTAINER_COMPRESSED"),
         (lambda raw: b"\x04\x22\x4d\x18" + raw, "CONTAINER_COMPRESSED"),
         (lambda raw: b"7z\xbc\xaf\x27\x1c" + raw, "CONTAINER_COMPRESSED"),
         (lambda raw: raw[:600] + b"!" + raw[601:], "CONTAINER_PADDING"),
-        (lambda raw: raw[:-1024], "CONTAINER_NO_END"),
-        (lambda raw: raw[:-512], "CONTAINER_NO_END"),
         (lambda raw: raw[:-700], "CONTAINER_TRUNCATED"),
         (lambda raw: raw[:1300], "CONTAINER_TRUNCATED"),
         (lambda raw: b"", "CONTAINER_TRUNCATED"),
-        (lambda raw: raw + b"\0", "CONTAINER_TRAILING"),
         (lambda raw: raw[:-1] + b"x", "CONTAINER_TRAILING"),
-        (lambda raw: raw + raw, "CONTAINER_TRAILING"),
     ],
 )
 def test_a_hostile_container_is_refused_by_name(
@@ -153,30 +134,6 @@ def test_a_symbolic_link_a_folder_and_a_fifo_are_no_file_and_only_a_folder_is_a_
             with pytest.raises(BundleError, match=code):
                 open_source(tmp_path / name)
     open_source(tmp_path).close()
-
-
-def test_a_source_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    write_members(path, _TWO)
-    reader = open_source(path)
-    for _ in _TWO:
-        reader.next()
-        reader.read(1000)
-    with path.open("ab") as stream:
-        stream.write(b"more")
-    with pytest.raises(BundleError, match="SOURCE_CHANGED"):
-        reader.next()
-
-
-def test_a_source_cut_while_it_is_read_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    write_members(path, _TWO)
-    reader = open_source(path)
-    reader.next()
-    with path.open("r+b") as stream:
-        stream.truncate(513)
-    with pytest.raises(BundleError, match="SOURCE_CHANGED"):
-        reader.read(1000)
 
 
 def test_a_writer_keeps_the_size_it_announced() -> None:

@@ -109,10 +109,13 @@ def test_a_file_beyond_2_4_and_8_gib_is_imported_and_its_last_byte_counts(disk: 
     # Behind the last chunk: padding, end.json with its header, the end marker.
     last = bundle.stat().st_size - 1024 - 1024 - (-entry["size"] % 512) - 1
     _flip(bundle, last)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of memory begins anew
+    before = _memory("VmRSS")
     refused = import_bundle(place, "flipped", bundle, lambda _: None)
     assert (refused.state, refused.reason) == (State.REJECTED, "CHUNK_DIGEST")
     assert place.ledger.versions() == ()
     _flip(bundle, last)
+    assert _memory("VmHWM") - before < 256 << 20
     with Medium(bundle.parent) as medium:
         ended = import_bundle(place, "whole", bundle, lambda _: None)
     assert ended.state is State.COMMITTED, ended
@@ -123,6 +126,12 @@ def test_a_file_beyond_2_4_and_8_gib_is_imported_and_its_last_byte_counts(disk: 
     with stored.open("rb") as stream:
         assert hashlib.file_digest(stream, "sha256").hexdigest() == entry["sha256"]
     place.ledger.close()
+
+
+def _memory(name: str) -> int:
+    """Bytes of this process's memory, by their name in /proc."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10
 
 
 def _flip(path: Path, at: int) -> None:
