@@ -13,7 +13,7 @@ from bundles.trust import dsse, roots
 from bundles.trust.keys import Key
 
 VECTORS = Path(__file__).with_name("vectors")
-# DSSE, implementation/ecdsa.py and protocol.md: a P-256 key and its signature of "hello world", raw r and s.
+# DSSE, protocol.md (commit eebf7b59), "Test Vectors": a P-256 key and its signature of "hello world", raw r and s.
 _DSSE_POINT = (
     46950820868899156662930047687818585632848591499744589407958293238635476079160,
     5640078356564379163099075877009565129882514886557779369047442380624545832820,
