@@ -17,15 +17,25 @@ _UNPRINTABLE = frozenset({"Cc", "Cf", "Cn", "Co", "Zl", "Zp"})
 _RESERVED = frozenset('<>"|?*')
 _DEVICE = re.compile(r"(?:con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³]) *(?:\..*)?", re.IGNORECASE)
 
+
+def _is_surrogate(character: str) -> bool:
+    return "\ud800" <= character <= "\udfff"
+
+
+def _has_control(path: str) -> bool:
+    """Whether a character is one that cannot be seen; what Python calls printable has none, and is most paths."""
+    return not path.isprintable() and any(unicodedata.category(character) in _UNPRINTABLE for character in path)
+
+
 # Asked in this order, of the whole path; the first that holds is the refusal.
 _PATH_RULES: tuple[tuple[str, str, Callable[[str], bool]], ...] = (
     ("PATH_EMPTY", "is empty", lambda p: not p),
-    ("PATH_ENCODING", "is not valid Unicode", lambda p: any("\ud800" <= c <= "\udfff" for c in p)),
-    ("PATH_CONTROL", "has a control, bidirectional or invisible character", lambda p: any(map(_is_control, p))),
+    ("PATH_ENCODING", "is not valid Unicode", lambda p: not p.isascii() and any(map(_is_surrogate, p))),
+    ("PATH_CONTROL", "has a control, bidirectional or invisible character", _has_control),
     ("PATH_ABSOLUTE", "is absolute", lambda p: p.startswith("/")),
     ("PATH_BACKSLASH", "has a backslash or a colon", lambda p: "\\" in p or ":" in p),
     ("PATH_RESERVED", "has a character that Windows reserves", lambda p: not _RESERVED.isdisjoint(p)),
-    ("PATH_NOT_NFC", "is not in Unicode form NFC", lambda p: unicodedata.normalize("NFC", p) != p),
+    ("PATH_NOT_NFC", "is not in Unicode form NFC", lambda p: not unicodedata.is_normalized("NFC", p)),
     ("PATH_TOO_LONG", f"is longer than {MAX_PATH} bytes", lambda p: len(p.encode()) > MAX_PATH),
 )
 # And of each component.
@@ -87,10 +97,6 @@ def _collision(one: str, other: str) -> str:
         return "PATH_DUPLICATE"
     normal = unicodedata.normalize("NFKC", one) == unicodedata.normalize("NFKC", other)
     return "PATH_NORMAL_COLLISION" if normal else "PATH_CASE_COLLISION"
-
-
-def _is_control(character: str) -> bool:
-    return unicodedata.category(character) in _UNPRINTABLE
 
 
 def _fold(path: str) -> str:

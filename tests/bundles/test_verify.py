@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bundles.builder import Signing, build, sign
-from bundles.format.chunks import CHUNK_SIZE
 from bundles.format.errors import BundleError
 from bundles.format.manifest import format_time
 from bundles.pipeline import Progress, State
@@ -34,7 +33,6 @@ from tests.bundles.making import (
     make_trust,
     members_of,
     replace_member,
-    safetensors,
     sha256,
     write_members,
 )
@@ -412,25 +410,3 @@ def test_a_manifest_over_its_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(manifest.strict_json, "parse_object", None)
     with pytest.raises(BundleError, match="MANIFEST_TOO_LARGE"):
         manifest.parse(b" " * 101)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("size", [2**31 + 4096, 2**32 + 4096])
-def test_the_last_byte_of_a_file_beyond_2_and_4_gib_is_covered(tmp_path: Path, trust: Trust, size: int) -> None:
-    model = make_model(tmp_path / "m")
-    (model / "tokenizer.json").unlink()  # the weights are the last file then
-    header = safetensors({"w": ("U8", [size], [0, size])}, b"")
-    with (model / "model.safetensors").open("wb") as stream:
-        stream.write(header)
-        stream.truncate(len(header) + size)
-    path = tmp_path / "b"
-    build(make_release(chunk_size=CHUNK_SIZE), model, path, inspector=INSPECTOR)
-    sign(path, trust.signing())
-    verify(path, trust.root, inspector=INSPECTOR)
-    # The last chunk, its padding, end.json with its header, the end marker.
-    last = path.stat().st_size - 1024 - 1024 - (-(len(header) + size) % 512) - 1
-    with path.open("r+b") as stream:
-        stream.seek(last)
-        stream.write(b"\x01")
-    assert _refusal(path, trust.root) == "CHUNK_DIGEST"

@@ -177,55 +177,66 @@ def _file(path: str, content: bytes) -> dict[str, Any]:
     }
 
 
+_CANARY = {
+    "messages": [{"role": "user", "content": "1+1="}],
+    "expected": "2",
+    "match": "prefix",
+    "max_tokens": 4,
+}
+# What is the same in all manifests here.
+_COMMON = {
+    "schema": "cloister.bundle/1",
+    "product": "cloister",
+    "kind": "model",
+    "name": "vector",
+    "issued_at": ISSUED,
+    "not_before": ISSUED,
+    "expires": None,
+    "min_engine": "0.1",
+    "supersedes": None,
+    "base": None,
+    "targets": [],
+    "requires": [],
+    "resources": {"gpu_memory": 0, "gpus": 0},
+    "chunk_size": CHUNK,
+    "volumes": [],
+    "canary": [_CANARY],
+    "canary_pass_percent": 100,
+    "critical": [],
+}
+
+
+def _described(files: dict[str, bytes]) -> dict[str, Any]:
+    """What engine-inspect finds of the model."""
+    return {
+        "architecture": "LlamaForCausalLM",
+        "dtype": "float16",
+        "quantisation": None,
+        "max_context_tokens": 512,
+        "parameters": len(files["model.safetensors"]),
+        "capabilities": ["generate"],
+        "tokenizer_sha256": sha256(files["tokenizer.json"]),
+    }
+
+
+def _document(member: str, content: bytes, **more: Any) -> dict[str, Any]:
+    return {"member": member, "size": len(content), "sha256": sha256(content), **more}
+
+
 def _manifest(sequence: int, files: dict[str, bytes], oms: bytes, documents: Members, **parts: Any) -> bytes:
-    (attested, statement), (licence, text) = documents
-    fields = {
-        "schema": "cloister.bundle/1",
+    attested, licence = documents
+    own = {
         "bundle_id": _seed(f"bundle {sequence} {sorted(parts)}").hex()[:32],
-        "product": "cloister",
-        "kind": "model",
-        "name": "vector",
         "version": f"1.0.{sequence}",
         "sequence": sequence,
-        "issued_at": ISSUED,
-        "not_before": ISSUED,
-        "expires": None,
-        "min_engine": "0.1",
-        "supersedes": None,
-        "base": None,
-        "targets": [],
-        "requires": [],
-        "model": {
-            "architecture": "LlamaForCausalLM",
-            "dtype": "float16",
-            "quantisation": None,
-            "max_context_tokens": 512,
-            "parameters": len(files["model.safetensors"]),
-            "capabilities": ["generate"],
-            "tokenizer_sha256": sha256(files["tokenizer.json"]),
-        },
-        "resources": {"gpu_memory": 0, "gpus": 0},
-        "chunk_size": CHUNK,
+        "model": _described(files),
         "files": [_file(path, content) for path, content in files.items()],
         "total_size": sum(map(len, files.values())),
-        "volumes": [],
         "oms_sha256": sha256(oms),
-        "attestations": [{"member": attested, "size": len(statement), "sha256": sha256(statement)}],
-        "licences": [
-            {"member": licence, "size": len(text), "sha256": sha256(text), "spdx": "0BSD", "accept": False}
-        ],
-        "canary": [
-            {
-                "messages": [{"role": "user", "content": "1+1="}],
-                "expected": "2",
-                "match": "prefix",
-                "max_tokens": 4,
-            }
-        ],
-        "canary_pass_percent": 100,
-        "critical": [],
+        "attestations": [_document(*attested)],
+        "licences": [_document(*licence, spdx="0BSD", accept=False)],
     }
-    return json.dumps(fields | parts, indent=1).encode()
+    return json.dumps(_COMMON | own | parts, indent=1).encode()
 
 
 def _header(manifest: bytes, volume: int) -> bytes:

@@ -103,7 +103,7 @@ def _count(root: dict[str, Any], role: str, signatures: list[tuple[str, bytes]],
         for named, signature in signatures
         if named in ("", keyid) and _verifies(key, signature, message)
     }
-    return len(valid) >= root["roles"][role]["threshold"]
+    return len(valid) >= int(root["roles"][role]["threshold"])
 
 
 def _root(raw: bytes, signed_by: dict[str, Any] | None = None) -> dict[str, Any]:
