@@ -30,6 +30,19 @@ def add_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     keys.add_argument(
         "--release-key", type=Path, action="append", default=[], metavar="KEY", help="signs the manifest"
     )
+    _add_publisher(keys)
+    keys.add_argument(
+        "--sign-with",
+        metavar="COMMAND",
+        help="signs for those KEYs that are public keys: gets what to sign on standard input, writes "
+        "the raw signature (a smart card, an HSM)",
+    )
+    keys.add_argument(
+        "--revocation", type=Path, metavar="FILE", help="a signed revocation document that travels in the bundle"
+    )
+
+
+def _add_publisher(keys: argparse._ArgumentGroup) -> None:
     publisher = keys.add_mutually_exclusive_group()
     publisher.add_argument(
         "--publisher-key", type=Path, metavar="KEY", help="signs the model (OpenSSF Model Signing, ECDSA)"
@@ -51,15 +64,6 @@ def add_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
     )
     keys.add_argument(
         "--publisher-second", type=Path, metavar="KEY", help="signs the model, too (ML-DSA, post-quantum)"
-    )
-    keys.add_argument(
-        "--sign-with",
-        metavar="COMMAND",
-        help="signs for those KEYs that are public keys: gets what to sign on standard input, writes "
-        "the raw signature (a smart card, an HSM)",
-    )
-    keys.add_argument(
-        "--revocation", type=Path, metavar="FILE", help="a signed revocation document that travels in the bundle"
     )
 
 

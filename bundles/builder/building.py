@@ -3,21 +3,24 @@
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
 from pydantic import ValidationError
 
-from bundles.attest.card import Card
-from bundles.attest.facts import Facts
-from bundles.attest.mlbom import bill_of_materials
-from bundles.attest.slsa import provenance
 from bundles.builder import sources
 from bundles.builder.release import Output, Release
 from bundles.builder.sources import ModelFolder
-from bundles.builder.volumes import member_size, plan_volumes
+from bundles.builder.stating import (
+    Base,
+    Parts,
+    carried_chunks,
+    first_fault,
+    make_manifest,
+    make_statements,
+)
 from bundles.builder.writing import BundleWriter, writing
 from bundles.content import forbidden
 from bundles.content.inspector import Inspector, Verdict
@@ -25,45 +28,20 @@ from bundles.content.judge import judge, model_of
 from bundles.format import manifest as manifests
 from bundles.format.chunks import CHUNK_SIZE, MIN_CHUNK_SIZE, Extent, extents
 from bundles.format.errors import BundleError
-from bundles.format.manifest import Canary, Document, File, Licence, Manifest, Model, Resources, Statement
-from bundles.format.members import MAX_HEADER, encode_hints, header_hints
+from bundles.format.manifest import File, Manifest, Resources, Statement
+from bundles.format.members import encode_hints, header_hints
 from bundles.format.paths import check_paths
 from bundles.format.source import beside
 from bundles.pipeline import Progress, Report, State
 from bundles.reader import BundleReader
 from bundles.trust import dsse, oms
-from bundles.trust.policy import ENGINE_VERSION, Head
+from bundles.trust.policy import Head
 
-SLSA, MLBOM, UPSTREAM = "attest/slsa.json", "attest/mlbom.json", "attest/upstream-model.sig"
 _MOST_THREADS = 4
-_BYTES_SIGNED_PER_FILE = 160  # in an OMS signature, beyond the path: digest, names of fields, base64
 
 
 def _silent(_: Progress) -> None:
     """Report nothing."""
-
-
-@dataclass(frozen=True)
-class _Base:
-    """What a delta builds on: the digest of its manifest, its chunks, and how it cuts files."""
-
-    digest: str | None = None
-    chunks: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What was found in the folder and beside it."""
-
-    files: tuple[File, ...]
-    model: Model
-    details: dict[str, str]
-    licences: list[tuple[Licence, bytes]]
-    canaries: tuple[tuple[Canary, ...], int]
-    card: Card
-    signature: bytes | None
-    upstream: bytes | None
-    given: list[tuple[Document, bytes]]
 
 
 def build(
@@ -89,8 +67,8 @@ def build(
     base = _read_base(release, output)
     with sources.opened(model) as files:
         parts = _look(release, model, files, inspector or Inspector(), report)
-        attestations = [*_statements(release, output, base, parts), *parts.given]
-        manifest = _manifest(release, output, base, parts, [document for document, _ in attestations])
+        attestations = [*make_statements(release, output, base, parts), *parts.given]
+        manifest = make_manifest(release, output, base, parts, [document for document, _ in attestations])
         documents = {document.member: content for document, content in (*attestations, *parts.licences)}
         _write(out, manifest, parts.signature, documents, files, base, output, report)
     return manifest
@@ -108,7 +86,7 @@ def _check_release(release: Release, output: Output) -> None:
         )
         Resources(gpu_memory=release.gpu_memory, gpus=release.gpus)
     except ValidationError as error:
-        raise BundleError("RELEASE_INVALID", _first(error)) from None
+        raise BundleError("RELEASE_INVALID", first_fault(error)) from None
     if (release.kind == "model") == bool(release.requires):
         need = "needs no other" if release.requires else "needs one: name it with --requires"
         raise BundleError("RELEASE_INVALID", f"the kind {release.kind} {need}")
@@ -120,9 +98,9 @@ def _check_release(release: Release, output: Output) -> None:
         raise BundleError("RELEASE_INVALID", "a folder is not split into volumes")
 
 
-def _read_base(release: Release, output: Output) -> _Base:
+def _read_base(release: Release, output: Output) -> Base:
     if output.base is None:
-        return _Base()
+        return Base()
     with closing(BundleReader(beside(output.base))) as reader:
         envelope = dsse.parse(reader.read_head().envelope, "the base's manifest")
     manifest = manifests.parse(envelope.payload)
@@ -131,10 +109,10 @@ def _read_base(release: Release, output: Output) -> _Base:
     if manifest.chunk_size != release.chunk_size:
         raise BundleError("RELEASE_INVALID", f"{output.base} cuts its files into chunks of another size")
     digest = hashlib.sha256(envelope.payload).hexdigest()
-    return _Base(digest, frozenset(chunk for file in manifest.files for chunk in file.chunks))
+    return Base(digest, frozenset(chunk for file in manifest.files for chunk in file.chunks))
 
 
-def _look(release: Release, model: Path, files: ModelFolder, inspector: Inspector, report: Report) -> _Parts:
+def _look(release: Release, model: Path, files: ModelFolder, inspector: Inspector, report: Report) -> Parts:
     forbidden.check_names(files.sizes)
     check_paths(files.sizes)
     licences = sources.licences(model, release.licence_files, release.licence, accept=release.accept_licence)
@@ -145,7 +123,7 @@ def _look(release: Release, model: Path, files: ModelFolder, inspector: Inspecto
         oms.read(published)
     verdict = judge(files, inspector, release.kind)
     listed = _describe_all(files, release.chunk_size, report)
-    return _Parts(
+    return Parts(
         files=listed,
         model=model_of(verdict, {file.path: file.sha256 for file in listed}),
         details=_details(verdict),
@@ -184,120 +162,13 @@ def _describe_all(files: ModelFolder, chunk_size: int, report: Report) -> tuple[
             raise
 
 
-def _statements(release: Release, output: Output, base: _Base, parts: _Parts) -> list[tuple[Document, bytes]]:
-    """The attestations made here."""
-    facts = Facts(
-        name=release.name,
-        version=release.version,
-        sequence=release.sequence,
-        kind=release.kind,
-        issued_at=manifests.format_time(release.issued_at),
-        tool_version=ENGINE_VERSION,
-        files=parts.files,
-        model=parts.model,
-        details=parts.details,
-        licences=tuple(licence for licence, _ in parts.licences),
-        card=parts.card,
-        requires=release.requires,
-        base=base.digest,
-        upstream=_upstream(parts),
-        parameters={
-            "targets": release.targets,
-            "acceptLicence": release.accept_licence,
-            "sitePublisher": release.site_publisher,
-            "chunkSize": release.chunk_size,
-            "volumeSize": output.volume_size,
-            "canaries": len(parts.canaries[0]),
-            "gpuMemory": release.gpu_memory,
-            "gpus": release.gpus,
-        },
-    )
-    made = [(SLSA, provenance(facts)), (MLBOM, bill_of_materials(facts))]
-    made += [(UPSTREAM, parts.upstream)] if parts.upstream is not None else []
-    return [sources.document(member, content) for member, content in made]
-
-
-def _upstream(parts: _Parts) -> tuple[str, bool] | None:
-    """The digest of the source's own signature, and whether it is over these very files."""
-    if parts.upstream is None:
-        return None
-    theirs: dict[str, str] = {}
-    with suppress(BundleError):  # one of another profile is kept, and compared with nothing
-        theirs = dict(oms.read_statement(oms.read(parts.upstream).envelope.payload).resources)
-    same = theirs == {file.path: file.sha256 for file in parts.files}
-    return hashlib.sha256(parts.upstream).hexdigest(), same
-
-
-def _manifest(
-    release: Release, output: Output, base: _Base, parts: _Parts, attestations: list[Document]
-) -> Manifest:
-    fields: dict[str, object] = {
-        "schema": manifests.SCHEMA,
-        "bundle_id": "0" * 32,
-        "product": manifests.PRODUCT,
-        "kind": release.kind,
-        "name": release.name,
-        "version": release.version,
-        "sequence": release.sequence,
-        "issued_at": manifests.format_time(release.issued_at),
-        "not_before": manifests.format_time(release.issued_at),
-        "expires": manifests.format_time(release.expires) if release.expires else None,
-        "min_engine": ENGINE_VERSION,
-        "supersedes": None,
-        "base": base.digest,
-        "targets": release.targets,
-        "requires": release.requires,
-        "model": parts.model,
-        "resources": Resources(gpu_memory=release.gpu_memory, gpus=release.gpus),
-        "chunk_size": release.chunk_size,
-        "files": parts.files,
-        "total_size": sum(file.size for file in parts.files),
-        "volumes": (),
-        "oms_sha256": hashlib.sha256(parts.signature).hexdigest() if parts.signature else None,
-        "attestations": tuple(attestations),
-        "licences": tuple(licence for licence, _ in parts.licences),
-        "canary": parts.canaries[0],
-        "canary_pass_percent": parts.canaries[1],
-        "critical": (),
-    }
-    try:
-        manifest = Manifest.model_validate(fields)
-    except ValidationError as error:
-        raise BundleError("MANIFEST_SCHEMA", _first(error)) from None
-    if output.volume_size is not None:
-        head = _head_size(manifest, parts.signature, output.signature_room)
-        lengths = [length for _, length in carried_chunks(manifest, base.chunks)]
-        manifest = manifest.model_copy(update={"volumes": plan_volumes(lengths, head, output.volume_size)})
-    # What it is decides its name: equal bundles have equal ids, and no other bundle has this one.
-    named = manifest.model_copy(update={"bundle_id": hashlib.sha256(manifest.encode()).hexdigest()[:32]})
-    return manifests.parse(named.encode())
-
-
-def _head_size(manifest: Manifest, signature: bytes | None, room: int) -> int:
-    """Bytes before the chunks, with room for roots and signatures, among them one over every file."""
-    signed = len(signature or b"") or sum(len(file.path) * 2 + _BYTES_SIGNED_PER_FILE for file in manifest.files)
-    envelope = len(dsse.Envelope(manifest.encode(), manifests.PAYLOAD_TYPE).encode())
-    members = [MAX_HEADER, envelope, signed, *(document.size for document in manifest.documents)]
-    return sum(map(member_size, members)) + room
-
-
-def carried_chunks(manifest: Manifest, left_out: frozenset[str]) -> list[tuple[str, int]]:
-    """Digest and length of every chunk that is in the bundle, in order."""
-    return [
-        (digest, extent.length)
-        for file in manifest.files
-        for extent, digest in zip(extents(file.size, manifest.chunk_size), file.chunks, strict=True)
-        if digest not in left_out
-    ]
-
-
 def _write(
     out: Path,
     manifest: Manifest,
     signature: bytes | None,
     documents: dict[str, bytes],
     files: ModelFolder,
-    base: _Base,
+    base: Base,
     output: Output,
     report: Report,
 ) -> None:
@@ -327,9 +198,3 @@ def _write_chunk(writer: BundleWriter, fd: int, path: str, extent: Extent, diges
         writer.write(block)
     if chunk.hexdigest() != digest:
         raise BundleError("SOURCE_CHANGED", f"{path} changed while the bundle was built; repeat")
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where} cannot be {first['input']!a}: {first['msg']}"

@@ -19,7 +19,7 @@ from cryptography import x509
 
 from bundles.base import BundleBase
 from bundles.builder import sources
-from bundles.builder.building import UPSTREAM
+from bundles.builder.stating import UPSTREAM
 from bundles.builder.writing import write_head
 from bundles.content.files import ModelFiles
 from bundles.durable import DISK, replacing

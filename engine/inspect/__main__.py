@@ -36,7 +36,7 @@ def main() -> int:
 
 def _judge() -> Verdict:
     question = read_question(sys.stdin.buffer)
-    return (adapter if question.kind == "adapter" else verdict).judge(question.folder)
+    return adapter.judge(question.folder) if question.kind == "adapter" else verdict.judge(question.folder)
 
 
 def _limit() -> None:

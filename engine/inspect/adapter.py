@@ -87,7 +87,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if "peft_type" not in config:
         raise EngineError("ADAPTER_UNSUPPORTED", f"{CONFIG} has no peft_type; LORA is computed")
     alpha = config.get("lora_alpha")
-    if type(alpha) not in (int, float) or not 0 < alpha <= 1e6:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= 1e6:
         raise EngineError("ADAPTER_INVALID", f"{CONFIG}: lora_alpha must be a number above 0")
 
 
