@@ -5,12 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from appliance.cli.failure import UsageError
+from appliance.cli.signing_keys import load_signers
 
 if TYPE_CHECKING:
     from bundles.builder import Signing
-    from bundles.trust.signers import Signer
-
-_PUBLIC = b"-----BEGIN PUBLIC KEY-----"
 
 
 def add_options(parser: argparse.ArgumentParser, *, required: bool) -> None:
@@ -89,41 +87,17 @@ def read_signing(args: argparse.Namespace) -> "Signing":
     if publisher is None and (args.publisher_chain or args.publisher_second):
         raise UsageError("--publisher-chain and --publisher-second need --publisher-key or --site-publisher")
     *earlier, root = sorted(map(roots.load, args.root), key=lambda held: held.version)
-    signers = _Signers(args.sign_with)
-    signing = Signing(
+    named = [path for path in (publisher, args.publisher_second) if path]
+    signers = load_signers([*args.release_key, *named], args.sign_with)
+    of_model = signers[len(args.release_key) :]
+    return Signing(
         root=root,
-        release_keys=tuple(map(signers.load, args.release_key)),
-        publisher_key=signers.load(publisher) if publisher else None,
+        release_keys=tuple(signers[: len(args.release_key)]),
+        publisher_key=of_model[0] if publisher else None,
         oms=args.model_sig.read_bytes() if args.model_sig else None,
         site=args.site_publisher is not None,
         chain=certificates.load_chain(args.publisher_chain) if args.publisher_chain else (),
-        second=signers.load(args.publisher_second) if args.publisher_second else None,
+        second=of_model[1] if args.publisher_second else None,
         earlier=tuple(earlier),
         revocation=args.revocation.read_bytes() if args.revocation else None,
     )
-    signers.check()
-    return signing
-
-
-class _Signers:
-    """Signers by the files of their keys: a private key signs itself, a public one by the command."""
-
-    def __init__(self, command: str | None) -> None:
-        self._command = command
-        self._used = False
-
-    def load(self, path: Path) -> "Signer":
-        """The signer of the key in a file."""
-        from bundles.trust.signers import load_signer
-
-        if self._command is None or _PUBLIC not in path.read_bytes():
-            return load_signer(str(path))
-        self._used = True
-        return load_signer(self._command, public=path)
-
-    def check(self) -> None:
-        """Refuse a command that has nothing to sign."""
-        if self._command is not None and not self._used:
-            raise UsageError(
-                "--sign-with needs the public half of its key: --release-key or --publisher-key PUBLIC.pem"
-            )

@@ -1,7 +1,7 @@
 """Arguments that name who signs: private keys in files, and commands that reach keys in cards or HSMs."""
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,22 +13,13 @@ if TYPE_CHECKING:
 
 
 def add_signers(parser: argparse.ArgumentParser, flag: str, what: str) -> None:
-    """Add `flag` FILE, and --sign-with COMMAND with its --public-key FILE; each may be repeated."""
+    """Add `flag` KEY, which may be repeated, and --sign-with COMMAND."""
     parser.add_argument(flag, dest="key_files", type=Path, action="append", default=[], metavar="KEY", help=what)
     parser.add_argument(
         "--sign-with",
-        action="append",
-        default=[],
         metavar="COMMAND",
-        help="signs in the place of a key file: reads the message, writes the raw signature (docs/trust.md)",
-    )
-    parser.add_argument(
-        "--public-key",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="PUB",
-        help="the public key (PEM) that the --sign-with before it signs with",
+        help="signs for those KEYs that are public keys: gets what to sign on standard input, writes the raw "
+        "signature (a smart card, an HSM; docs/trust.md)",
     )
 
 
@@ -36,15 +27,30 @@ def signers(args: argparse.Namespace) -> "list[Signer]":
     """Who signs, as `add_signers` was answered.
 
     Raises:
-        UsageError: a command without a public key, or a public key without a command.
+        UsageError, BundleError: as `load_signers`.
+    """
+    return load_signers(args.key_files, args.sign_with)
+
+
+def load_signers(files: Sequence[Path], command: str | None) -> "list[Signer]":
+    """The signers of keys in files: a private key signs itself, the command signs for a public one.
+
+    Raises:
+        UsageError: a public key without a command, or a command without a public key.
         BundleError: KEY_UNREADABLE, KEY_UNSUPPORTED.
     """
-    from bundles.trust.signers import FileSigner, load_signer
+    from bundles.trust.keys import is_public_key
+    from bundles.trust.signers import load_signer
 
-    if len(args.sign_with) != len(args.public_key):
-        raise UsageError("every --sign-with needs its --public-key, the key that its signatures are checked with")
-    commands = zip(args.sign_with, args.public_key, strict=True)
-    return [*map(FileSigner, args.key_files), *(load_signer(text, public) for text, public in commands)]
+    public = [path for path in files if is_public_key(path)]
+    if public and not command:
+        raise UsageError(f"{public[0]} is a public key: say with --sign-with what reaches its private half")
+    if command and not public:
+        raise UsageError("--sign-with needs the public half of its key, which its signatures are checked with")
+    return [
+        load_signer(command, public=path) if command and path in public else load_signer(str(path))
+        for path in files
+    ]
 
 
 def assignment(text: str) -> tuple[str, str]:
