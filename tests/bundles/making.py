@@ -166,8 +166,8 @@ def unpack(path: Path, folder: Path) -> Path:
 
 
 def split(path: Path, trust: Trust, *counts: int) -> Path:
-    """A whole bundle as volumes with so many chunks each, the rest in the last; the first one."""
-    left = manifest_of(path).chunk_count - sum(counts)
+    """A whole bundle or delta as volumes with so many chunks each, the rest in the last; the first one."""
+    left = sum(name.startswith("c/") for name, _ in members_of(path)) - sum(counts)
     listed = [{"index": index, "chunks": chunks} for index, chunks in enumerate((*counts, left), start=1)]
     whole = path.with_name(f"{path.name}.whole")
     shutil.copy(path, whole)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bundles.builder import Signing, build, sign
 from bundles.format.errors import BundleError
-from bundles.format.manifest import format_time
+from bundles.format.manifest import File, format_time
 from bundles.pipeline import Progress, State
 from bundles.trust import dsse, oms
 from bundles.trust.policy import Floor, Site
@@ -377,6 +377,39 @@ def test_inspecting_believes_nothing_without_a_root(bundle: Path, trust: Trust) 
     assert doubted.verified is None
     assert doubted.refusal is not None
     assert doubted.refusal.code == "SIGNATURE_INVALID"
+
+
+def test_inspecting_shows_documents_as_the_manifest_names_them(bundle: Path) -> None:
+    seen = inspect(bundle)
+    assert seen.documents["licence/LICENSE"] == b"Do as you like.\n"
+    assert set(seen.documents) == {document.member for document in seen.manifest.documents}
+    replace_member(bundle, "licence/LICENSE", lambda raw: raw.upper())
+    with pytest.raises(BundleError, match="DOCUMENT_DIGEST"):
+        inspect(bundle)
+
+
+def test_what_judging_reads_again_is_kept_whole_and_beyond_memory_in_a_nameless_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from bundles import verify as verifying
+
+    monkeypatch.setattr(verifying, "MOST_MEMORY", 1000)
+    kept = verifying.KeptFiles()
+    content = bytes(range(256)) * 1024
+    small = File.model_construct(path="a.json", size=len(content), role="config")
+    weights = File.model_construct(path="w.safetensors", size=len(content), role="weights")
+    for file in (small, weights):
+        kept.begin(file, lambda _: None)
+        for at in range(0, len(content), 5000):
+            kept.write(at, memoryview(content[at : at + 5000]))
+        kept.end(file)
+    assert kept.read("a.json", 0, 10**9) == content
+    assert kept.read("a.json", 4990, 20) == content[4990:5010]
+    head, tail = verifying.HEAD_BYTES, verifying.TAIL_BYTES
+    assert kept.read("w.safetensors", 0, head) == content[:head]
+    assert kept.read("w.safetensors", len(content) - tail, tail) == content[-tail:]
+    assert kept.read("w.safetensors", head, 1000) == bytes(1000), "of weights nothing else is kept"
+    kept.close()
 
 
 def test_the_ring_holds_few_buffers_however_large_the_bundle(

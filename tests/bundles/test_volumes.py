@@ -56,6 +56,13 @@ def test_volumes_beside_each_other_are_verified_like_the_whole(first: Path, bund
     assert len(inspect(first).manifest.volumes) == 3
 
 
+@pytest.mark.parametrize("counts", [(0,), (1,), (7,), (1, 1, 1, 1, 1, 1, 1), (0, 3, 3)])
+def test_a_bundle_may_be_cut_between_any_chunks(bundle: Path, trust: Trust, counts: tuple[int, ...]) -> None:
+    first = split(bundle, trust, *counts)
+    manifest = verify(first, trust.root, inspector=INSPECTOR).manifest
+    assert [volume.chunks for volume in manifest.volumes[:-1]] == list(counts)
+
+
 def test_every_volume_is_a_container_of_its_own(first: Path) -> None:
     names = [[name for name, _ in members_of(_of(first, index))] for index in (1, 2, 3)]
     assert all((volume[0], volume[-1]) == ("header.json", "end.json") for volume in names)
