@@ -39,7 +39,7 @@ def _approve(args: argparse.Namespace) -> int:
         raise UsageError(f"{args.model_digest[:80]!r} is not a model digest: 64 hex digits in lower case")
     held = signers(args)
     if not held:
-        raise UsageError("an approval is signed: give --key, or --sign-with and --public-key")
+        raise UsageError("an approval is signed: give --key")
     raw = args.add_to.read_bytes() if args.add_to else None
     for signer in held:
         raw = approve(args.model_digest, args.appliance, signer, raw)

@@ -74,6 +74,12 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
         "--expires-days", type=days, default=45, metavar="N", help="when the next one is due (default 45)"
     )
     revoke.add_argument("--out", type=Path, required=True, metavar="TRUST.bundle")
+    revoke.add_argument(
+        "--document",
+        type=Path,
+        metavar="FILE",
+        help="write the revocation document alone, too: for cloister bundle sign --revocation",
+    )
     add_signers(revoke, "--revocation-key", "signs the revocations")
     revoke.set_defaults(run=_revoke)
     bundle = verbs.add_parser(
@@ -83,6 +89,7 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
     bundle.add_argument(
         "--previous", type=Path, metavar="TRUST.bundle", help="takes over its roots and revocations"
     )
+    bundle.add_argument("--revocation", type=Path, metavar="FILE", help="a signed revocation document, instead")
     bundle.add_argument("--out", type=Path, required=True, metavar="TRUST.bundle")
     bundle.set_defaults(run=_bundle)
 
@@ -97,11 +104,12 @@ def _digest(text: str) -> str:
 
 
 def _revoke(args: argparse.Namespace) -> int:
+    from bundles.durable import write_file
     from bundles.trust import revocation
 
     held = signers(args)
     if not held:
-        raise UsageError("revocations are signed: give --revocation-key, or --sign-with and --public-key")
+        raise UsageError("revocations are signed: give --revocation-key")
     earlier = _earlier(args.previous)
     root, chain = _chain(args, earlier)
     before = revocation.parse(earlier.revocation) if earlier and earlier.revocation else None
@@ -110,6 +118,8 @@ def _revoke(args: argparse.Namespace) -> int:
     found = revocation.parse(raw)
     is_complete = _is_complete(raw, root)
     _write(args, chain, raw)
+    if args.document:
+        write_file(args.document, raw)
     note = "" if is_complete else "\nNOT COMPLETE: the root wants more signatures; cloister trust sign"
     text = f"{describe_revocations(found)}\n\n{_written(args.out)}{note}"
     emit(args, {"file": str(args.out), "complete": is_complete, **revocation_facts(found)}, text)
@@ -194,6 +204,8 @@ def _bundle(args: argparse.Namespace) -> int:
     earlier = _earlier(args.previous)
     root, chain = _chain(args, earlier)
     raw = earlier.revocation if earlier else None
+    if args.revocation:
+        raw = args.revocation.read_bytes()
     found = revocation.verify(raw, root) if raw is not None else None
     _write(args, chain, raw)
     parts = [f"roots of trust: {', '.join(str(held.version) for held in chain)}"]

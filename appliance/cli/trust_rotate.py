@@ -59,7 +59,7 @@ def _rotate(args: argparse.Namespace) -> int:
     old = roots.load(args.root)
     held = signers(args)
     if not held:
-        raise UsageError("a root is signed by root keys: give --root-key, or --sign-with and --public-key")
+        raise UsageError("a root is signed by root keys: give --root-key")
     draft = _changed(old, args)
     path: Path = args.out or args.root.with_name(f"{draft.version}.root.json")
     if path.exists():
@@ -94,7 +94,7 @@ def _changed(old: "Root", args: argparse.Namespace) -> "RootDraft":
 def _sign(args: argparse.Namespace) -> int:
     held = signers(args)
     if not held:
-        raise UsageError("nobody signs: give --key, or --sign-with and --public-key")
+        raise UsageError("nobody signs: give --key")
     with args.file.open("rb") as stream:
         is_root = stream.read(1) == b"{"
     return _sign_root(args, held) if is_root else _sign_revocations(args, held)

@@ -233,6 +233,14 @@ def load_private_key(path: Path) -> PrivateKey:
     return key
 
 
+def is_public_key(path: Path) -> bool:
+    """Whether a file holds a PEM public key, by its first line of dashes."""
+    try:
+        return b"-----BEGIN PUBLIC KEY-----" in path.read_bytes()
+    except OSError:
+        return False
+
+
 def load_public_key(path: Path) -> Key:
     """Read a PEM public key (SubjectPublicKeyInfo).
 

@@ -98,6 +98,8 @@ def verify_head(
             REVOCATION_NOT_YET_VALID; those of roots, roles, dsse, manifest, publishers and oms.
     """
     trust, _ = _follow(head.roots, head.revocation, pinned, now, revocations, revocation_floor)
+    if trust.revocations is not None:
+        trust.revocations.check_fresh(now)
     envelope = dsse.parse(head.envelope, "the signed manifest")
     signers = check_release(envelope, trust.root, trust.revocations)
     manifest = manifests.parse(envelope.payload)
@@ -142,6 +144,8 @@ def verify_trust(
             SIGNATURE codes.
     """
     trust, new = _follow(brought, document, pinned, now, revocations, revocation_floor)
+    if new is not None:
+        new.check_fresh(now)
     if new and trust.revocations and new.digest != trust.revocations.digest:
         raise BundleError(
             "REVOCATION_ROLLBACK", f"revocations of sequence {trust.revocations.sequence} are in force already"
@@ -176,8 +180,6 @@ def _follow(
     root.check_fresh(now)
     new = revocation.verify(document, root) if document is not None else None
     newest = revocation.newest(root, held, new, floor)
-    if newest is not None:
-        newest.check_fresh(now)
     return VerifiedTrust(root, tuple(r for r in parsed if r.version > pinned.version), newest), new
 
 

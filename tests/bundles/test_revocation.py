@@ -139,6 +139,11 @@ def test_a_document_is_good_for_its_time() -> None:
         assert _code(lambda f=found: verify_head(HEAD, ROOT, NOW, f)) == code
 
 
+def test_a_rotation_is_taken_also_where_the_revocations_in_force_have_expired() -> None:
+    second = root_of({"publisher": [PUBLISHER.key]}, version=2)
+    assert verify_trust([second.raw], None, ROOT, NOW, revocations(expires=NOW)).root.version == 2
+
+
 def test_new_keys_of_the_role_undo_a_fast_forward() -> None:
     """TUF 5.3.11: whoever stole the old key signed the highest sequence there is."""
     forwarded = revocations(2**53 - 1, keys=[SECOND.key.keyid])

@@ -90,9 +90,7 @@ def test_a_root_over_keys_that_are_elsewhere_is_signed_by_a_command(
     unsigned = _json(capsys, *words)
     assert (unsigned["complete"], (tmp_path / "k" / "root.key").exists()) == (False, False)
     command = f"openssl pkeyutl -sign -rawin -inkey {key} -in /dev/stdin"
-    signed = _json(
-        capsys, "trust", "sign", tmp_path / "k" / "root.json", "--sign-with", command, "--public-key", public
-    )
+    signed = _json(capsys, "trust", "sign", tmp_path / "k" / "root.json", "--key", public, "--sign-with", command)
     assert signed["complete"]
     assert signed["fingerprint"] == unsigned["fingerprint"]
     assert roots.load(tmp_path / "k" / "root.json").roles["root"].keyids == (_keyid(key),)
@@ -162,6 +160,21 @@ def test_revoking_writes_a_trust_bundle_and_the_next_one_repeats_it(
     assert [entry.serial for entry in found.document.certificates] == ["aff"]
     assert len(found.crls) == 1
     assert second.stat().st_size < 16 * 1024
+    document, third = tmp_path / "revocation.json", tmp_path / "3.trust"
+    _json(capsys, *words, "--previous", second, "--out", third, "--document", document)
+    assert document.read_bytes() == read_trust_bundle(third).revocation
+    bundling = (
+        "trust",
+        "bundle",
+        "--root",
+        k / "root.json",
+        "--revocation",
+        document,
+        "--out",
+        tmp_path / "4.trust",
+    )
+    assert _json(capsys, *bundling)["revocations"]["sequence"] == 3
+    assert _json(capsys, "trust", "show", document)["sequence"] == 3
     shown = _json(capsys, "trust", "show", second)
     assert shown["revocations"]["keys"] == [release]
     assert _run(*words, "--previous", second, "--minimum", "tiny=4", "--out", first) == 2
@@ -205,6 +218,7 @@ def test_custodians_approve_one_after_the_other(tmp_path: Path, capsys: pytest.C
 def test_a_signing_command_that_fails_writes_nothing(tmp_path: Path) -> None:
     k = tmp_path / "k"
     _init(k, "--custodians", "1")
-    failing = ("--sign-with", f"{sys.executable} -c 'raise SystemExit(9)'", "--public-key", k / "custodian.pub")
+    failing = ("--key", k / "custodian.pub", "--sign-with", f"{sys.executable} -c 'raise SystemExit(9)'")
     assert _run("trust", "approve", DIGEST, "--appliance", "a", *failing, "--out", tmp_path / "a") == 1
+    assert _run("trust", "approve", DIGEST, "--appliance", "a", *failing[:2], "--out", tmp_path / "a") == 2
     assert not (tmp_path / "a").exists()
