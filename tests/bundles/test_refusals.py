@@ -21,26 +21,10 @@ from bundles.pipeline import Progress, State
 from bundles.trust import roots
 from bundles.verify import verify
 from tests.bundles.attacks import Attack, Refusal, Scene
-from tests.bundles.forging import Ceremony, Draft
-from tests.bundles.hostile import REFUSALS, SHARED
-from tests.bundles.hostile_content import llama
+from tests.bundles.forging import Draft
+from tests.bundles.hostile import REFUSALS, SHARED, make_drafts, make_model
 from tests.bundles.making import INSPECTOR, sha256
 from tests.bundles.reading import Medium, changes
-
-TEMPLATE = "{%- for m in messages -%}<|{{ m['role'] }}|>{{ m['content'] }}{{ eos_token }}{%- endfor -%}"
-
-
-def _model(folder: Path) -> Path:
-    """A model that the real engine-inspect accepts."""
-    from tests.engine.tiny_models import byte_tokenizer, write_tokenizer
-
-    folder.mkdir()
-    config, weights = llama(6)
-    (folder / "config.json").write_bytes(config)
-    (folder / "model.safetensors").write_bytes(weights)
-    write_tokenizer(folder, byte_tokenizer(), TEMPLATE)
-    (folder / "LICENSE").write_text("Be good.\n")
-    return folder
 
 
 @dataclass(frozen=True)
@@ -59,15 +43,11 @@ def house() -> Iterator[House]:
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
         root = Path(folder)
-        model, keys = _model(root / "model"), Ceremony()
-        pinned = keys.root_document(1)
-        files = {path.name: path.read_bytes() for path in model.iterdir()}
-        good = Draft.made(keys, pinned, files, 6)
-        other = {path: raw + b"\n" for path, raw in files.items()}  # so that no file is in the store already
-        base = Draft.made(keys, pinned, other | {"model.safetensors": llama(5)[1]}, 5)
+        model = make_model(root / "model")
+        good, base = make_drafts(model)
         made = House(root / "home", good, base, model)
         (made.home / "trust").mkdir(parents=True)
-        (made.home / "trust" / "1.root.json").write_bytes(pinned)
+        (made.home / "trust" / "1.root.json").write_bytes(good["trust/1.root.json"])
         (made.home / "trust" / "site").write_text("here\n")
         place = Workplace.open(made.home, INSPECTOR)
         first = Scene(root, made.good, made.base, model).write(made.base)
