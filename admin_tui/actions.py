@@ -84,7 +84,7 @@ ACTIONS: tuple[Action, ...] = (
     ),
     Action(
         "page.models", ("3",), "Models: versions, deployments, imports", twin=("bundle", "list"),
-        calls=(_ADMIN + "ModelService/ListModelVersions",), shows=Page.MODELS,
+        calls=(_ADMIN + "ModelService/ListModelVersions", _ADMIN + "ModelService/ListImports"), shows=Page.MODELS,
     ),
     Action(
         "page.audit", ("5",), "Audit: the log, newest first", twin=("audit", "query"),

@@ -35,7 +35,7 @@ def detail(state: State, digest: str) -> tuple[Fact, ...]:
         return ()
     facts: list[Fact] = [
         (found.kind or "model", f"{found.name}@{found.version}, sequence {found.sequence}", Tone.STRONG),
-        *_standing(found),
+        *_wrong(found),
         ("digest", found.model_digest, Tone.PLAIN),
         *((("signed by", signer, Tone.PLAIN)) for signer in found.signers),
         ("size", f"{size(found.total_size)} ({found.total_size:,} bytes)", Tone.PLAIN),
@@ -49,6 +49,7 @@ def detail(state: State, digest: str) -> tuple[Fact, ...]:
         facts += [("  alias", name, Tone.PLAIN) for name in _aliases(state, deployment)]
     if not deployed:
         facts.append(("deployed", f"no: cloister model load {found.name}@{found.version} --as NAME", Tone.DIM))
+    facts += _said(found)
     return tuple(facts)
 
 
@@ -62,15 +63,22 @@ def standing(version: admin_pb2.ModelVersion) -> Cell:
     return Cell(version.state or "-", tones.get(version.state, Tone.PLAIN))
 
 
-def _standing(version: admin_pb2.ModelVersion) -> list[Fact]:
-    """State, approvals, licences and what is wrong, for the detail."""
-    facts: list[Fact] = [("state", version.state or "-", standing(version).tone)]
+def _wrong(version: admin_pb2.ModelVersion) -> list[Fact]:
+    """What is wrong with a version."""
+    facts: list[Fact] = [
+        ("damaged", f"{path}: import the same bundle again", Tone.CRIT) for path in version.damaged
+    ]
+    if version.revoked:
+        facts.append(("revoked", f"{version.revoked}: it is not loaded again", Tone.CRIT))
+    return facts
+
+
+def _said(version: admin_pb2.ModelVersion) -> list[Fact]:
+    """What custodians said of a version, and its licences."""
+    facts: list[Fact] = []
     if version.approvals_required:
         wanted = f"{len(version.approvals)} of {version.approvals_required} custodians"
         facts += [("approved", wanted, Tone.PLAIN), *(("  by", keyid, Tone.PLAIN) for keyid in version.approvals)]
-    if version.revoked:
-        facts.append(("revoked", f"{version.revoked}: it is not loaded again", Tone.CRIT))
-    facts += [("damaged", f"{path}: import the same bundle again", Tone.CRIT) for path in version.damaged]
     asks = " (to be accepted before first use)" if version.licence_acceptance else ""
     facts += [("licence", f"{spdx}{asks}", Tone.PLAIN) for spdx in version.licences]
     return facts

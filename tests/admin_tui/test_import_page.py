@@ -25,7 +25,7 @@ async def test_an_import_asks_twice_with_the_focus_on_cancel() -> None:
         assert "[ Cancel ]" in text
         await pilot.press("enter")
         await settled(app, pilot)
-        assert not any(call.startswith("import") for call in port.calls)
+        assert not any(call.startswith("import_bundle") for call in port.calls)
 
 
 async def test_an_import_shows_bytes_rate_time_left_state_and_file_and_then_its_end() -> None:
@@ -139,7 +139,7 @@ async def test_a_volume_that_is_wanted_is_asked_for_and_named_with_the_same_key(
         assert "5.0 MiB/s" in text, "the rate is the importer's own"
         await pilot.press("I")
         await until(pilot, app, "Volume 2 of 3")
-        await pilot.press("backspace", "n", "enter")
+        await pilot.press(*"/n", "enter")
         await pilot.pause()
         assert "offer_volume i1 /n" in port.calls
         port.go.set()
@@ -153,4 +153,5 @@ async def test_an_import_that_somebody_else_began_is_seen_with_the_way_to_join_i
         await pilot.press("3")
         assert "IMPORT streaming elsewhere: I with /media/q joins it" in await settled(app, pilot)
         port.import_list = []
+        await pilot.press("1", "3")
         assert "elsewhere" not in await settled(app, pilot)

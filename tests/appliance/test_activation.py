@@ -187,6 +187,31 @@ async def test_where_memory_holds_one_a_failure_brings_the_present_one_back_by_i
     await site.house.ready("notes-1")
 
 
+async def test_a_control_killed_while_the_alias_has_already_moved_brings_both_back() -> None:
+    home = make_home()
+    try:
+        site = Site(home)
+        async with open_site(home, site):
+            await first(site)
+            site.house.importer.add(2, canaries=[GOOD], canary_pass_percent=100)
+            site.house.host.fits = one_at_a_time
+            site.worker.script = silence
+            request = admin_pb2.ActivateModelRequest(model_version="notes@2", alias="notes")
+            stream = site.house.models.ActivateModel(request)
+            await until(lambda: site.worker.submits)
+            assert await site.aliases() == {"notes": "notes-2"}
+            assert await site.states() == {"notes@1": "active", "notes@2": "approved"}, "on trial, not active"
+            await site.house.plane.activations.close()  # as SIGKILL does: nothing is brought back before the end
+            stream.cancel()
+        async with open_site(home, site, gateway=False):
+            assert (await site.aliases(), await site.deployed()) == ({"notes": "notes-1"}, {"notes-1": "notes@1"})
+            await site.house.ready("notes-1")
+            (key,) = (await site.house.tenants.ListKeys(admin_pb2.ListKeysRequest(tenant="system"))).keys
+            assert key.state == "revoked"
+    finally:
+        shutil.rmtree(home.root.parent)
+
+
 async def test_what_fits_in_no_way_is_refused_before_anything_moves(site: Site) -> None:
     await first(site)
     site.house.importer.add(2)
