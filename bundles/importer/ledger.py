@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from bundles.durable import DISK, Fs
 from bundles.importer.database import Database
@@ -248,7 +249,7 @@ class Ledger:
     def outbox(self, after: int, limit: int = 100) -> tuple[Entry, ...]:
         """Events not yet acknowledged, with a higher number than `after`, oldest first."""
         rows = self._db.rows("SELECT * FROM outbox WHERE sequence > ? ORDER BY sequence LIMIT ?", (after, limit))
-        return tuple(Entry(*row[:3], State(row[3]) if row[3] else None, *row[4:]) for row in rows)
+        return tuple(_entry(*row) for row in rows)
 
     def acknowledge(self, sequence: int) -> None:
         """Forget events up to a number."""
@@ -282,6 +283,10 @@ class Ledger:
                 self._now_ns(),
             ),
         )
+
+
+def _entry(sequence: int, event: str, import_id: str, state: str, *rest: Any) -> Entry:
+    return Entry(sequence, event, import_id, State(state) if state else None, *rest)
 
 
 def _encode(progress: Progress) -> str:

@@ -3,8 +3,8 @@
     crashing_import.py HOME BUNDLE WORK STEP
 
 Every round copies HOME to WORK and imports BUNDLE in a forked child whose N-th change is SIGKILL (N grows by
-STEP), then opens the copy again, looks, and imports once more. Prints a JSON list of rounds. With STEP 0 it imports
-into HOME itself, once, for whoever kills it from outside.
+STEP), then opens the copy again, looks, and imports once more. Prints a JSON list of rounds. With STEP 0 it
+imports into HOME itself, once, for whoever kills it from outside.
 """
 
 import json

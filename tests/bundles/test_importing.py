@@ -3,10 +3,7 @@
 import json
 import os
 import secrets
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -20,8 +17,8 @@ from bundles.format.errors import BundleError
 from bundles.format.manifest import Kind
 from bundles.importer import floors
 from bundles.importer.importing import import_bundle
-from bundles.importer.workplace import Workplace
 from bundles.importer.ledger import Ledger
+from bundles.importer.workplace import Workplace
 from bundles.pipeline import Progress, State
 from bundles.trust import dsse
 from bundles.trust.signers import new_signer

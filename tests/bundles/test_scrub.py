@@ -126,7 +126,11 @@ async def test_one_who_asks_joins_the_scrub_that_runs_and_sees_it_end(place: Wor
     assert not scrubber.sweep(first).ended
     ended = asyncio.Event()
     loop = asyncio.get_running_loop()
-    scrubber.changed = lambda: loop.call_soon_threadsafe(ended.set) and None  # type: ignore[func-returns-value]
+
+    def changed() -> None:
+        loop.call_soon_threadsafe(ended.set)
+
+    scrubber.changed = changed
     scrubber.start()
     while not scrubber.sweep(first).ended:
         await asyncio.wait_for(ended.wait(), 60)
