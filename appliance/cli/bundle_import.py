@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
@@ -19,6 +20,7 @@ from bundles.format.errors import BundleError
 
 _INTERRUPTED = 130
 _SUFFIX_DIGITS = 3
+_LINE_EVERY_S = 1.0
 
 
 Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns has no public name
@@ -80,8 +82,8 @@ class Watch:
         self._path = path
         self._volumes = volumes
         self._asked = 0
-        self._told_refusal = ""
         self._line = ("", 0, "")
+        self._told_at = float("-inf")
         self.bar = ProgressBar()
 
     def follow(self) -> admin_pb2.ImportBundleResponse:
@@ -108,8 +110,9 @@ class Watch:
             self.bar.update(state, told.bytes_done, told.bytes_total, told.file, told.bytes_per_second or None)
             return
         line = (told.state, told.volume_wanted, told.volume_refused)
-        if line != self._line and told.state not in ("committed", "rejected"):
-            self._line = line
+        late = time.monotonic() - self._told_at >= _LINE_EVERY_S
+        if (late or line != self._line) and told.state not in ("committed", "rejected"):
+            self._line, self._told_at = line, time.monotonic()
             emit_line(self._args, plain(told), "")
 
     def _hand_over(self, told: admin_pb2.ImportBundleResponse) -> None:

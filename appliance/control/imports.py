@@ -21,6 +21,7 @@ from appliance.errors import CloisterError
 from bundles.protos import importer_pb2, importer_pb2_grpc
 
 _CALL_LIMIT_S = 10.0
+_MEDIUM_LIMIT_S = 60.0  # a medium that was just put in spins up first
 _REMOVAL_LIMIT_S = 600.0  # deleting files of many gigabytes takes its time
 _PAUSE_S = 0.5
 _COMMITTED = importer_pb2.IMPORT_STATE_COMMITTED
@@ -76,7 +77,7 @@ class Imports:
             CloisterError: the importer's refusal, or IMPORTER_UNAVAILABLE.
         """
         request = importer_pb2.OfferVolumeRequest(import_id=import_id, path=path)
-        await _told(self._importer.OfferVolume(request, timeout=_CALL_LIMIT_S))
+        await _told(self._importer.OfferVolume(request, timeout=_MEDIUM_LIMIT_S))
 
     async def imports(self) -> list[importer_pb2.Import]:
         """The imports that run or wait, and the last ones that ended, newest first."""
@@ -90,7 +91,7 @@ class Imports:
             CloisterError: the importer's refusal, or IMPORTER_UNAVAILABLE.
         """
         request = importer_pb2.CancelImportRequest(import_id=import_id)
-        await _told(self._importer.CancelImport(request, timeout=_CALL_LIMIT_S))
+        await _told(self._importer.CancelImport(request, timeout=_MEDIUM_LIMIT_S))
 
     async def versions(self) -> list[importer_pb2.ModelVersion]:
         """The committed versions, oldest first.

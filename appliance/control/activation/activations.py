@@ -180,9 +180,7 @@ class _Attempt:
             park = where.made and not await self._make_room(where)
             self._parts.journal.check()
             begun = await self._run(lambda s: trial.begin(s, self._wanted, where, park))
-            how = "in place of the present one, as memory holds one" if park else "beside the present one"
-            how = how if where.previous else "as the first one behind this alias"
-        self._running.tell(trial.PLANNED, f"loads as {begun.deployment}, {how}", deployment=begun.deployment)
+        self._running.tell(trial.PLANNED, _how(begun, where, park), deployment=begun.deployment)
         return begun, where.row, park
 
     async def _make_room(self, where: Place) -> bool:
@@ -312,6 +310,16 @@ class _Attempt:
 
     async def _run(self, work: Callable[[Session], Result]) -> Result:
         return await self._parts.database.run(work)
+
+
+def _how(begun: Trial, where: Place, park: bool) -> str:
+    """What is about to be done, in words."""
+    if not begun.made:
+        return f"{begun.deployment} runs it already"
+    if where.previous is None:
+        return f"loads as {begun.deployment}, the first one behind this alias"
+    place = "in place of the present one, as memory holds one alone" if park else "beside the present one"
+    return f"loads as {begun.deployment}, {place}"
 
 
 def _same(one: Wanted, other: Wanted) -> bool:
