@@ -38,6 +38,13 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
         init.add_argument(
             f"--{name}-threshold", type=_holders, metavar="M", help="how many must sign (default: a majority)"
         )
+    _add_schemes(init)
+    _add_elsewhere(init)
+    add_signers(init, "--root-key", "signs the root, where its keys are given with --public")
+    init.set_defaults(run=_init)
+
+
+def _add_schemes(init: argparse.ArgumentParser) -> None:
     init.add_argument("--scheme", choices=SCHEMES, default=SCHEMES[0], help=f"default {SCHEMES[0]}")
     init.add_argument(
         "--publisher-scheme",
@@ -51,6 +58,9 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
     init.add_argument(
         "--pq-scheme", choices=POST_QUANTUM, default=POST_QUANTUM[2], help=f"default {POST_QUANTUM[2]}"
     )
+
+
+def _add_elsewhere(init: argparse.ArgumentParser) -> None:
     init.add_argument(
         "--public",
         type=assignment,
@@ -74,8 +84,6 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
         metavar="ROLE",
         help="its certificates need a revocation list in force",
     )
-    add_signers(init, "--root-key", "signs the root, where its keys are given with --public")
-    init.set_defaults(run=_init)
 
 
 def _init(args: argparse.Namespace) -> int:

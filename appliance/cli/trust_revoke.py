@@ -18,12 +18,18 @@ if TYPE_CHECKING:
 
 Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns has no public name
 
+_ROOT_HELP = "the newest root, and with it every one that an appliance may lack"
 _DIGEST = re.compile(r"[0-9a-f]{64}", re.A)
 _SERIAL = re.compile(r"(0[xX])?([0-9a-fA-F]{1,2}(:?[0-9a-fA-F]{2})*|[0-9a-fA-F]+)", re.A)
 
 
 def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
     """Add `revoke` and `bundle` to `cloister trust`."""
+    _register_revoke(verbs)
+    _register_bundle(verbs)
+
+
+def _register_revoke(verbs: "Verbs[argparse.ArgumentParser]") -> None:
     revoke = verbs.add_parser(
         "revoke", help="write a trust bundle that revokes, and repeats what was revoked before"
     )
@@ -31,6 +37,23 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
     revoke.add_argument(
         "--previous", type=Path, metavar="TRUST.bundle", help="the trust bundle before, whose revocations go on"
     )
+    _add_entries(revoke)
+    revoke.add_argument(
+        "--expires-days", type=days, default=45, metavar="N", help="when the next one is due (default 45)"
+    )
+    revoke.add_argument("--out", type=Path, required=True, metavar="TRUST.bundle")
+    revoke.add_argument(
+        "--document",
+        type=Path,
+        metavar="FILE",
+        help="write the revocation document alone, too: for cloister bundle sign --revocation",
+    )
+    add_signers(revoke, "--revocation-key", "signs the revocations")
+    revoke.set_defaults(run=_revoke)
+
+
+def _add_entries(revoke: argparse.ArgumentParser) -> None:
+    """What is revoked."""
     revoke.add_argument(
         "--key",
         type=_digest,
@@ -70,18 +93,9 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
         metavar="NAME=SEQUENCE",
         help="nothing of this model below this sequence",
     )
-    revoke.add_argument(
-        "--expires-days", type=days, default=45, metavar="N", help="when the next one is due (default 45)"
-    )
-    revoke.add_argument("--out", type=Path, required=True, metavar="TRUST.bundle")
-    revoke.add_argument(
-        "--document",
-        type=Path,
-        metavar="FILE",
-        help="write the revocation document alone, too: for cloister bundle sign --revocation",
-    )
-    add_signers(revoke, "--revocation-key", "signs the revocations")
-    revoke.set_defaults(run=_revoke)
+
+
+def _register_bundle(verbs: "Verbs[argparse.ArgumentParser]") -> None:
     bundle = verbs.add_parser(
         "bundle", help="put roots, and revocations that are signed already, into a trust bundle"
     )
@@ -92,9 +106,6 @@ def register_verbs(verbs: "Verbs[argparse.ArgumentParser]") -> None:
     bundle.add_argument("--revocation", type=Path, metavar="FILE", help="a signed revocation document, instead")
     bundle.add_argument("--out", type=Path, required=True, metavar="TRUST.bundle")
     bundle.set_defaults(run=_bundle)
-
-
-_ROOT_HELP = "the newest root, and with it every one that an appliance may lack"
 
 
 def _digest(text: str) -> str:

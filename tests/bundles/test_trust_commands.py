@@ -160,25 +160,21 @@ def test_revoking_writes_a_trust_bundle_and_the_next_one_repeats_it(
     assert [entry.serial for entry in found.document.certificates] == ["aff"]
     assert len(found.crls) == 1
     assert second.stat().st_size < 16 * 1024
-    document, third = tmp_path / "revocation.json", tmp_path / "3.trust"
-    _json(capsys, *words, "--previous", second, "--out", third, "--document", document)
-    assert document.read_bytes() == read_trust_bundle(third).revocation
-    bundling = (
-        "trust",
-        "bundle",
-        "--root",
-        k / "root.json",
-        "--revocation",
-        document,
-        "--out",
-        tmp_path / "4.trust",
-    )
-    assert _json(capsys, *bundling)["revocations"]["sequence"] == 3
-    assert _json(capsys, "trust", "show", document)["sequence"] == 3
     shown = _json(capsys, "trust", "show", second)
     assert shown["revocations"]["keys"] == [release]
     assert _run(*words, "--previous", second, "--minimum", "tiny=4", "--out", first) == 2
     assert _run(*words, "--key", _keyid(k / "root.key"), "--out", first) == 2
+
+
+def test_a_revocation_document_travels_alone_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    k, document, out = tmp_path / "k", tmp_path / "revocation.json", tmp_path / "t"
+    _init(k)
+    words = ("trust", "revoke", "--root", k / "root.json", "--revocation-key", k / "revocation.key", "--out", out)
+    _json(capsys, *words, "--document", document)
+    assert document.read_bytes() == read_trust_bundle(out).revocation
+    again = ("trust", "bundle", "--root", k / "root.json", "--revocation", document, "--out", tmp_path / "u")
+    assert _json(capsys, *again)["revocations"]["sequence"] == 1
+    assert _json(capsys, "trust", "show", document)["sequence"] == 1
 
 
 def test_revocations_that_several_must_sign_are_signed_one_after_the_other(

@@ -117,6 +117,17 @@ def publisher_signer() -> PrivateSigner:
     return new_signer("ecdsa-sha2-nistp384")
 
 
+_MODEL = {
+    "architecture": "LlamaForCausalLM",
+    "dtype": "float16",
+    "quantisation": None,
+    "max_context_tokens": 8,
+    "parameters": 1,
+    "capabilities": (),
+    "tokenizer_sha256": None,
+}
+
+
 def manifest_of(**changes: object) -> Manifest:
     """The manifest of a model of one file, with `changes`."""
     content = b"Do as you like.\n"
@@ -137,15 +148,7 @@ def manifest_of(**changes: object) -> Manifest:
         "base": None,
         "targets": (),
         "requires": (),
-        "model": {
-            "architecture": "LlamaForCausalLM",
-            "dtype": "float16",
-            "quantisation": None,
-            "max_context_tokens": 8,
-            "parameters": 1,
-            "capabilities": (),
-            "tokenizer_sha256": None,
-        },
+        "model": _MODEL,
         "resources": {"gpu_memory": 0, "gpus": 0},
         "chunk_size": 4096,
         "files": (_file("LICENSE", content, digest),),
