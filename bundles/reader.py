@@ -11,7 +11,7 @@ Sources are one volume's file or one folder each; this reader knows no differenc
 
 import hashlib
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from bundles.format import members, strict_json
@@ -234,7 +234,7 @@ class BundleReader:
         self._chunks_left = self._plan[self._volume - 1].chunks
         carried = (d for file in self._known.files for d in file.chunks if d in self._carried)
         chunks = islice(carried, before, before + self._chunks_left)
-        names = (*documents, *map(members.chunk_member, chunks))
+        names = chain(documents, map(members.chunk_member, chunks))  # a file asks for none of them
         self._ahead = self._source.arrange(names, self._ahead)
 
     @property
