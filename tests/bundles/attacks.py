@@ -69,8 +69,8 @@ class Attack:
         around: holds during the import.
         volumes: what the operator offers, one after the other, when a volume is wanted; what is refused then ends
             the import.
-        verified: by `verify`, held to this, in the place of an import: an import waits for a volume that is missing,
-            and knows no GPUs.
+        verified: by `verify`, held to this, in the place of an import, which waits for a missing volume and knows
+            no GPUs.
     """
 
     source: Path

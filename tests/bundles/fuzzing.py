@@ -60,8 +60,12 @@ class Target:
 
 def targets(good: Draft) -> dict[str, Target]:
     """Every target, by name, around a bundle that is good."""
-    keys, pinned = good.keys, roots.parse(good["trust/1.root.json"])
-    authority, publisher = Authority(), Keyholder.ecdsa()
+    pinned = roots.parse(good["trust/1.root.json"])
+    return _formats(good, pinned) | _publishers(good, pinned)
+
+
+def _publishers(good: Draft, pinned: roots.Root) -> dict[str, Target]:
+    keys, authority, publisher = good.keys, Authority(), Keyholder.ecdsa()
     certified = roots.parse(
         keys.root_document(
             1, lambda s: s.update({"x-cloister": {"certificate_authorities": {"publisher": [authority.pem]}}})
@@ -71,18 +75,6 @@ def targets(good: Draft) -> dict[str, Target]:
     statement = encoded(good.statement())
     signed = oms_signature(statement, publisher, chain)
     return {
-        "container": Target([_archive(good.members[:6]), _archive([])], _container, _read_container),
-        "bundle": Target([_archive(good.members)], _members, lambda raw: _verify(raw, pinned, good.payload)),
-        "trust bundle": Target([_archive(_trust_bundle(good))], _members, _read_trust),
-        "json": Target([good.payload, good["trust/1.root.json"], b'[1,{"a":"\\u00e9"},null]'], _text, _read_json),
-        "manifest": Target([good.payload], _document, _read_manifest),
-        "signed manifest": Target([good["manifest.dsse.json"]], mutated_text, _reads_envelope),
-        "root": Target([good["trust/1.root.json"]], lambda r, raw: _root(r, raw, keys), _reads_root(pinned)),
-        "revocations": Target(
-            [keys.revocations(crls=[base64.b64encode(authority.revocation_list(5)).decode()])],
-            lambda r, raw: _enveloped(r, raw, [keys.revocation]),
-            lambda raw: _read_revocations(raw, pinned),
-        ),
         "publisher's statement": Target(
             [statement],
             _document,
@@ -97,6 +89,25 @@ def targets(good: Draft) -> dict[str, Target]:
             mutated,
             lambda raw: _read_certificate(raw, certified, chain[0]),
             lambda der: encoded(oms_signature(statement, publisher, [der])),
+        ),
+    }
+
+
+def _formats(good: Draft, pinned: roots.Root) -> dict[str, Target]:
+    keys = good.keys
+    crl = base64.b64encode(Authority().revocation_list(5)).decode()
+    return {
+        "container": Target([_archive(good.members[:6]), _archive([])], _container, _read_container),
+        "bundle": Target([_archive(good.members)], _members, lambda raw: _verify(raw, pinned, good.payload)),
+        "trust bundle": Target([_archive(_trust_bundle(good))], _members, _read_trust),
+        "json": Target([good.payload, good["trust/1.root.json"], b'[1,{"a":"\\u00e9"},null]'], _text, _read_json),
+        "manifest": Target([good.payload], _document, _read_manifest),
+        "signed manifest": Target([good["manifest.dsse.json"]], mutated_text, _reads_envelope),
+        "root": Target([good["trust/1.root.json"]], lambda r, raw: _root(r, raw, keys), _reads_root(pinned)),
+        "revocations": Target(
+            [keys.revocations(crls=[crl])],
+            lambda r, raw: _enveloped(r, raw, [keys.revocation]),
+            lambda raw: _read_revocations(raw, pinned),
         ),
         "safetensors": Target([_WEIGHTS, good.content("model.safetensors")], _tensors, _read_tensors),
         "path": Target([b"a/b.json", "caf\u00e9/\u65e5.txt".encode()], mutated, _read_path),
