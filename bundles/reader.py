@@ -77,7 +77,9 @@ class BundleReader:
             BundleError: HEADER_FORMAT, VOLUME_ORDER, the CONTAINER and JSON codes.
         """
         if (self._kind or self.read_header()) == members.TRUST:
-            raise BundleError("HEADER_FORMAT", "this is a trust bundle, which holds no model")
+            raise BundleError(
+                "HEADER_FORMAT", "this is a trust bundle, which holds no model (cloister trust show)"
+            )
         roots = tuple(self._roots())
         revocation = self._revocation()
         envelope = self._read(members.MANIFEST, members.MAX_ENVELOPE)
