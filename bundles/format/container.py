@@ -19,6 +19,7 @@ BLOCK = 512
 MAX_MEMBER = 8**11 - 1
 MAX_NAME = 100
 _END = bytes(2 * BLOCK)
+_PASSING = 64 * 1024  # reads of payload, which a page cache need not keep, have this many bytes
 _TYPES = {
     b"1": ("CONTAINER_HARDLINK", "a hard link"),
     b"2": ("CONTAINER_SYMLINK", "a symbolic link"),
@@ -166,6 +167,7 @@ class ContainerReader:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._size = os.fstat(fd).st_size
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self.bytes_read = 0
         self.rewind()
 
@@ -281,7 +283,7 @@ class ContainerReader:
         return bytes(buffer)
 
     def _fill(self, buffer: memoryview) -> None:
-        done = 0
+        done, start = 0, self._at
         while done < len(buffer):
             try:
                 count = os.preadv(self._fd, [buffer[done:]], self._at)
@@ -292,6 +294,8 @@ class ContainerReader:
             done += count
             self._at += count
             self.bytes_read += count
+        if done >= _PASSING:
+            os.posix_fadvise(self._fd, start, done, os.POSIX_FADV_DONTNEED)
 
     def _refuse_early_end(self) -> NoReturn:
         if os.fstat(self._fd).st_size != self._size:

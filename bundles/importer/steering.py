@@ -3,7 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 from bundles.format.errors import BundleError
@@ -22,6 +22,7 @@ class Steering:
         self._end: BundleError | None = None
         self._wanted: tuple[int, Manifest] | None = None
         self._offered: Source | None = None
+        self._opening = False
         self._refused = ""
 
     def end(self, reason: BundleError) -> None:
@@ -47,16 +48,24 @@ class Steering:
                 waits on.
         """
         with self._changed:
-            if self._wanted is None or self._offered is not None:
+            if self._wanted is None or self._offered is not None or self._opening:
                 raise BundleError("VOLUME_NOT_WANTED", "the import waits for no volume now")
-            index, manifest = self._wanted
-            try:
-                self._offered = open_volume(path, manifest, index)
-            except BundleError as error:
-                self._refused = f"{error.code}: {error.message}"
-                raise
-            finally:
+            (index, manifest), self._opening = self._wanted, True
+        source: Source | None = None
+        refused = ""
+        try:
+            source = open_volume(path, manifest, index)  # not under the lock: a medium may hang
+        except BundleError as error:
+            refused = f"{error.code}: {error.message}"
+            raise
+        finally:
+            with self._changed:
+                self._opening, self._refused = False, refused
+                if self._wanted is not None:
+                    source, self._offered = None, source
                 self._changed.notify_all()
+            if source is not None:
+                source.close()  # the import ended meanwhile
 
     def wait_for_volume(self, index: int, manifest: Manifest, tell: Callable[[str], None], refused: str) -> Source:
         """The volume, once it is offered.
@@ -196,10 +205,14 @@ class Volumes:
         except BundleError as error:
             if error.code != "VOLUME_MISSING":
                 refused = f"{error.code}: {error.message}"
-        with self._aside():
-            return self._steering.wait_for_volume(
-                index, self.manifest, lambda reason: self._tell(index, reason), refused
-            )
+        with ExitStack() as unless_taken:
+            with self._aside():
+                source = self._steering.wait_for_volume(
+                    index, self.manifest, lambda reason: self._tell(index, reason), refused
+                )
+                unless_taken.callback(source.close)
+            unless_taken.pop_all()
+            return source
 
     def _beside(self, index: int, manifest: Manifest) -> Source:
         """The volume that lies beside the first.
