@@ -125,7 +125,7 @@ def _check_templates(folder: Folder) -> None:
     for where, source in _template_sources(folder):
         if len(source) > MAX_SOURCE_CHARS:
             raise EngineError("TEMPLATE_TOO_LARGE", f"{where} has {len(source)} bytes, over {MAX_SOURCE_CHARS}")
-        with cpu_limit(TEMPLATE_LIMIT_S, f"reading {where}", "TEMPLATE_REFUSED"):
+        with cpu_limit(LOAD_CPU_S, f"reading {where}", "TEXT_TOO_COSTLY"):
             hidden = private_names(source.decode(errors="replace"))
         if hidden:
             raise EngineError("TEMPLATE_REFUSED", f"{where} reaches for {hidden[0][:40]}, which the sandbox hides")
