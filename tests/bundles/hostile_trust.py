@@ -186,6 +186,14 @@ ROOTS = (
     ),
     Refusal(
         20,
+        "another root of the same version",
+        "ROOT_FORKED",
+        lambda s: s.good.put(
+            "trust/1.root.json", s.keys.root_document(1, lambda signed: signed.update(expires=time_text(9)))
+        ),
+    ),
+    Refusal(
+        20,
         "a root that the old keys did not sign",
         "ROOT_NOT_SIGNED_BY_OLD",
         lambda s: s.good.with_root(

@@ -14,7 +14,7 @@ from bundles.builder import Signing, build, sign
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, format_time
 from bundles.pipeline import Progress, State
-from bundles.trust import dsse, oms
+from bundles.trust import dsse
 from bundles.trust.policy import Floor, Site
 from bundles.trust.roots import Root
 from bundles.trust.signers import new_signer
@@ -25,7 +25,6 @@ from tests.bundles.making import (
     Members,
     Trust,
     forge_manifest,
-    forge_payload,
     make_bundle,
     make_model,
     make_release,
@@ -95,18 +94,6 @@ def test_any_flipped_bit_anywhere_is_refused(
     assert _refusal(path, trust.root)
 
 
-def _flip(content: bytes) -> bytes:
-    return content[:-20] + bytes([content[-20] ^ 1]) + content[-19:]
-
-
-def _flip_in_payload(raw: bytes) -> bytes:
-    envelope = dsse.parse(raw, "it")
-    at = envelope.payload.index(b"tiny")
-    return dsse.Envelope(
-        envelope.payload[:at] + b"tinz" + envelope.payload[at + 4 :], envelope.payload_type, envelope.signatures
-    ).encode()
-
-
 def _flip_in_signature(raw: bytes) -> bytes:
     envelope = dsse.parse(raw, "it")
     (signature,) = envelope.signatures
@@ -116,68 +103,11 @@ def _flip_in_signature(raw: bytes) -> bytes:
     ).encode()
 
 
-def test_one_flipped_bit_is_refused_where_it_is(bundle: Path, trust: Trust) -> None:
-    chunk = next(name for name, content in members_of(bundle) if name.startswith("c/") and len(content) == CHUNK)
-    cases = [
-        (chunk, _flip, "CHUNK_DIGEST"),
-        ("manifest.dsse.json", _flip_in_payload, "SIGNATURE_INVALID"),
-        ("manifest.dsse.json", _flip_in_signature, "SIGNATURE_INVALID"),
-        ("oms.sig", lambda raw: raw.replace(b"MEU", b"MEV", 1) if b"MEU" in raw else _flip(raw), "OMS_DIGEST"),
-        ("licence/LICENSE", lambda raw: b"d" + raw[1:], "DOCUMENT_DIGEST"),
-        ("trust/1.root.json", lambda raw: raw.replace(b'"threshold": 1', b'"threshold": 2', 1), "ROOT_SCHEMA"),
-    ]
-    original = bundle.read_bytes()
-    for name, change, code in cases:
-        bundle.write_bytes(original)
-        replace_member(bundle, name, change)
-        assert _refusal(bundle, trust.root) == code, name
-
-
 def test_a_bundle_cut_anywhere_is_refused(bundle: Path, trust: Trust) -> None:
     raw = bundle.read_bytes()
     for length in [*range(0, len(raw), 512), len(raw) - 1]:
         bundle.write_bytes(raw[:length])
         assert _refusal(bundle, trust.root).startswith("CONTAINER_")
-
-
-def test_a_bad_head_is_refused_before_any_chunk_is_read(
-    bundle: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = [name for name, _ in members_of(bundle)]
-    head_bytes = sum(512 + -(-len(c) // 512) * 512 for _, c in members_of(bundle)[: names.index("oms.sig") + 1])
-    furthest = 0
-    real = os.preadv
-
-    def counting(fd: int, buffers: list[memoryview], offset: int) -> int:
-        nonlocal furthest
-        count = real(fd, buffers, offset)
-        furthest = max(furthest, offset + count)
-        return count
-
-    monkeypatch.setattr(os, "preadv", counting)
-    assert _refusal(bundle, make_trust().root) == "ROOT_FORKED"
-    replace_member(bundle, "manifest.dsse.json", _flip_in_signature)
-    furthest = 0
-    assert _refusal(bundle, trust.root) == "SIGNATURE_INVALID"
-    assert furthest <= head_bytes
-
-
-def test_a_wrong_signer_is_refused_by_what_is_wrong_with_it(bundle: Path, trust: Trust) -> None:
-    raw = dict(members_of(bundle))["manifest.dsse.json"]
-    unsigned = dsse.Envelope(dsse.parse(raw, "it").payload, dsse.parse(raw, "it").payload_type)
-    stranger = new_signer("ed25519")
-    lying = dsse.Signature(dsse.parse(raw, "it").signatures[0].keyid, stranger.sign(unsigned.signed_bytes))
-    cases = [
-        (unsigned, "SIGNATURE_MISSING"),
-        (unsigned.signed_by(stranger), "SIGNATURE_UNKNOWN_KEY"),
-        (unsigned.signed_by(trust.root_key), "SIGNATURE_WRONG_ROLE"),
-        (unsigned.signed_by(trust.publisher_key), "SIGNATURE_WRONG_ROLE"),
-        (dsse.Envelope(unsigned.payload, unsigned.payload_type, (lying,)), "SIGNATURE_INVALID"),
-        (dsse.Envelope(unsigned.payload, "application/json").signed_by(trust.release_key), "PAYLOAD_TYPE"),
-    ]
-    for envelope, code in cases:
-        replace_member(bundle, "manifest.dsse.json", lambda _, envelope=envelope: envelope.encode())
-        assert _refusal(bundle, trust.root) == code
 
 
 def test_two_release_keys_must_sign_where_the_root_says_two(tmp_path: Path) -> None:
@@ -213,36 +143,23 @@ def test_a_newer_root_in_the_bundle_is_followed_and_a_stranger_s_is_not(tmp_path
     assert _refusal(path, old.root) == "ROOT_NOT_SIGNED_BY_OLD"
 
 
-def _path(name: str) -> Change:
-    return lambda m: m["files"][0].update(path=name)
-
-
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        (_path("../../etc/cron.d/evil"), "PATH_TRAVERSAL"),
-        (_path("/etc/passwd"), "PATH_ABSOLUTE"),
-        (_path(".ssh/authorized_keys"), "PATH_HIDDEN"),
-        (_path("CHAT_TEMPLATE.JINJA"), "PATH_CASE_COLLISION"),
         (lambda m: m["files"].append(m["files"][0]), "PATH_DUPLICATE"),
         (lambda m: m.update(extra=1), "MANIFEST_SCHEMA"),
         (lambda m: m.pop("requires"), "MANIFEST_SCHEMA"),
         (lambda m: m.update(sequence="1"), "MANIFEST_SCHEMA"),
         (lambda m: m.update(sequence=-1), "MANIFEST_SCHEMA"),
         (lambda m: m.update(sequence=2**53), "MANIFEST_SCHEMA"),
-        (lambda m: m.update(sequence=2**63), "JSON_INTEGER"),
-        (lambda m: m.update(total_size=1.5), "JSON_FLOAT"),
         (lambda m: m.update(files=[]), "MANIFEST_SCHEMA"),
         (lambda m: m.update(name="../x"), "MANIFEST_SCHEMA"),
         (lambda m: m.update(issued_at="2026-02-30T00:00:00Z"), "MANIFEST_SCHEMA"),
         (lambda m: m.update(schema="cloister.bundle/2"), "MANIFEST_SCHEMA"),
-        (lambda m: m.update(critical=["new-rule"], extra=1), "MANIFEST_CRITICAL"),
-        (lambda m: m.update(base="0" * 64), "BASE_ABSENT"),
         (lambda m: m.update(volumes=[{"index": 1, "chunks": 1}]), "MANIFEST_VOLUMES"),
         (lambda m: m.update(kind="adapter"), "MANIFEST_REQUIRES"),
         (lambda m: m.update(kind="draft", requires=[{"name": "x", "model_digest": None}]), "BUNDLE_MIXED"),
         (lambda m: m.update(requires=[{"name": "x", "model_digest": None}]), "MANIFEST_REQUIRES"),
-        (lambda m: m.update(licences=[]), "LICENCE_MISSING"),
         (lambda m: m["licences"][0].update(member="licence/../../x"), "MANIFEST_SCHEMA"),
         (lambda m: m["licences"][0].update(member="attest/x"), "MANIFEST_DOCUMENTS"),
         (lambda m: m["licences"].append(m["licences"][0]), "MANIFEST_DOCUMENTS"),
@@ -252,14 +169,10 @@ def _path(name: str) -> Change:
         (lambda m: m["files"][0].update(role="weights"), "MANIFEST_FILES"),
         (lambda m: m.update(oms_sha256=None), "OMS_MISSING"),
         (lambda m: m.update(oms_sha256="0" * 64), "OMS_DIGEST"),
-        (lambda m: m.update(product="other"), "WRONG_PRODUCT"),
-        (lambda m: m.update(targets=["elsewhere"]), "WRONG_TARGET"),
-        (lambda m: m.update(min_engine="99.0.0"), "ENGINE_TOO_OLD"),
         (lambda m: m.update(min_engine="99"), "ENGINE_TOO_OLD"),
         (lambda m: m.update(min_engine="9" * 5000), "MANIFEST_SCHEMA"),
         (lambda m: m.update(min_engine="0.1.0.0"), "MANIFEST_SCHEMA"),
         (lambda m: m.update(min_engine="0.\u0661"), "MANIFEST_SCHEMA"),
-        (lambda m: m.update(expires="2020-01-01T00:00:00Z"), "BUNDLE_EXPIRED"),
         (lambda m: m.update(not_before="2999-01-01T00:00:00Z"), "NOT_YET_VALID"),
         (lambda m: m.update(issued_at="2999-01-01T00:00:00Z"), "NOT_YET_VALID"),
         (lambda m: m["model"].update(parameters=1), "MODEL_DIFFERS"),
@@ -277,50 +190,14 @@ def test_a_well_signed_manifest_that_may_not_be_is_refused_by_name(
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        (lambda raw: raw.replace(b"{", b'{"sequence": 7,', 1), "JSON_DUPLICATE_KEY"),
-        (lambda raw: b"\xef\xbb\xbf" + raw, "JSON_BOM"),
-        (lambda raw: raw + b"{}", "JSON_TRAILING"),
-        (lambda raw: b"[]", "JSON_NOT_OBJECT"),
-    ],
-)
-def test_a_well_signed_manifest_that_could_be_read_twice_is_refused(
-    bundle: Path, trust: Trust, change: Callable[[bytes], bytes], code: str
-) -> None:
-    forge_payload(bundle, trust, change)
-    assert _refusal(bundle, trust.root) == code
-
-
-def test_a_publisher_who_signed_other_files_is_refused(bundle: Path, trust: Trust) -> None:
-    found = dict(members_of(bundle))
-    other = oms.sign_model("tiny", [oms.Resource("config.json", "0" * 64)], trust.publisher_key)
-    stranger = oms.sign_model("tiny", [], new_signer("ecdsa-sha2-nistp384"))
-    for raw, code in ((other, "OMS_FILES_DIFFER"), (stranger, "OMS_UNKNOWN_KEY")):
-        write_members(bundle, list((found | {"oms.sig": raw}).items()))
-        forge_manifest(bundle, trust, lambda m, raw=raw: m.update(oms_sha256=sha256(raw)))
-        assert _refusal(bundle, trust.root) == code
-
-
-def _swapped(members: Members) -> Members:
-    return [*members[:-3], members[-2], members[-3], members[-1]]
-
-
-@pytest.mark.parametrize(
-    ("change", "code"),
-    [
-        (lambda m: [*m[:-1], ("c/" + "0" * 64, b""), m[-1]], "CONTAINER_UNLISTED"),
-        (lambda m: [*m, ("evil.sh", b"")], "CONTAINER_UNLISTED"),
         (lambda m: [*m, m[-1]], "CONTAINER_DUPLICATE"),
         (lambda m: [m[0], *m], "CONTAINER_DUPLICATE"),
         (lambda m: m[:-1], "CONTAINER_MISSING"),
-        (lambda m: [*m[:-2], m[-1]], "CONTAINER_MISSING"),
         (lambda m: m[:5], "CONTAINER_MISSING"),
-        (_swapped, "CONTAINER_ORDER"),
         (lambda m: [m[0], *m[2:3], m[1], *m[3:]], "CONTAINER_ORDER"),
-        (lambda m: [*m[:-2], (m[-2][0], m[-2][1] + b"x"), m[-1]], "CONTAINER_MEMBER_SIZE"),
         (lambda m: [("header.json", b" " * 5000), *m[1:]], "CONTAINER_MEMBER_SIZE"),
         (lambda m: [("header.json", b"{}"), *m[1:]], "HEADER_FORMAT"),
         (lambda m: [("header.json", m[0][1].replace(b"tiny", b"tina")), *m[1:]], "BUNDLE_MIXED"),
-        (lambda m: [*m[:-1], ("end.json", m[-1][1].replace(b'"chunks":', b'"chunks":1'))], "BUNDLE_MIXED"),
         (lambda m: [*m[:2], *m[1:]], "CONTAINER_DUPLICATE"),
     ],
 )
@@ -329,13 +206,6 @@ def test_members_in_another_order_or_number_are_refused(
 ) -> None:
     write_members(bundle, change(members_of(bundle)))
     assert _refusal(bundle, trust.root) == code
-
-
-def test_parts_of_two_bundles_do_not_make_one(bundle: Path, tmp_path: Path, trust: Trust) -> None:
-    other = members_of(make_bundle(tmp_path / "other.bundle", trust, sequence=2))
-    mixed = [*members_of(bundle)[:-1], other[-1]]
-    write_members(bundle, mixed)
-    assert _refusal(bundle, trust.root) == "BUNDLE_MIXED"
 
 
 def test_floors_refuse_the_old_the_other_and_the_early(bundle: Path, trust: Trust) -> None:
