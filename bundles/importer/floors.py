@@ -14,7 +14,7 @@ from bundles.durable import DISK, Fs
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
 from bundles.format.manifest import format_time, parse_time
-from bundles.trust.policy import Floor
+from bundles.trust.policy import Floor, floor_in_force
 from bundles.trust.revocation import Revocations
 from bundles.trust.roots import REVOCATION, Root
 
@@ -38,11 +38,16 @@ class Floors:
     revocation: int = 0
     revocation_role: str = ""
 
-    def join(self, other: "Floors") -> "Floors":
-        """The higher of both, none ever sinks; `other` is the newer where the keys of revocation were replaced."""
+    def join(self, other: "Floors", revocations: Revocations | None = None) -> "Floors":
+        """The higher of both; `other` is the newer where the keys of revocation were replaced.
+
+        None ever sinks, but one that a revoked release set gives way to any other, as `floor_in_force` has it.
+        """
         models = dict(self.models)
         for name, floor in other.models.items():
-            if name not in models or floor.sequence > models[name].sequence:
+            held = floor_in_force(name, models.get(name), revocations)
+            stands = floor_in_force(name, floor, revocations) is not None
+            if held is None or (stands and floor.sequence > held.sequence):
                 models[name] = floor
         clocks = [clock for clock in (self.clock, other.clock) if clock is not None]
         revocation, role = self.revocation, self.revocation_role

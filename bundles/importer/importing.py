@@ -129,7 +129,8 @@ class _Import:
             passed = read_bundle(reader, terms, self._staging, self._advance)
             return self._done() if isinstance(passed, Verified) else self._commit(passed)
         except BundleError as error:
-            if self._at.state is State.CONTENT and error.exit_status == REFUSED:
+            judged = self._at.state is State.CONTENT and not error.code.startswith("INSPECT_")
+            if judged and error.exit_status == REFUSED:
                 self._forget()  # the files are what they should be, and that is not wanted here
             raise
         finally:
@@ -240,7 +241,7 @@ class _Import:
             self._staging.publish()
             place.keep_trust(verified.new_roots, verified.revocations)
             place.store.write_record(version.name, version.sequence, version.as_dict())
-            place.ledger.commit(self._import_id, committed, version, place.trust_in_force())
+            place.ledger.commit(self._import_id, committed, version, place.trust_in_force(), verified.revocations)
         self._at = committed
         self._close_books(floors.of_trust(verified.root, verified.revocations))
         return committed

@@ -17,7 +17,8 @@ from bundles.importer.database import Database
 from bundles.importer.floors import Floors
 from bundles.importer.records import Damage, Entry, Import, ModelVersion, Scrub
 from bundles.pipeline import Progress, State
-from bundles.trust.policy import Floor
+from bundles.trust.policy import Floor, floor_in_force
+from bundles.trust.revocation import Revocations
 
 KEPT_IMPORTS = 100
 _FINAL = (State.COMMITTED, State.REJECTED)
@@ -69,7 +70,14 @@ class Ledger:
             )
             self._append("import", import_id=import_id, progress=progress)
 
-    def commit(self, import_id: str, progress: Progress, version: ModelVersion, trust: tuple[int, int]) -> None:
+    def commit(
+        self,
+        import_id: str,
+        progress: Progress,
+        version: ModelVersion,
+        trust: tuple[int, int],
+        revocations: Revocations | None = None,
+    ) -> None:
         """An import is complete and its version exists, or neither; one that existed gets the new record.
 
         Args:
@@ -77,7 +85,10 @@ class Ledger:
             progress: its last.
             version: what it brought; what was damaged of it is whole again.
             trust: version of the trust root and sequence of the revocations now in force.
+            revocations: in force; the floor that a release they revoke set gives way to this version's.
         """
+        held = self.floors().models.get(version.name)
+        is_void = held is not None and floor_in_force(version.name, held, revocations) is None
         with self._db.transaction():
             self._db.execute(
                 "INSERT INTO model_version(name,version,sequence,model_digest,record) VALUES(?,?,?,?,?)"
@@ -93,8 +104,8 @@ class Ledger:
             self._db.execute(
                 "INSERT INTO floor VALUES(?,?,?,?) ON CONFLICT(name) DO UPDATE SET sequence=excluded.sequence,"
                 " model_digest=excluded.model_digest, issued_at=max(excluded.issued_at, floor.issued_at)"
-                " WHERE excluded.sequence > floor.sequence",
-                (version.name, version.sequence, version.model_digest, version.issued_at),
+                " WHERE excluded.sequence > floor.sequence OR ?",
+                (version.name, version.sequence, version.model_digest, version.issued_at, is_void),
             )
             for digest in dict.fromkeys(version.digests()):
                 self.repaired(digest, import_id)

@@ -21,11 +21,11 @@ def remove_version(place: Workplace, reference: str) -> tuple[str, int]:
     with place.desk.claim(model_digest):
         if version is None:
             return "", place.discard_staging(model_digest)
-        _check_unneeded(place, version)
-        # The record first: a version without one gets it again at the next start, the reverse would stay.
-        place.store.remove_record(version.name, version.sequence)
-        freed = place.discard_staging(model_digest)
         with place.desk.publishing:
+            _check_unneeded(place, version)
+            # The record first: a version without one gets it again at the next start, the reverse would stay.
+            place.store.remove_record(version.name, version.sequence)
+            freed = place.discard_staging(model_digest)
             return version.reference, freed + place.store.remove(place.ledger.remove(version))
 
 

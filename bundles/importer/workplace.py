@@ -146,7 +146,7 @@ class Workplace:
 
     def floors(self) -> Floors:
         """The higher of the floors in the file and in the database."""
-        held = floors.load(self.trust / FLOORS).join(self.ledger.floors())
+        held = floors.load(self.trust / FLOORS).join(self.ledger.floors(), self.revocations())
         return held.join(Floors(root=self.ledger.trust()[0]))
 
     def raise_floors(self, raised: Floors) -> None:

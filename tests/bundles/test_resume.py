@@ -385,3 +385,16 @@ def test_a_licence_that_the_site_does_not_allow_is_refused(tmp_path: Path, trust
     allowing = open_place(home, allowed=Allowed(licences=frozenset({"Apache-2.0", "MIT"})))
     assert bring(allowing, path).state is State.COMMITTED
     allowing.ledger.close()
+
+
+def test_an_inspector_that_gives_no_verdict_costs_no_staging(
+    place: Workplace, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tired(*_: object) -> None:
+        raise BundleError("INSPECT_TIMEOUT", "engine-inspect took too long")
+
+    monkeypatch.setattr(type(place.inspector), "inspect", tired)
+    assert bring(place, bundle).reason == "INSPECT_TIMEOUT"
+    monkeypatch.undo()
+    ended = bring(place, bundle)
+    assert (ended.state, ended.bytes_reused) == (State.COMMITTED, ended.bytes_total)

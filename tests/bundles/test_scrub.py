@@ -12,7 +12,7 @@ from bundles.importer.records import Damage, Scrub
 from bundles.importer.removal import remove_version
 from bundles.importer.scrubbing import Pace, Scrubber, StoppedError
 from bundles.importer.workplace import Workplace
-from bundles.pipeline import State
+from bundles.pipeline import Progress, State
 from tests.bundles.making import Trust, make_bundle
 from tests.bundles.stores import NOW, bring, make_home, open_place, spoil, stored
 
@@ -176,3 +176,19 @@ def test_versions_that_a_lost_database_knew_are_found_again_by_their_bundle(
     assert (ended.state, ended.bytes_reused) == (State.COMMITTED, ended.bytes_total)
     assert stored(again) == before
     again.ledger.close()
+
+
+def test_a_model_that_an_adapter_works_with_is_not_removed_before_it(place: Workplace) -> None:
+    base = place.ledger.versions()[0]
+    need = {"name": base.name, "model_digest": base.model_digest}
+    adapter = replace(
+        base, name="tuned", version="1", kind="adapter", model_digest="a" * 64, requires=(need,), evidence={}
+    )
+    place.ledger.begin("adapter", Path("/adapter"))
+    place.ledger.commit("adapter", Progress(State.COMMITTED), adapter, place.trust_in_force())
+    with pytest.raises(BundleError, match=r"MODEL_REQUIRED.*tuned@1"):
+        remove_version(place, base.reference)
+    assert place.store.records() != ()
+    remove_version(place, "tuned@1")
+    remove_version(place, base.reference)
+    assert stored(place) == {}
