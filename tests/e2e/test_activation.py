@@ -11,6 +11,7 @@ import pytest
 from tests.e2e.appliance import DEMO_MODEL, Appliance, build_bundle, eventually
 
 WARD = "ward-trial"
+pytestmark = pytest.mark.timeout(600)  # models are loaded, on a machine that may be busy
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,6 @@ def steps(printed: str) -> list[str]:
     return [json.loads(line)["stage"] for line in printed.splitlines()]
 
 
-@pytest.mark.timeout(600)
 def test_a_version_goes_behind_an_alias_a_failing_one_does_not_and_the_way_back_is_one_command(
     appliance: Appliance, versions: dict[str, str], folder: Path
 ) -> None:
