@@ -16,6 +16,7 @@ from bundles.trust.keys import Key
 from bundles.trust.signers import Signer
 
 MAX_SIGNATURES = 64
+MAX_UNNAMED = 8  # each is tried with every key, over what may be 32 MiB
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,8 @@ def _signatures(entries: Sequence[object], what: str, foreign: bool) -> tuple[Si
                 signatures.append(Signature(keyid, _decode64(sig, what, foreign)))
             case _:
                 raise BundleError("ENVELOPE_SCHEMA", f"{what} has a signature of unknown form")
+    if sum(not signature.keyid for signature in signatures) > MAX_UNNAMED:
+        raise BundleError("ENVELOPE_SCHEMA", f"{what} has over {MAX_UNNAMED} signatures that name no key")
     return tuple(signatures)
 
 

@@ -33,7 +33,6 @@ PAYLOAD_TYPE = "application/vnd.in-toto+json"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://model_signing/signature/v1.0"
 MAX_SIGNATURE = 32 * 1024 * 1024
-MAX_SIGNATURES = 8
 _MATERIAL = {"publicKey", "x509CertificateChain", "tlogEntries", "timestampVerificationData"}
 
 
@@ -120,7 +119,7 @@ def read(raw: bytes) -> ModelSignature:
             **rest,
         } if media_type == MEDIA_TYPE and not rest:
             opened = dsse.from_dict(envelope, what, foreign=True)
-            if opened.payload_type == PAYLOAD_TYPE and 0 < len(opened.signatures) <= MAX_SIGNATURES:
+            if opened.payload_type == PAYLOAD_TYPE and opened.signatures:
                 return ModelSignature(opened, *_read_material(material))
     raise BundleError("OMS_SCHEMA", f"{what} is not an OMS v1.0 signature")
 

@@ -144,12 +144,12 @@ def verify_trust(
             SIGNATURE codes.
     """
     trust, new = _follow(brought, document, pinned, now, revocations, revocation_floor)
-    if new is not None:
-        new.check_fresh(now)
     if new and trust.revocations and new.digest != trust.revocations.digest:
         raise BundleError(
             "REVOCATION_ROLLBACK", f"revocations of sequence {trust.revocations.sequence} are in force already"
         )
+    if new is not None:
+        new.check_fresh(now)
     return trust
 
 

@@ -66,6 +66,7 @@ def test_a_key_counts_once_and_a_named_key_vouches_for_no_other() -> None:
         (lambda d: d["signatures"][0].pop("sig"), "ENVELOPE_SCHEMA"),
         (lambda d: d["signatures"][0].update(extra=""), "ENVELOPE_SCHEMA"),
         (lambda d: d["signatures"].extend(d["signatures"] * 64), "ENVELOPE_SCHEMA"),
+        (lambda d: d["signatures"].extend([{"sig": ""}] * 9), "ENVELOPE_SCHEMA"),
         (lambda d: d.update(payload=d["payload"] + "\n"), "BASE64"),
         (lambda d: d.update(payload="cB=="), "BASE64"),
         (lambda d: d.update(payload="c-_w"), "BASE64"),

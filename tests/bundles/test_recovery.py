@@ -1,0 +1,58 @@
+"""After a release key was stolen: the thief's high sequence is revoked, and releases go on from a minimum."""
+
+import secrets
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from bundles.importer.importing import import_bundle
+from bundles.importer.workplace import Workplace
+from bundles.pipeline import Progress
+from bundles.trust import revocation
+from bundles.trust.bundle import write_trust_bundle
+from bundles.trust.signers import new_signer
+from tests.bundles.making import INSPECTOR, Trust, make_bundle, make_root
+
+REVOCATION = new_signer("ed25519")
+STOLEN = 2**40
+
+
+@pytest.fixture
+def keys(trust: Trust) -> Trust:
+    roles = {"root": [trust.root_key], "release": [trust.release_key], "publisher": [trust.publisher_key]}
+    return replace(trust, root=make_root(1, {**roles, "revocation": [REVOCATION]}))
+
+
+@pytest.fixture
+def place(tmp_path: Path, keys: Trust) -> Iterator[Workplace]:
+    (tmp_path / "home" / "trust").mkdir(parents=True)
+    (tmp_path / "home" / "trust" / "1.root.json").write_bytes(keys.root.raw)
+    place = Workplace.open(tmp_path / "home", INSPECTOR)
+    yield place
+    place.ledger.close()
+
+
+def _import(place: Workplace, path: Path) -> Progress:
+    return import_bundle(place, secrets.token_hex(4), path, lambda _: None)
+
+
+def test_releases_go_on_from_the_minimum_and_never_go_back_from_there(
+    tmp_path: Path, keys: Trust, place: Workplace
+) -> None:
+    eighth, ninth, stolen = (make_bundle(tmp_path / f"{n}.bundle", keys, n) for n in (8, 9, STOLEN))
+    taken = _import(place, stolen)
+    assert taken.state == "committed"
+    assert _import(place, eighth).reason == "ROLLBACK_REFUSED"
+    now = datetime.now(UTC)
+    document = revocation.make(
+        1, now, now + timedelta(days=9), manifests=[taken.model_digest], minimum_sequences={"tiny": 8}
+    )
+    write_trust_bundle(tmp_path / "t", [keys.root], revocation.sign(document, [REVOCATION]))
+    assert _import(place, tmp_path / "t").state == "committed"
+    assert _import(place, stolen).reason == "MANIFEST_REVOKED"
+    assert _import(place, ninth).state == "committed"
+    assert place.floors().models["tiny"].sequence == 9
+    assert _import(place, eighth).reason == "ROLLBACK_REFUSED"
