@@ -191,6 +191,24 @@ setup() {
   if [[ $1 == test ]]; then stamp_of test >"$VENV/stamp-test"; fi
 }
 
+# Other implementations of the signatures, which the tests run beside ours; never the product's packages.
+setup_interop() {
+  local list=$ROOT/tests/interop/requirements.txt venv=$ROOT/.venv-interop
+  if [[ -f $venv/stamp && $(<"$venv/stamp") == "$(sha256sum <"$list")" ]]; then return; fi
+  say "  installing what tests/interop runs into .venv-interop"
+  rm -rf "$venv"
+  local source=()
+  if [[ -d $ROOT/wheels ]]; then source=(--no-index --find-links "$ROOT/wheels"); fi
+  if "$VENV/bin/python" -m venv "$venv" >"$LOG" 2>&1 &&
+    "$venv/bin/python" -m pip install --no-input --no-cache-dir --disable-pip-version-check --require-hashes \
+      --no-deps ${source[@]+"${source[@]}"} -r "$list" >>"$LOG" 2>&1; then
+    sha256sum <"$list" >"$venv/stamp"
+  else
+    rm -rf "$venv"
+    say "  not installed, so tests/interop will say NOT RUN: $(grep -i error "$LOG" | tail -n 1)"
+  fi
+}
+
 demo() {
   local began=$SECONDS
   say "Setting up $VENV"
@@ -203,6 +221,7 @@ demo() {
 run_tests() {
   say "Setting up $VENV with the test tools"
   setup test
+  setup_interop
   cd "$ROOT"
   "$VENV/bin/python" .ci/gates.py
   local status=0
