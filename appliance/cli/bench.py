@@ -62,14 +62,16 @@ def _page(outcome: "Outcome") -> str:
     middle = outcome.middle
     twice = f"{middle('hashing') * outcome.cores / 2 / 1e6:8.0f}"
     cached, later = (f"{middle(name):.0%} of it in memory before" for name in ("cached", "cached_before_import"))
-    summary = f"import: {outcome.share:.0%} of the ceiling, {outcome.bundle_bytes / 1e6:.0f} MB each time"
+    summary = (
+        f"import: {outcome.share():.0%} of its round's ceiling, {outcome.bundle_bytes / 1e6:.0f} MB each time"
+    )
     lines = [
         f"{'MB/s':<34}  {'median':>8}   each round",
         f"{'reading the bundle':<34}  {rate('read')}   {cached}",
         f"{'writing as much, durably':<34}  {rate('write')}",
         f"{'SHA-256, one thread':<34}  {rate('hashing')}",
         f"{f'SHA-256, {outcome.cores} cores, each byte twice':<34}  {twice}",
-        f"{'ceiling: the least of these':<34}  {outcome.ceiling / 1e6:8.0f}",
+        f"{'ceiling: the least, round by round':<34}  {outcome.ceiling / 1e6:8.0f}",
         f"{'import, to the commit':<34}  {rate('imported')}   {later}",
         f"{'import, the stream alone':<34}  {rate('streamed')}",
         "",

@@ -87,13 +87,15 @@ class Outcome:
 
     @property
     def ceiling(self) -> float:
-        """The least of what disks and processor can do; each byte is hashed twice (see `pipeline`)."""
-        return min(self.middle("read"), self.middle("write"), self.middle("hashing") * self.cores / 2)
+        """The median over the rounds of the least that disks and processor could do; each byte is hashed twice."""
+        return float(median(map(self._ceiling, self.rounds)))
 
-    @property
-    def share(self) -> float:
-        """Of the ceiling, what a whole import reaches, 1 for all of it."""
-        return self.middle("imported") / self.ceiling
+    def share(self, name: str = "imported") -> float:
+        """Of its own round's ceiling, what an import reaches, 1 for all of it; the median, for machines drift."""
+        return float(median(getattr(found, name) / self._ceiling(found) for found in self.rounds))
+
+    def _ceiling(self, found: Round) -> float:
+        return min(found.read, found.write, found.hashing * self.cores / 2)
 
     def as_dict(self) -> dict[str, object]:
         """For programs."""
@@ -103,8 +105,8 @@ class Outcome:
             "cores": self.cores,
             "medians": medians,
             "ceiling": self.ceiling,
-            "share_of_ceiling": self.share,
-            "streamed_share_of_ceiling": medians["streamed"] / self.ceiling,
+            "share_of_ceiling": self.share(),
+            "streamed_share_of_ceiling": self.share("streamed"),
             "rounds": [asdict(round_) for round_ in self.rounds],
         }
 

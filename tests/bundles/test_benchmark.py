@@ -8,6 +8,7 @@ import pytest
 from appliance.cli.main import main
 from bundles.benchmark.ceilings import drop_cache
 from bundles.benchmark.model import random_blocks
+from bundles.benchmark.rounds import Outcome, Round
 
 
 def test_no_block_of_a_benchmark_s_model_is_ever_the_same() -> None:
@@ -20,6 +21,14 @@ def test_no_block_of_a_benchmark_s_model_is_ever_the_same() -> None:
 def test_how_much_of_a_file_is_in_memory_is_told_as_a_share(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1 << 20))
     assert 0.0 <= drop_cache(tmp_path / "file") <= 1.0
+
+
+def test_each_import_is_held_to_what_its_own_round_could_do() -> None:
+    disk = Round(0, 100.0, 50.0, 80.0, 0, 25.0, 40.0, 1)
+    slow_medium = Round(0, 10.0, 50.0, 80.0, 0, 8.0, 9.0, 1)
+    slow_processor = Round(0, 100.0, 50.0, 10.0, 0, 20.0, 20.0, 1)
+    outcome = Outcome(1, 4, (disk, slow_medium, slow_processor))
+    assert (outcome.ceiling, outcome.share(), outcome.share("streamed")) == (20.0, 0.8, 0.9)
 
 
 @pytest.mark.parametrize("size", ["1MiB", "0", "2 GiB", "2TiB", "-1GiB"])
