@@ -99,7 +99,8 @@ def test_a_version_in_use_stays_and_one_that_nothing_runs_goes(appliance: Applia
     appliance.cloister("bundle", "import", str(bundle))
     grown = appliance.json("bundle", "store")
     assert grown["listed_bytes"] > before["listed_bytes"]
-    assert grown["bytes"] == before["bytes"], "every file was there already"
+    added = grown["bytes"] - before["bytes"]
+    assert added < before["bytes"] // 50, "the model's files were there already; a release adds its documents"
     appliance.cloister("bundle", "remove", "demo-notes-s@1.0.4")
     assert appliance.json("bundle", "store")["listed_bytes"] == before["listed_bytes"]
     assert "demo-notes-s@1.0.4" not in states(appliance)
