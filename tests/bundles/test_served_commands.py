@@ -1,5 +1,6 @@
 """The installed command with a real appliance, all of it started in a folder full of hostile modules."""
 
+import json
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def test_an_import_ends_with_the_exit_status_of_its_code(tmp_path: Path, served:
     elsewhere = make_bundle(tmp_path / "elsewhere.bundle", trust, targets=("ward-4",))
     here = make_bundle(tmp_path / "here.bundle", trust, targets=("ward-3",))
     assert _refusal(served, "bundle", "import", tmp_path / "absent") == (1, "SOURCE_UNREADABLE")
-    assert _refusal(served, "bundle", "import", tmp_path) == (1, "SOURCE_NOT_FILE")
+    assert _refusal(served, "bundle", "import", tmp_path) == (3, "CONTAINER_MISSING")
     assert _refusal(served, "bundle", "import", elsewhere) == (3, "WRONG_TARGET")
     # It is let in, as far as the real engine-inspect, which knows no such tiny model.
     status, code = _refusal(served, "bundle", "import", here)
@@ -102,3 +103,12 @@ def test_no_process_runs_a_module_of_the_directory_it_was_started_in(
     assert '"size"' in cloister("--json", "audit", "verify", *files, cwd=served.stick).stdout
     cloister("--home", served.home, "doctor", cwd=served.stick)
     assert not served.trace.exists(), served.trace.read_text()
+
+
+def test_the_trust_in_force_is_shown(served: Served, trust: Trust) -> None:
+    shown = cloister("--home", served.home, "trust", "show", cwd=served.stick)
+    assert shown.returncode == 0, shown.stderr
+    assert "root of trust, version 1" in shown.stdout
+    assert trust.release_key.key.keyid in shown.stdout
+    told = json.loads(cloister("--home", served.home, "--json", "trust", "show", cwd=served.stick).stdout)
+    assert {role["name"] for role in told["roles"]} == {"root", "release", "publisher"}
