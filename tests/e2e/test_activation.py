@@ -15,8 +15,10 @@ pytestmark = pytest.mark.timeout(600)  # models are loaded, on a machine that ma
 
 
 @pytest.fixture(scope="module")
-def folder() -> Iterator[Path]:
+def folder(appliance: Appliance) -> Iterator[Path]:
+    """Where bundles are built, with the keys that the appliance trusts."""
     path = Path(tempfile.mkdtemp(prefix="cl-", dir="/tmp"))
+    shutil.copytree(appliance.keys, path / "keys")
     yield path
     shutil.rmtree(path)
 
@@ -24,7 +26,6 @@ def folder() -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def versions(appliance: Appliance, folder: Path) -> Iterator[dict[str, str]]:
     """Two more versions: `good` with the demo model's own canaries, and `bad`, which expects another answer."""
-    shutil.copytree(appliance.keys, folder / "keys")
     spoilt = shutil.copytree(DEMO_MODEL, folder / "spoilt")
     canaries = json.loads((spoilt / "canaries.json").read_text())
     canaries["canaries"] = [{**canaries["canaries"][0], "match": "json", "expected": '{"nothing": "of the kind"}'}]
