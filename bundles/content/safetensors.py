@@ -5,7 +5,6 @@ Source: safetensors format description (8-byte little-endian header length, JSON
 
 import struct
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import NamedTuple
 
 from bundles.content.text import parse
@@ -90,7 +89,8 @@ def _tensor(name: str, entry: object, path: str) -> Tensor:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)], **rest} if (
             not rest
         ):
-            if all(type(dim) is int and dim >= 0 for dim in shape) and 0 <= begin <= end:
+            numbers = (*shape, begin, end)
+            if all(type(n) is int and n >= 0 for n in numbers) and begin <= end:  # true is no number
                 _check_bytes(name, dtype, shape, end - begin, path)
                 return Tensor(name, dtype, tuple(shape), begin, end)
     raise BundleError("SAFETENSORS_TENSOR", f"{path} describes the tensor {name[:80]!a} in an unknown form")
@@ -99,8 +99,18 @@ def _tensor(name: str, entry: object, path: str) -> Tensor:
 def _check_bytes(name: str, dtype: str, shape: list[int], length: int, path: str) -> None:
     if dtype not in _BITS:
         raise BundleError("SAFETENSORS_TENSOR", f"{path}: {name[:80]!a} has the unknown type {dtype[:16]!a}")
-    if prod(shape) * _BITS[dtype] != 8 * length:
+    if _count(shape, most=8 * length) * _BITS[dtype] != 8 * length:
         raise BundleError("SAFETENSORS_SIZE", f"{path}: {name[:80]!a} has other bytes than its shape needs")
+
+
+def _count(shape: list[int], most: int) -> int:
+    """Numbers in a tensor, or any number over `most`: a product of many large ones would take hours."""
+    count = 0 if 0 in shape else 1
+    for dim in shape:
+        count *= dim
+        if count > most:
+            break
+    return count
 
 
 def _check_cover(tensors: list[Tensor], data: int, path: str) -> None:

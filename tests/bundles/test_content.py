@@ -53,6 +53,12 @@ def test_a_sound_file_gives_its_tensors_in_the_order_of_their_data(tmp_path: Pat
         (weights({"a": ("U8", [-8], [0, 8])}, _8), "SAFETENSORS_TENSOR"),
         (weights({"a": ("U8", [8], [8, 0])}, _8), "SAFETENSORS_TENSOR"),
         (weights({"a": ("U8", [9], [0, 9])}, _8), "SAFETENSORS_SIZE"),
+        (weights({"a": ("U8", [2**53] * 200_000, [0, 8])}, _8), "SAFETENSORS_SIZE"),  # a product of a megabyte
+        (weights({"a": ("U8", [2**53, 2**53, 0], [0, 8])}, _8), "SAFETENSORS_SIZE"),
+        (
+            with_header(b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [false, true]}}', b"1"),
+            "SAFETENSORS_TENSOR",
+        ),
         (weights({"a": ("U8", [4], [0, 4])}, _8), "SAFETENSORS_HOLE"),
     ],
 )
