@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from appliance.cli.output import printable, size
 
 if TYPE_CHECKING:
+    from cryptography.x509 import Certificate
+
     from bundles.difference import Difference
     from bundles.format.manifest import Manifest
     from bundles.trust.policy import Verified
@@ -18,6 +20,7 @@ WIDTH = 80
 _INDENT = 14
 _MOST_FILES = 20
 _MOST_CANARIES = 3
+_MOST_TEXT = 1600  # of one fact: 25 lines; a bundle may state megabytes
 
 
 def page(seen: "Inspection", against: "Difference | None", now: datetime) -> str:
@@ -77,7 +80,8 @@ def _section(title: str, lines: Iterable[str]) -> str:
 
 def _fact(name: str, text: str) -> list[str]:
     """One named text, wrapped behind its name."""
-    lines = textwrap.wrap(printable(text), WIDTH - _INDENT - 2, break_on_hyphens=False) or ["-"]
+    shown = _clip(printable(_clip(text, _MOST_TEXT)), _MOST_TEXT)
+    lines = textwrap.wrap(shown, WIDTH - _INDENT - 2, break_on_hyphens=False) or ["-"]
     label = f"  {printable(name)}"
     wide = (
         [_clip(label, WIDTH)] if len(label) > _INDENT else []
@@ -183,11 +187,25 @@ def _publisher(raw: bytes, *, claimed: bool) -> Iterator[str]:
     if claimed and not signature.chain:
         yield from _fact("claimed", f"publisher's key with SHA-256 of its PEM {signature.hint or 'not stated'}")
     for certificate in signature.chain[:1]:
-        yield from _fact("certificate", certificate.subject.rfc4514_string())
-        yield from _fact("", f"issued by {certificate.issuer.rfc4514_string()}")
-        yield from _fact("", f"valid until {certificate.not_valid_after_utc:%Y-%m-%d}")
+        yield from _certificate(certificate)
     if len(signature.envelope.signatures) > 1:
         yield from _fact("", f"{len(signature.envelope.signatures)} signatures, of which the first is ECDSA")
+
+
+def _certificate(certificate: "Certificate") -> list[str]:
+    """Whose it is; its fields are parsed only here, and may be anything until it is verified."""
+    from bundles.trust.certificates import MALFORMED
+
+    try:
+        subject, issuer = certificate.subject.rfc4514_string(), certificate.issuer.rfc4514_string()
+        until = f"{certificate.not_valid_after_utc:%Y-%m-%d}"
+    except MALFORMED:
+        return _fact("certificate", "one that cannot be read")
+    return [
+        *_fact("certificate", subject),
+        *_fact("", f"issued by {issuer}"),
+        *_fact("", f"valid until {until}"),
+    ]
 
 
 def _needs(manifest: "Manifest") -> Iterator[str]:
@@ -252,7 +270,7 @@ def _about_card(component: object) -> str:
     match component:
         case {"modelCard": {"modelParameters": dict(known)}, **rest}:
             said = [f"task {known['task']}"] if "task" in known else []
-            names = [str(d.get("name")) for d in known.get("datasets", ()) if isinstance(d, dict)]
+            names = _names(known.get("datasets"))
             said += [f"datasets {', '.join(names)}"] if names else []
             match rest:
                 case {"pedigree": {"ancestors": [{"name": ancestor}, *_]}}:
@@ -270,12 +288,15 @@ def _about_provenance(statement: Mapping[str, Any]) -> str:
                 "buildDefinition": dict(definition),
             },
         }:
-            sources = [
-                str(d.get("name")) for d in definition.get("resolvedDependencies", ()) if isinstance(d, dict)
-            ]
+            sources = _names(definition.get("resolvedDependencies"))
             made_from = f", from {', '.join(sources)}" if sources else ""
             return f"; SLSA v1: built by {' '.join(f'{k} {v}' for k, v in tools.items())}{made_from}"
     return ""
+
+
+def _names(listed: object) -> list[str]:
+    """What the objects of a list are called."""
+    return [str(d.get("name")) for d in listed if isinstance(d, dict)] if isinstance(listed, list) else []
 
 
 def _canaries(manifest: "Manifest") -> Iterator[str]:

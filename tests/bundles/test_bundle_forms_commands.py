@@ -1,18 +1,32 @@
 """`cloister bundle` for every form of a bundle, and its page for people, as a release engineer types it."""
 
+import base64
 import json
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from appliance.cli.main import main
 from bundles.content import inspector
 from bundles.trust.keys import pem_of
 from bundles.trust.signers import PrivateSigner, new_signer
-from tests.bundles.making import INSPECTOR, forge_manifest, make_model, make_root, members_of, safetensors
+from tests.bundles.making import (
+    INSPECTOR,
+    forge_manifest,
+    make_bundle,
+    make_model,
+    make_root,
+    members_of,
+    replace_member,
+    safetensors,
+    sha256,
+)
 from tests.bundles.making import Trust as Keys
+from tests.bundles.trusting import Authority
 
 
 @pytest.fixture(autouse=True)
@@ -287,6 +301,53 @@ def test_the_page_is_no_wider_than_80_columns_and_spells_out_what_is_not_text(
         "and 17 more: all with --json",
     ):
         assert said in page, said
+
+
+def _state(path: Path, keys: Keys, name: str, statement: object) -> None:
+    """Put another statement into a bundle, as its manifest has it."""
+    raw = json.dumps(statement).encode()
+    replace_member(path, name, lambda _: raw)
+
+    def describe(fields: dict[str, Any]) -> None:
+        entry = next(entry for entry in fields["attestations"] if entry["member"] == name)
+        entry.update(size=len(raw), sha256=sha256(raw))
+
+    forge_manifest(path, keys, describe)
+
+
+def _model_card(**known: object) -> dict[str, object]:
+    bom = {"bomFormat": "CycloneDX", "specVersion": "1.6", "components": []}
+    return bom | {"metadata": {"component": {"modelCard": {"modelParameters": known}}}}
+
+
+def test_statements_and_certificates_of_any_form_have_a_page_and_a_short_one(
+    tmp_path: Path, trust: Keys, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = make_bundle(tmp_path / "b", trust)
+    builder: dict[str, object] = {"runDetails": {"builder": {"version": {"x": "1"}}}}
+    slsa: dict[str, object] = {"predicateType": "https://slsa.dev/provenance/v1"}
+    for sources in (5, None, "x", [1, {"name": 2}]):
+        predicate = builder | {"buildDefinition": {"resolvedDependencies": sources}}
+        _state(out, trust, "attest/slsa.json", slsa | {"predicate": predicate})
+        _state(out, trust, "attest/mlbom.json", _model_card(datasets=sources))
+        assert _run("bundle", "inspect", out) == 0
+    _state(out, trust, "attest/mlbom.json", _model_card(task="x" * 3_000_000))
+    replace_member(out, "oms.sig", _with_certificate_that_is_no_text)
+    capsys.readouterr()
+    assert _run("bundle", "inspect", out) == 0
+    page = capsys.readouterr().out
+    assert "certificate   one that cannot be read" in page
+    assert len(page.splitlines()) < 100
+
+
+def _with_certificate_that_is_no_text(raw: bytes) -> bytes:
+    """An OMS signature by a certificate whose subject is no UTF-8; its form is that of any other."""
+    issued = Authority.new("Somebody").certificate.public_bytes(Encoding.DER)
+    der = issued.replace(b"Somebody", b"Some\xff\xfe\xffy")
+    signature = json.loads(raw)
+    chain = {"certificates": [{"rawBytes": base64.b64encode(der).decode()}]}
+    signature["verificationMaterial"] = {"x509CertificateChain": chain, "tlogEntries": []}
+    return json.dumps(signature).encode()
 
 
 def test_an_expired_bundle_and_a_root_that_does_not_know_its_signers_are_told_plainly(
