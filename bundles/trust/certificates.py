@@ -43,6 +43,23 @@ _KNOWN_CRITICAL = {
 _Kind = TypeVar("_Kind", bound=x509.ExtensionType)
 
 
+def _check_purposes(_: verification.Policy, __: x509.Certificate, purposes: x509.ExtendedKeyUsage | None) -> None:
+    """Refuse an authority that is limited to other purposes than signing code.
+
+    Raises:
+        ValueError: it is; without the extension an authority is limited to none.
+    """
+    wanted = {ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE}
+    if purposes is not None and wanted.isdisjoint(purposes):
+        raise ValueError("the authority may not issue certificates for signing code")
+
+
+# The default asks of authorities that they may issue certificates of TLS clients.
+_AUTHORITIES = verification.ExtensionPolicy.webpki_defaults_ca().may_be_present(
+    x509.ExtendedKeyUsage, verification.Criticality.AGNOSTIC, _check_purposes
+)
+
+
 @dataclass(frozen=True)
 class RevokedCertificates:
     """Which certificates are revoked.
@@ -164,7 +181,7 @@ def _path(
         .time(now.astimezone(UTC).replace(tzinfo=None))
         .max_chain_depth(MAX_CHAIN)
         .extension_policies(
-            ca_policy=verification.ExtensionPolicy.webpki_defaults_ca(),
+            ca_policy=_AUTHORITIES,
             ee_policy=verification.ExtensionPolicy.permit_all(),
         )
         .build_client_verifier()
@@ -182,26 +199,28 @@ def _check_revocation(
     now: datetime,
     revoked: RevokedCertificates,
 ) -> None:
-    lists = [crl for crl in revoked.crls if _is_list_of(crl, issuer, now)]
+    lists = [crl for crl in revoked.crls if _is_list_of(crl, issuer)]
     serial = certificate.serial_number
     listed = any(crl.get_revoked_certificate_by_serial_number(serial) is not None for crl in lists)
     if identity in revoked.ids or listed:
         raise BundleError("CERTIFICATE_REVOKED", f"the publisher's certificate {serial:x} is revoked")
     if not revoked.crl_required:
         return
-    if not lists:
+    # A list from the future revokes all the same, but does not show that one is in force now.
+    begun = [crl for crl in lists if now >= crl.last_update_utc - CLOCK_TOLERANCE]
+    if not begun:
         raise BundleError(
             "CRL_MISSING", "a certificate revocation list of the publisher's authority is required and missing"
         )
-    if not any(crl.next_update_utc is not None and now < crl.next_update_utc for crl in lists):
+    if not any(crl.next_update_utc is not None and now < crl.next_update_utc for crl in begun):
         raise BundleError(
             "CRL_EXPIRED", "the certificate revocation list has expired; carry in this month's trust bundle"
         )
 
 
-def _is_list_of(crl: x509.CertificateRevocationList, issuer: x509.Certificate, now: datetime) -> bool:
-    """Whether `issuer` made this complete list, and not in the future."""
-    if crl.issuer != issuer.subject or now < crl.last_update_utc - CLOCK_TOLERANCE:
+def _is_list_of(crl: x509.CertificateRevocationList, issuer: x509.Certificate) -> bool:
+    """Whether `issuer` made this complete list."""
+    if crl.issuer != issuer.subject:
         return False
     try:
         usage = _extension(issuer, x509.KeyUsage)

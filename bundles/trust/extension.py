@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from bundles.format.errors import BundleError
 from bundles.trust.certificates import is_authority
+from bundles.trust.keys import Key
 
 NAME = "x-cloister"
 MAX_AUTHORITIES = 16
@@ -64,8 +65,8 @@ def pem_of(certificate: x509.Certificate) -> str:
     return certificate.public_bytes(Encoding.PEM).decode()
 
 
-def check_roles(extension: Extension, roles: Collection[str]) -> None:
-    """Refuse an extension about roles that the root lacks, or that no certificate can hold.
+def check_roles(extension: Extension, roles: Mapping[str, Collection[Key]]) -> None:
+    """Refuse an extension about roles that the root lacks, or whose demands their keys can never meet.
 
     Raises:
         BundleError: ROOT_SCHEMA.
@@ -77,6 +78,12 @@ def check_roles(extension: Extension, roles: Collection[str]) -> None:
         raise _refused("gives certificate authorities to a role that is no publisher's")
     if not extension.crl_required <= extension.authorities.keys():
         raise _refused("requires revocation lists for a role without certificate authorities")
+    for role in extension.hybrid:
+        kinds = {key.is_post_quantum for key in roles[role]} | (
+            {False} if role in extension.authorities else set()
+        )
+        if kinds != {True, False}:
+            raise _refused(f"makes the role {role} hybrid, which lacks a classical or a post-quantum key")
 
 
 def _names(value: object) -> frozenset[str]:

@@ -116,7 +116,7 @@ def read(raw: bytes) -> Root:
         raw,
         extension,
     )
-    extensions.check_roles(extension, roles)
+    extensions.check_roles(extension, {name: root.role_keys(name) for name in roles})
     return root
 
 

@@ -7,7 +7,7 @@ from bundles.trust.extension import Extension
 from bundles.trust.policy import verify_head
 from bundles.trust.roots import Root, advance
 from bundles.trust.signers import PrivateSigner, new_signer
-from tests.bundles.trusting import NOW, ROOT_KEY, head_of, root_of
+from tests.bundles.trusting import NOW, ROOT_KEY, Authority, certified, head_of, root_of
 
 CLASSICAL, OTHER, QUANTUM = new_signer("ed25519"), new_signer("ed25519"), new_signer("ml-dsa-65/1")
 PUBLISHER, QUANTUM_PUBLISHER = new_signer("ecdsa-sha2-nistp384"), new_signer("ml-dsa-87/1")
@@ -68,3 +68,18 @@ def test_a_hybrid_root_is_followed_only_by_one_that_both_kinds_signed() -> None:
         advance(first, [weaker])
     second = root_of({}, version=2, signers=[ROOT_KEY, QUANTUM])
     assert advance(first, [second]) is second
+
+
+def test_a_role_that_could_never_sign_is_not_made_hybrid() -> None:
+    extension = Extension(hybrid=frozenset({"release"}))
+    for keys in ([CLASSICAL.key, OTHER.key], [QUANTUM.key]):
+        with pytest.raises(BundleError, match=r"ROOT_SCHEMA.*hybrid"):
+            root_of({"release": keys}, extension=extension)
+
+
+def test_a_certificate_is_a_hybrid_publisher_s_classical_key() -> None:
+    authority = certified(Authority.new())
+    extension = Extension(frozenset({"publisher"}), authority.authorities)
+    assert root_of({"publisher": [QUANTUM_PUBLISHER.key]}, extension=extension).role_keys("publisher")
+    with pytest.raises(BundleError, match=r"ROOT_SCHEMA.*hybrid"):
+        root_of({"publisher": []}, extension=extension)

@@ -41,7 +41,8 @@ def test_only_the_role_s_keys_sign_and_as_many_as_must() -> None:
     two = root_of({"revocation": [REVOCATION_KEY.key, SECOND.key]}, thresholds={"revocation": 2})
     assert _code(lambda: revocation.verify(revocations().raw, two)) == "SIGNATURE_THRESHOLD"
     assert revocation.verify(revocations(signers=[REVOCATION_KEY, SECOND]).raw, two).sequence == 1
-    hybrid = root_of({}, extension=Extension(hybrid=frozenset({"revocation"})))
+    held = {"revocation": [REVOCATION_KEY.key, new_signer("ml-dsa-44/1").key]}
+    hybrid = root_of(held, extension=Extension(hybrid=frozenset({"revocation"})))
     assert _code(lambda: revocation.verify(revocations().raw, hybrid)) == "PQ_SIGNATURE_MISSING"
 
 

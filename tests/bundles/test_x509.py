@@ -59,6 +59,18 @@ def test_a_chain_leads_through_authorities_between() -> None:
     assert _refusal([between.leaf(PUBLISHER.key)]) == "CERTIFICATE_UNTRUSTED"
 
 
+def test_an_authority_that_is_limited_to_purposes_is_limited_to_signing_code() -> None:
+    code, client = ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.CLIENT_AUTH
+    for purposes in ([code], [ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE], [client, code]):
+        between = Authority.new("Between", CA, purposes=purposes)
+        assert _verify([between.leaf(PUBLISHER.key), between.certificate]).certificates
+        top = Authority.new("Top", purposes=purposes)
+        assert _verify([top.leaf(PUBLISHER.key)], root_of({}, extension=certified(top))).certificates
+    for purposes in ([client], [ExtendedKeyUsageOID.SERVER_AUTH], [ExtendedKeyUsageOID.TIME_STAMPING]):
+        between = Authority.new("Between", CA, purposes=purposes)
+        assert _refusal([between.leaf(PUBLISHER.key), between.certificate]) == "CERTIFICATE_UNTRUSTED"
+
+
 def test_a_certificate_is_good_for_the_time_that_it_states() -> None:
     assert _refusal([CA.leaf(PUBLISHER.key, ends=NOW)]) == "CERTIFICATE_EXPIRED"
     assert _refusal([CA.leaf(PUBLISHER.key, begins=NOW + DAY)]) == "CERTIFICATE_NOT_YET_VALID"
@@ -108,6 +120,7 @@ def test_a_revoked_serial_is_refused_by_document_and_by_list() -> None:
         revocations(revoked=[entry]),
         revocations(crls=[CA.crl(leaf.serial_number)]),
         revocations(crls=[CA.crl(leaf.serial_number, due=NOW - DAY, issued=NOW - 9 * DAY)]),
+        revocations(crls=[CA.crl(leaf.serial_number, issued=NOW + 9 * DAY)]),
         revocations(keys=[PUBLISHER.key.keyid]),
     ):
         assert _refusal([leaf], None, revoked) == "CERTIFICATE_REVOKED"
@@ -188,7 +201,7 @@ def test_a_bundle_is_verified_with_the_lists_that_it_carries() -> None:
 )
 def test_what_a_root_says_beyond_tuf_has_one_form(value: object) -> None:
     with pytest.raises(BundleError, match="ROOT_SCHEMA"):
-        check_roles(parse(value), ["root", "release", "publisher"])
+        check_roles(parse(value), {"root": [], "release": [], "publisher": []})
 
 
 def test_a_chain_is_read_from_a_file(tmp_path: Path) -> None:

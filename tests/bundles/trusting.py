@@ -62,11 +62,19 @@ class Authority:
     private: ec.EllipticCurvePrivateKey
 
     @classmethod
-    def new(cls, name: str = "Ward CA", issuer: "Authority | None" = None, crl_sign: bool = True) -> "Authority":
+    def new(
+        cls,
+        name: str = "Ward CA",
+        issuer: "Authority | None" = None,
+        crl_sign: bool = True,
+        purposes: Sequence[x509.ObjectIdentifier] = (),
+    ) -> "Authority":
         private = ec.generate_private_key(ec.SECP384R1())
         builder = _builder(name, issuer.certificate.subject if issuer else _name(name), private.public_key())
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         builder = builder.add_extension(_usage(key_cert_sign=True, crl_sign=crl_sign), critical=True)
+        if purposes:
+            builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         return cls(_signed(builder, issuer.private if issuer else private), private)
 
     def leaf(
