@@ -161,15 +161,16 @@ def _keys_of(role: str, count: int, args: argparse.Namespace) -> list[tuple[str,
 
 def _thresholds(args: argparse.Namespace) -> dict[str, int]:
     """How many keys must sign; with two keys each holder signs twice, so that no fewer holders are enough."""
+    each = 2 if args.hybrid else 1
     wanted = {}
-    for role, count in _counts(args).items():
+    for role, made in _counts(args).items():
+        elsewhere = sum(role == named for named, _ in args.public)
+        holders = elsewhere // each if elsewhere else made
         asked = getattr(args, f"{role}_threshold", None)
-        if asked is not None and not 0 < asked <= count:
-            raise UsageError(f"{asked} of {count} {role} keys cannot sign")
-        if count and not any(role == named for named, _ in args.public):
-            wanted[role] = (asked or count // 2 + 1) * (2 if args.hybrid else 1)
-        elif asked:
-            wanted[role] = asked
+        if asked is not None and not 0 < asked <= holders:
+            raise UsageError(f"{asked} of {holders} {role} keys cannot sign")
+        if holders:
+            wanted[role] = (asked or (1 if role == "publisher" else holders // 2 + 1)) * each
     return wanted
 
 

@@ -109,7 +109,8 @@ def _sign_root(args: argparse.Namespace, held: "list[Signer]") -> int:
         raw = roots.add_signature(raw, signer)
     old = roots.load(args.root) if args.root else None
     write_file(args.file, raw)
-    tell(args, args.file, raw, {}, f"{printable(str(args.file))} is signed by enough root keys.", old)
+    own = "" if old or roots.read(raw).version == 1 else " of its own; whether of the version before, --root tells"
+    tell(args, args.file, raw, {}, f"{printable(str(args.file))} is signed by enough root keys{own}.", old)
     return 0
 
 

@@ -98,11 +98,17 @@ def tell(
     root, missing = roots.read(raw), _missing(raw, old)
     value = {"root": str(path), "complete": not missing, "missing": missing, **value, **facts_of(root)}
     if missing:
-        advice = (
-            f"written to {printable(str(path))}, NOT COMPLETE: {missing}.\nEvery other holder of a root key "
-            f"compares the fingerprint above, then runs: cloister trust sign {printable(str(path))} --key KEY"
-        )
+        advice = f"written to {printable(str(path))}, {_incomplete(path, root, missing)}"
     emit(args, value, f"{describe(root)}\n\n{advice}")
+
+
+def _incomplete(path: Path, root: "Root", missing: str) -> str:
+    """What to do about a root that lacks signatures."""
+    before = f" --root {root.version - 1}.root.json" if root.version > 1 else ""
+    return (
+        f"NOT COMPLETE: {missing}.\nEvery other holder of a root key compares the fingerprint above, then runs: "
+        f"cloister trust sign {printable(str(path))}{before} --key KEY"
+    )
 
 
 def _missing(raw: bytes, old: "Root | None") -> str:
@@ -173,8 +179,11 @@ def _text_of(path: Path) -> bytes | None:
 def _show_root(args: argparse.Namespace) -> int:
     from bundles.trust import roots
 
-    root = roots.load(args.file)
-    emit(args, facts_of(root), describe(root))
+    raw = args.file.read_bytes()
+    root, missing = roots.read(raw), _missing(raw, None)
+    value = {"complete": not missing, "missing": missing, **facts_of(root)}
+    note = f"\n\n{_incomplete(args.file, root, missing)}" if missing else ""
+    emit(args, value, describe(root) + note)
     return 0
 
 

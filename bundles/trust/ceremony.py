@@ -25,7 +25,7 @@ class RootDraft:
     Attributes:
         version: of the root before, and 1.
         roles: keys by role.
-        thresholds: by role; where absent a majority of its keys.
+        thresholds: by role; where absent a majority of its keys, of a publisher's one: models have one signer.
         extension: what it says beyond TUF.
     """
 
@@ -90,6 +90,6 @@ class RootDraft:
         Raises:
             BundleError: SIGNER_FAILED.
         """
-        thresholds = {name: self.thresholds.get(name, len(keys) // 2 + 1) for name, keys in self.roles.items()}
-        signed = roots.make(self.version, expires, self.roles, thresholds, self.extension)
+        usual = {name: 1 if "publisher" in name else len(keys) // 2 + 1 for name, keys in self.roles.items()}
+        signed = roots.make(self.version, expires, self.roles, {**usual, **self.thresholds}, self.extension)
         return roots.sign_root(signed, signers)

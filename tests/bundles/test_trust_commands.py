@@ -81,6 +81,34 @@ def test_a_root_that_makes_no_sense_is_not_written_and_no_key_is_made(
     assert not (tmp_path / "k").exists()
 
 
+def test_keys_that_are_elsewhere_are_counted_like_those_made(tmp_path: Path) -> None:
+    k = tmp_path / "k"
+    _init(k, "--release-keys", "3", "--custodians", "3")
+    given = [
+        word
+        for name in ("release-1", "release-2", "release-3", "custodian-1", "custodian-2", "custodian-3")
+        for word in ("--public", f"{name.partition('-')[0]}={k / name}.pub")
+    ]
+    two = ("--public", f"publisher={k / 'publisher.pub'}", "--public", f"publisher={k / 'release-1.pub'}")
+    root = _init(tmp_path / "e", *given, *two, "--release-threshold", "3", "--custodian-threshold", "1")
+    thresholds = {name: (role.threshold, len(role.keyids)) for name, role in root.roles.items()}
+    assert (thresholds["release"], thresholds["custodian"]) == ((3, 3), (1, 3))
+    assert thresholds["publisher"] == (1, 2)  # a model has one signer
+    assert _run("trust", "init", "--out", tmp_path / "n", *given, "--release-threshold", "4") == 2
+
+
+def test_a_root_is_shown_to_those_who_are_yet_to_sign_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _init(tmp_path / "k")
+    words = ("trust", "init", "--out", tmp_path / "e", "--public", f"root={tmp_path / 'k' / 'root.pub'}")
+    made = _json(capsys, *words)
+    shown = _json(capsys, "trust", "show", tmp_path / "e" / "root.json")
+    assert (shown["complete"], shown["fingerprint"]) == (False, made["fingerprint"])
+    assert _run("trust", "show", tmp_path / "e" / "root.json") == 0
+    assert "NOT COMPLETE" in capsys.readouterr().out
+
+
 def test_a_root_over_keys_that_are_elsewhere_is_signed_by_a_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,16 +138,21 @@ def test_rotating_takes_a_key_away_gives_another_and_needs_both_roots_keys(
 ) -> None:
     k = tmp_path / "k"
     old = _init(k, "--root-keys", "2", "--release-keys", "2")
-    _init(tmp_path / "new")
+    _init(tmp_path / "new", "--hybrid")
     words = ("trust", "rotate", "--root", k / "root.json", "--root-key", k / "root-1.key")
     gone = _keyid(k / "release-1.key")
     changes = ("--remove", f"release={gone[:8]}", "--add", f"release={tmp_path / 'new' / 'release.pub'}")
-    first = _json(capsys, *words, *changes, "--threshold", "release=1", "--hybrid", "release")
+    assert _run(*words, "--hybrid", "release") == 3  # which nobody could sign
+    post_quantum = ("--add", f"release={tmp_path / 'new' / 'release-pq.pub'}", "--hybrid", "release")
+    first = _json(capsys, *words, *changes, "--threshold", "release=1", *post_quantum)
     assert (first["version"], first["complete"]) == (2, False)
     signing = ("trust", "sign", k / "2.root.json", "--key", k / "root-2.key", "--root", k / "root.json")
     assert _json(capsys, *signing)["complete"]
     new = roots.load(k / "2.root.json")
     assert roots.advance(old, [new]).version == 2
+    capsys.readouterr()
+    assert _run(*signing[:-2]) == 0
+    assert "of its own; whether of the version before, --root tells" in capsys.readouterr().out
     assert gone not in new.roles["release"].keyids
     assert _keyid(tmp_path / "new" / "release.key") in new.roles["release"].keyids
     assert (new.roles["release"].threshold, new.extension.hybrid) == (1, {"release"})
