@@ -164,9 +164,11 @@ def _register_form(build: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from bundles.builder import build, sign, written
+    from bundles.builder import build, check_signing, sign, written
 
     signing = bundle_signing.read_signing(args) if bundle_signing.wanted(args) else None
+    if signing:
+        check_signing(signing)
     release, output = _release(args), _output(args)
     with _progress(args) as report:
         manifest = build(release, args.model, args.out, output=output, report=report)

@@ -65,4 +65,8 @@ def _scalar(text: str) -> list[str]:
         text = text[1:-1]
     elif re.match(r"[A-Za-z_-]+:\s", text):
         return []  # a mapping inside a list
+    else:
+        text = re.split(r"\s#", text, maxsplit=1)[0].rstrip()  # a comment
+    if text in ("null", "~"):
+        return []
     return [text] if _PLAIN.fullmatch(text) else []

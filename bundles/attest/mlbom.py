@@ -6,7 +6,7 @@ Source: OWASP CycloneDX 1.6 (ECMA-424), JSON schema bom-1.6; SPDX licence list (
 from collections.abc import Iterator
 
 from bundles.attest.facts import TOOL, Facts, derived_uuid, encode
-from bundles.format.manifest import File, Licence
+from bundles.format.manifest import File, Licence, Requirement
 
 SCHEMA = "http://cyclonedx.org/schema/bom-1.6.schema.json"
 _MODEL_REF = "model"
@@ -114,12 +114,17 @@ def _file(file: File) -> dict[str, object]:
     }
 
 
+def _ref(required: Requirement) -> str:
+    """What a required model is called in the bill; several versions of one are several models."""
+    return f"model:{required.name}" + (f"@{required.model_digest}" if required.model_digest else "")
+
+
 def _required(facts: Facts) -> Iterator[dict[str, object]]:
-    for required in facts.requires:
+    for required in dict.fromkeys(facts.requires):
         properties = [{"name": f"{TOOL}:manifest-sha256", "value": required.model_digest}]
         yield {
             "type": "machine-learning-model",
-            "bom-ref": f"model:{required.name}",
+            "bom-ref": _ref(required),
             "name": required.name,
             "scope": "required",
             **({"properties": properties} if required.model_digest else {}),
@@ -128,5 +133,5 @@ def _required(facts: Facts) -> Iterator[dict[str, object]]:
 
 def _dependencies(facts: Facts) -> list[dict[str, object]]:
     references = [f"file:{file.path}" for file in facts.listed]
-    references += [f"model:{required.name}" for required in facts.requires]
+    references += map(_ref, dict.fromkeys(facts.requires))
     return [{"ref": _MODEL_REF, "dependsOn": references}]

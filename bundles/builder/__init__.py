@@ -11,5 +11,6 @@ from bundles.builder.building import build as build
 from bundles.builder.release import Output as Output
 from bundles.builder.release import Release as Release
 from bundles.builder.signing import Signing as Signing
+from bundles.builder.signing import check_signing as check_signing
 from bundles.builder.signing import sign as sign
 from bundles.builder.volumes import written as written

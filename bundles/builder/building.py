@@ -21,7 +21,7 @@ from bundles.builder.stating import (
     make_manifest,
     make_statements,
 )
-from bundles.builder.writing import BundleWriter, writing
+from bundles.builder.writing import BundleWriter, check_place, writing
 from bundles.content import forbidden
 from bundles.content.inspector import Inspector, Verdict
 from bundles.content.judge import judge, model_of
@@ -64,6 +64,7 @@ def build(
     """
     output = output or Output()
     _check_release(release, output)
+    check_place(out, directory=output.directory)
     base = _read_base(release, output)
     with sources.opened(model) as files:
         parts = _look(release, model, files, inspector or Inspector(), report)
@@ -119,7 +120,7 @@ def _look(release: Release, model: Path, files: ModelFolder, inspector: Inspecto
     canaries = sources.canaries(model / sources.CANARIES)
     given = sources.documents("attest", release.attestations)
     published = sources.read_optional(model / sources.PUBLISHED_SIGNATURE)
-    if published is not None:
+    if published is not None and not release.site_publisher:  # as provenance any signature will do
         oms.read(published)
     verdict = judge(files, inspector, release.kind)
     listed = _describe_all(files, release.chunk_size, report)

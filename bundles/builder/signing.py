@@ -31,7 +31,7 @@ from bundles.format.members import MANIFEST, OMS, REVOCATION, root_member
 from bundles.format.source import beside
 from bundles.pipeline import Progress, Report, Sink, State, no_base, stream_payload
 from bundles.reader import BundleReader
-from bundles.trust import dsse, oms
+from bundles.trust import dsse, oms, revocation
 from bundles.trust.policy import Head
 from bundles.trust.publishers import verify_model
 from bundles.trust.roots import SITE_PUBLISHER, Root, parse
@@ -86,7 +86,7 @@ def sign(path: Path, signing: Signing, *, bases: Sequence[Path] = (), report: Re
         BundleError: ALREADY_SIGNED, KEY_NOT_IN_ROLE, OMS_MISSING, OMS_FILES_DIFFER, SIGNER_FAILED, or the bundle
             itself is refused.
     """
-    _check_roles(signing)
+    check_signing(signing)
     with closing(BundleReader(beside(path))) as reader:
         found = _Found.read(reader, signing)
         payload_at = _verify(reader, found, bases, report)
@@ -113,7 +113,10 @@ class _Found:
         envelope = dsse.parse(head.envelope, "the signed manifest")
         if envelope.signatures and signing.publisher_key is not None:
             raise _already_signed(len(envelope.signatures))
-        return cls(head, envelope, manifests.parse(envelope.payload), {})
+        manifest = manifests.parse(envelope.payload)
+        if signing.publisher_key is None:  # what is there must do; known before hours of reading
+            _publisher_signature(manifest, head, signing)
+        return cls(head, envelope, manifest, {})
 
 
 def _verify(reader: BundleReader, found: _Found, bases: Sequence[Path], report: Report) -> int:
@@ -192,7 +195,14 @@ def _already_signed(signatures: int) -> BundleError:
     )
 
 
-def _check_roles(signing: Signing) -> None:
+def check_signing(signing: Signing) -> None:
+    """Refuse, before a bundle is read or built, signers and a revocation document that the root does not know.
+
+    Raises:
+        BundleError: KEY_NOT_IN_ROLE; ROLE_ABSENT, the REVOCATION and SIGNATURE codes.
+    """
+    if signing.revocation is not None:
+        revocation.verify(signing.revocation, signing.root).check_fresh(datetime.now(UTC))
     root = signing.root
     publishers = [SITE_PUBLISHER] if signing.site else [r for r in root.publisher_roles if r != SITE_PUBLISHER]
     held = [(signer, ["release"]) for signer in signing.release_keys]
@@ -282,7 +292,10 @@ def _copy_rest(old: BinaryIO, new: BinaryIO, at: int) -> None:
 
 
 def _write_folder(path: Path, head: Head, documents: Mapping[str, bytes]) -> None:
-    """Members of the head anew; the manifest last, so that a folder left half done is signed again as it is."""
+    """Members of the head anew, the manifest last.
+
+    Killed in between, what it left is signed again as it is, once a member that no manifest lists is removed.
+    """
     made = {root_member(parse(raw).version): raw for raw in head.roots}
     made |= {member: content for member, content in documents.items() if member == UPSTREAM}
     made |= {REVOCATION: head.revocation} if head.revocation is not None else {}

@@ -23,6 +23,7 @@ PUBLISHED_SIGNATURE = "model.sig"
 _BESIDE = frozenset({CANARIES, PUBLISHED_SIGNATURE})
 MODEL_CARD = "README.md"
 _LICENCE_NAMES = ("license", "licence", "copying")
+_NO_LINKS = "a bundle has none: copy the folder with cp -RL, which copies files"
 _OPEN = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -86,7 +87,7 @@ def opened(folder: Path) -> Iterator[ModelFolder]:
     for path in sorted(_visible(folder)):
         state = (folder / path).lstat()
         if stat.S_ISLNK(state.st_mode):
-            raise BundleError("SOURCE_SYMLINK", f"{folder / path} is a symbolic link; a bundle has none")
+            raise BundleError("SOURCE_SYMLINK", f"{folder / path} is a symbolic link; {_NO_LINKS}")
         if not stat.S_ISREG(state.st_mode):
             raise BundleError("SOURCE_NOT_FILE", f"{folder / path} is not a regular file")
         found[path] = state
@@ -161,7 +162,7 @@ def _visible(folder: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             if (Path(base) / name).is_symlink():
-                raise BundleError("SOURCE_SYMLINK", f"{base}/{name} is a symbolic link; a bundle has none")
+                raise BundleError("SOURCE_SYMLINK", f"{base}/{name} is a symbolic link; {_NO_LINKS}")
         relative = os.path.relpath(base, folder)
         inside = relative != "."
         yield from (
@@ -196,7 +197,7 @@ def licences(
     """
     on_card = card(model).first("license")
     found: Sequence[Path] = sorted(
-        path for path in model.iterdir() if path.name.lower().startswith(_LICENCE_NAMES)
+        path for path in model.iterdir() if path.name.lower().startswith(_LICENCE_NAMES) and path.is_file()
     )
     texts = documents("licence", files or found or ([model / MODEL_CARD] if on_card else []))
     if not texts:

@@ -172,15 +172,29 @@ class BundleWriter:
         self._writer.close()
 
 
+def check_place(out: Path, *, directory: bool) -> None:
+    """Refuse a name under which no bundle can be written.
+
+    Raises:
+        BundleError: OUTPUT_EXISTS; a folder is never replaced.
+        OSError: there is no folder to write in.
+    """
+    if directory and os.path.lexists(out):
+        raise BundleError("OUTPUT_EXISTS", f"{out} is there already; a folder is never replaced")
+    if out.is_dir():
+        raise BundleError("OUTPUT_EXISTS", f"{out} is a folder; name the file to write in it")
+    with os.scandir(out.parent):
+        pass
+
+
 @contextmanager
 def writing(out: Path, manifest: Manifest, carried: int, *, directory: bool) -> Iterator[BundleWriter]:
     """A writer of a new bundle, which appears as `out`, or as its volumes, when the block ends without an error.
 
     Raises:
-        BundleError: OUTPUT_EXISTS; a folder is never replaced.
+        BundleError, OSError: as `check_place`.
     """
-    if directory and os.path.lexists(out):
-        raise BundleError("OUTPUT_EXISTS", f"{out} is there already; a folder is never replaced")
+    check_place(out, directory=directory)
     paths = volume_paths(out, () if directory else manifest.volumes)
     temporary = [path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in paths]
     try:

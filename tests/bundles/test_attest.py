@@ -18,8 +18,9 @@ from tests.bundles.making import INSPECTOR, make_model, make_release, members_of
 
 ISSUED = datetime(2026, 11, 1, 12, tzinfo=UTC)
 CARD = """---
-license: apache-2.0
+license: apache-2.0  # see LICENSE
 pipeline_tag: text-generation
+license_name: ~
 base_model: "meta-llama/Llama-3.1-8B"
 language: [en, 'de']
 datasets:
@@ -55,6 +56,7 @@ def test_a_card_s_front_matter_is_read_as_far_as_it_is_plain() -> None:
         "---\nlicense: |\n  mit\n---\n",
         "---\nlicense: \x1b[31m\n---\n",
         "---\nlicense: {a: b}\n---\n",
+        "---\nlicense: null\n---\n",
     ],
 )
 def test_a_card_that_is_not_plain_states_nothing(text: str) -> None:
@@ -153,6 +155,14 @@ def test_an_adapter_s_statements_name_what_it_needs_and_came_from() -> None:
     definition = json.loads(provenance(_facts()))["predicate"]["buildDefinition"]
     assert [d["name"] for d in definition["resolvedDependencies"]] == ["model.sig", "base", "base", "other"]
     assert definition["resolvedDependencies"][0]["annotations"]["coversTheseFiles"] is False
+
+
+def test_versions_of_one_model_are_several_in_the_bill(tmp_path: Path) -> None:
+    versions = tuple(Requirement(name="base", model_digest=digest) for digest in ("0" * 64, "1" * 64, None, None))
+    bom = json.loads(bill_of_materials(_facts(requires=versions)))
+    references = [c["bom-ref"] for c in bom["components"] if c["type"] == "machine-learning-model"]
+    assert len(set(references)) == len(references) == 3
+    assert [ref for ref in bom["dependencies"][0]["dependsOn"] if ref.startswith("model:")] == references
 
 
 def test_equal_facts_give_equal_bytes_and_others_another_serial_number() -> None:

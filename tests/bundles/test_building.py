@@ -60,6 +60,23 @@ def test_building_refuses_what_importing_would(tmp_path: Path) -> None:
     assert code() == "SOURCE_UNREADABLE"
 
 
+def test_a_place_where_nothing_can_be_written_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
+    (tmp_path / "medium").mkdir()
+    for out, error in ((tmp_path / "medium", BundleError), (tmp_path / "absent" / "b", FileNotFoundError)):
+        with pytest.raises(error, match=r"OUTPUT_EXISTS|absent"):
+            build(make_release(), tmp_path / "no model either", out, inspector=INSPECTOR)
+    assert [path.name for path in tmp_path.iterdir()] == ["medium"]
+
+
+def test_a_folder_of_licences_is_files_of_the_model(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "LICENSES").mkdir()
+    (model / "LICENSES" / "MIT.txt").write_text("Do as you like.")
+    manifest = build(make_release(), model, tmp_path / "b", inspector=INSPECTOR)
+    assert [licence.member for licence in manifest.licences] == ["licence/LICENSE"]
+    assert "LICENSES/MIT.txt" in {file.path for file in manifest.files}
+
+
 def test_hidden_files_stay_behind_and_a_published_signature_is_kept_byte_for_byte(
     tmp_path: Path, trust: Trust
 ) -> None:

@@ -1,5 +1,6 @@
 """Who signs a model: its publisher by key or certificate, or the site in the place of another."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from bundles.format.errors import BundleError
 from bundles.trust import oms
 from bundles.trust.signers import PrivateSigner, new_signer
 from bundles.verify import inspect, verify
-from tests.bundles.making import INSPECTOR, Trust, make_model, make_release, members_of, sha256
-from tests.bundles.trusting import RELEASE_KEY, ROOT_KEY, Authority, certified, revocations, root_of
+from tests.bundles.making import INSPECTOR, Trust, make_model, make_release, members_of, replace_member, sha256
+from tests.bundles.trusting import DAY, NOW, RELEASE_KEY, ROOT_KEY, Authority, certified, revocations, root_of
 
 PUBLISHER, SITE, POST_QUANTUM = (
     new_signer("ecdsa-sha2-nistp384"),
@@ -102,13 +103,43 @@ def test_a_certificate_of_nobody_the_root_knows_is_refused_before_anything_is_wr
     assert out.read_bytes() == before
 
 
+def test_what_no_import_would_take_is_refused_before_a_chunk_is_read(tmp_path: Path) -> None:
+    model, out = make_model(tmp_path / "m"), tmp_path / "b"
+    build(make_release(), model, out, inspector=INSPECTOR)
+    chunk = next(name for name, _ in members_of(out) if name.startswith("c/"))
+    replace_member(out, chunk, lambda raw: b"!" + raw[1:])
+    stranger, old = revocations(signers=(SITE,)).raw, revocations(expires=NOW - DAY).raw
+    for signing, code in (
+        (Signing(ROOT, (RELEASE_KEY,)), "OMS_MISSING"),
+        (Signing(ROOT, (RELEASE_KEY,), oms=b"{}"), "OMS_SCHEMA"),
+        (Signing(ROOT, (RELEASE_KEY,), PUBLISHER, revocation=b"{}"), "ENVELOPE_SCHEMA"),
+        (Signing(ROOT, (RELEASE_KEY,), PUBLISHER, revocation=stranger), "SIGNATURE_WRONG_ROLE"),
+        (Signing(ROOT, (RELEASE_KEY,), PUBLISHER, revocation=old), "REVOCATION_EXPIRED"),
+        (Signing(ROOT, (RELEASE_KEY,), PUBLISHER), "CHUNK_DIGEST"),
+    ):
+        with pytest.raises(BundleError, match=code):
+            sign(out, signing)
+
+
+def test_a_source_s_signature_of_any_kind_is_kept_where_the_site_signs(tmp_path: Path) -> None:
+    model, out = make_model(tmp_path / "m"), tmp_path / "b"
+    keyless = b'{"mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json", "verificationMaterial": {}}'
+    (model / "model.sig").write_bytes(keyless)
+    with pytest.raises(BundleError, match="OMS_SCHEMA"):
+        build(make_release(), model, out, inspector=INSPECTOR)
+    build(make_release(site_publisher=True), model, out, inspector=INSPECTOR)
+    sign(out, Signing(ROOT, (RELEASE_KEY,), SITE, site=True))
+    assert verify(out, ROOT, inspector=INSPECTOR).publisher_role == "site-publisher"
+    assert dict(members_of(out))["attest/upstream-model.sig"] == keyless
+
+
 def test_earlier_roots_and_revocations_travel_for_appliances_that_know_less(tmp_path: Path) -> None:
     out = tmp_path / "b"
     first, second, third = (
         root_of({"publisher": [PUBLISHER.key]}, version=n, signers=(ROOT_KEY,)) for n in (1, 2, 3)
     )
     build(make_release(), make_model(tmp_path / "m"), out, inspector=INSPECTOR)
-    document = revocations()
+    document = revocations(expires=datetime.now(UTC) + DAY)
     sign(out, Signing(third, (RELEASE_KEY,), PUBLISHER, earlier=(second,), revocation=document.raw))
     verified = verify(out, first, inspector=INSPECTOR)
     assert [root.version for root in verified.new_roots] == [2, 3]
