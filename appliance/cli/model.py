@@ -45,7 +45,7 @@ def deployments_table(deployments: Iterable[admin_pb2.Deployment]) -> str:
     if not found:
         return "no deployments; `cloister model load` makes one"
     rows = [(d.name, d.model_version, d.state, d.runs_as, d.max_context_tokens, d.restarts) for d in found]
-    reasons = [f"{d.name}: {d.reason}: {d.message}" for d in found if d.reason]
+    reasons = [printable(f"{d.name}: {d.reason}: {d.message}") for d in found if d.reason]
     return "\n".join([table(("deployment", "model", "state", "runs as", "context", "restarts"), rows), *reasons])
 
 

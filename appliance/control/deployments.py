@@ -2,6 +2,10 @@
 
 Desired deployments lie in control.db. Whenever engine-host is reached again, and at every change, it is told all
 of them; its watch then says how each one is. While it is not reached, nothing counts as ready.
+
+So engine-host is heard before it is told: what it runs that is wanted no more, as after a control that was killed
+in an activation, frees its memory before anything takes its place; and a deployment whose version was revoked is
+kept while it answers, as a revocation is no outage by itself, but never started again.
 """
 
 import asyncio
@@ -56,6 +60,9 @@ class Deployments:
         self._database = database
         self._socket = socket
         self._desired: dict[str, str] = {}
+        self._revoked: dict[str, str] = {}
+        self._withheld: frozenset[str] = frozenset()
+        self._leaving: frozenset[str] = frozenset()
         self._running: dict[str, engine_pb2.DeploymentStatus] = {}
         self._host: engine_pb2_grpc.HostServiceAsyncStub | None = None
         self._reached = asyncio.Event()
@@ -71,6 +78,13 @@ class Deployments:
 
     def status(self, name: str) -> engine_pb2.DeploymentStatus:
         """How a deployment is, as engine-host said last; LOADING until it has said anything about this version."""
+        if name in self._withheld:
+            return engine_pb2.DeploymentStatus(
+                name=name,
+                state=engine_pb2.DEPLOYMENT_STATE_FAILED,
+                reason="MODEL_REVOKED",
+                message=f"its version is no longer vouched for ({self._revoked[name]}) and is not started again",
+            )
         status = self._running.get(name)
         if name in self._changing or status is None or status.model_digest not in ("", self._desired.get(name)):
             return engine_pb2.DeploymentStatus(name=name, state=engine_pb2.DEPLOYMENT_STATE_LOADING)
@@ -183,29 +197,51 @@ class Deployments:
                 log.exception("engine-host is not followed")
                 pause = min(2 * pause, LONGEST_PAUSE_S)
             finally:
-                self._host, self._running = None, {}
+                self._host, self._running, self._leaving = None, {}, frozenset()
                 self._reached.clear()
                 self._wake()
             await asyncio.sleep(pause)
 
     async def _follow(self, host: "engine_pb2_grpc.HostServiceAsyncStub") -> None:
-        """Tell all, then listen until the stream breaks."""
+        """Hear what runs, tell all, then listen until the stream breaks."""
         log.info("engine-host is reached")
-        self._host = host
-        self._reached.set()
-        await self.changed()
         async for update in host.WatchDeployments(engine_pb2.WatchDeploymentsRequest()):
             self._running = {status.name: status for status in update.deployments}
+            if self._host is None:
+                self._leaving = frozenset(
+                    self._running.keys() - {row.name for row in await self._database.run(_all)}
+                )
+                self._host = host
+                self._reached.set()
+                await self.changed()
+            elif self._is_to_be_told():
+                await self.changed()
             self._wake()
+
+    def _is_to_be_told(self) -> bool:
+        """There is room now for what waited; or a revoked version has stopped, and is not to be started again."""
+        waited, self._leaving = self._leaving, self._leaving & self._running.keys()
+        ceased = any(name not in self._withheld and not self._answers(name) for name in self._revoked)
+        return ceased or (bool(waited) and not self._leaving)
+
+    def _answers(self, name: str) -> bool:
+        """engine-host runs a deployment, in the version that is wanted."""
+        status = self._running.get(name)
+        return status is not None and status.state == _READY and status.model_digest == self._desired.get(name)
 
     async def _tell(self) -> None:
         rows = await self._database.run(_all)
         self._desired = {row.name: row.model_digest for row in rows}
+        self._revoked = {row.name: row.revoked for row in rows if row.revoked}
         self._told = False
         if self._host is None:
             return
+        self._withheld = frozenset(name for name in self._revoked if not self._answers(name))
+        self._leaving -= self._desired.keys()
+        waits = self._desired.keys() - self._running.keys() if self._leaving else frozenset()
+        told = [row for row in rows if row.name not in self._withheld | waits]
         try:
-            await self._host.Reconcile(_reconcile_request(rows), timeout=_TELL_LIMIT_S)
+            await self._host.Reconcile(_reconcile_request(told), timeout=_TELL_LIMIT_S)
             self._told = True
         except grpc.aio.AioRpcError as error:
             log.warning("engine-host was not told", extra={"status": error.code().name})

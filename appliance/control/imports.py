@@ -39,11 +39,19 @@ class Imports:
         journal: the audit log.
         socket: the importer's.
         removed: told the digest of each version that is in the store no more.
+        trust_changed: told of each change of roots or revocations, once it is in force.
     """
 
-    def __init__(self, journal: Journal, socket: Path, removed: Callable[[str], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        socket: Path,
+        removed: Callable[[str], Awaitable[None]],
+        trust_changed: Callable[[], Awaitable[None]],
+    ) -> None:
         self._journal = journal
         self._removed = removed
+        self._trust_changed = trust_changed
         self._channel = grpc.aio.insecure_channel(f"unix:{socket}", options=CHANNEL_OPTIONS)
         self._importer: importer_pb2_grpc.ImporterServiceAsyncStub = importer_pb2_grpc.ImporterServiceStub(
             self._channel
@@ -181,6 +189,8 @@ class Imports:
         if entry.event == _REMOVAL:
             await self._removed(entry.model_digest)
         await self._record(records.importer_event(entry))
+        if entry.event == records.TRUST:
+            await self._trust_changed()
         if entry.event in ("", records.IMPORT) and entry.state == _COMMITTED and entry.model_digest:
             await self._record_if_approved(entry)
 

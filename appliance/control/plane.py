@@ -80,13 +80,13 @@ class ControlPlane:
         self.sessions = Sessions()
         self.leases = LeaseBook(self.database, self.journal)
         self.deployments = Deployments(self.database, home.engine_host_socket)
-        self.imports = Imports(self.journal, home.importer_socket, self._forget)
+        self.imports = Imports(self.journal, home.importer_socket, self._forget, self._follow_trust)
         self.versions = Versions(self.database, self.imports)
         self.untold = UntoldEvents(self.database, self.journal)
         issuer = Issuer(self.database, self.keys, self.authority, self.leases, self.site)
         canary_s = self.limits.canary_seconds
         self.activations = Activations(
-            Parts(self.database, self.deployments, issuer, self.journal, self.untold, canary_s)
+            Parts(self.database, self.deployments, issuer, self.versions, self.journal, self.untold, canary_s)
         )
         self.callers = CallerCheck(self.site, self.keys)
         self.control = ControlService(
@@ -102,6 +102,14 @@ class ControlPlane:
     async def _forget(self, model_digest: str) -> None:
         """A version is in the store no more."""
         await self.versions.forget(model_digest)
+
+    async def _follow_trust(self) -> None:
+        """Roots or revocations have changed; a load that was checked before that is recorded before this."""
+        async with self.deployments.loading:
+            changed = await self.versions.follow_trust()
+        if changed:
+            await self.deployments.changed()
+            await self.untold.tell()
 
     def begin(self) -> None:
         """Start to follow engine-host and importer, and to sweep; `watch` tells when one of that ends."""

@@ -10,7 +10,8 @@ operator.refused    event                            deny                    met
 operator.read       event                            allow                   method, arguments
 operator.change     intent, outcome  action          allow; done or failed   method, arguments; results, reason
 bundle.state        event            IMPORT/N        the import's state      outbox position, version, digest
-version.state       event            UUID, DIGEST/TIME  approved, active, retired  version, digest, why
+version.state       event            UUID, DIGEST/TIME  approved, active, retired,  version, digest, why
+                                                     revoked
 model.activation    event            UUID            active, returned        version, canaries, reason
 model.removal       event            N-TIME          removed                 outbox position, version, digest
 store.damage        event            N-TIME          found                   outbox position, file, finding
@@ -36,6 +37,7 @@ REQUEST = "inference.request"
 CHANGE = "operator.change"
 VERSION_STATE = "version.state"
 ACTIVATION = "model.activation"
+TRUST = "trust"
 IMPORT = "import"
 """The importer's event that is an import's new state; the others are no import's."""
 
@@ -43,7 +45,7 @@ _OF_THE_STORE = {
     "removal": ("model.removal", "removed"),
     "damage": ("store.damage", "found"),
     "repair": ("store.repair", "repaired"),
-    "trust": ("trust.change", "accepted"),
+    TRUST: ("trust.change", "accepted"),
 }
 
 Facts = Mapping[str, Json]

@@ -5,6 +5,7 @@ keeps are the custodians' statements and who accepted a licence. Before a versio
 verified again, under the trust in force at that moment.
 """
 
+import asyncio
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from appliance.errors import CloisterError
 from bundles.protos import importer_pb2
 
 COMMITTED, APPROVED, ACTIVE, RETIRED = "committed", "approved", "active", "retired"
+REVOKED = "revoked"
+"""What the log is told of a version that is deployed; the importer has it of the others."""
 _LONGEST_REFERENCE = 256
 _LONGEST_ENVELOPE = 1 << 20
 _NAMES_SHOWN = 3
@@ -63,6 +66,7 @@ class Versions:
     def __init__(self, database: Database, imports: Imports) -> None:
         self._database = database
         self._imports = imports
+        self._approving = asyncio.Lock()
 
     async def all(self) -> tuple[list[importer_pb2.ModelVersion], Standing]:
         """Every version, oldest first, and where each stands; custodians that the root names no more do not count.
@@ -134,7 +138,9 @@ class Versions:
         found = await self._imports.verify_approval(envelope)
         version = await self._imports.version(found.model_digest)
         custodians = list(found.custodians)
-        await self._database.run(lambda s: _approve(s, version, custodians, envelope, operator))
+        async with self._approving:
+            before = await self._custodians(version)  # those before a rotation made this one approved no longer
+            await self._database.run(lambda s: _approve(s, version, before, custodians, envelope, operator))
         return version
 
     async def _custodians(self, version: importer_pb2.ModelVersion) -> list[str]:
@@ -151,6 +157,23 @@ class Versions:
             if approval.model_digest == version.model_digest:
                 found.update(approval.custodians)
         return sorted(found)
+
+    async def check(self, model_digest: str) -> None:
+        """Refuse a version that must not be put behind an alias after all.
+
+        Raises:
+            CloisterError: VERSION_NOT_FOUND, MODEL_REVOKED, MODEL_DAMAGED, IMPORTER_UNAVAILABLE.
+        """
+        _check_sound(await self._imports.version(model_digest))
+
+    async def follow_trust(self) -> bool:
+        """Mark what is deployed as the trust in force has it; whether that changed anything.
+
+        Raises:
+            CloisterError: IMPORTER_UNAVAILABLE.
+        """
+        revoked = {v.model_digest: v.revoked for v in await self._imports.versions()}
+        return await self._database.run(lambda s: _mark(s, revoked))
 
     async def forget(self, model_digest: str) -> None:
         """Forget what was said about a version that is in the store no more."""
@@ -235,16 +258,16 @@ def _accept(session: Session, version: importer_pb2.ModelVersion, operator: str,
 def _approve(
     session: Session,
     version: importer_pb2.ModelVersion,
+    before: Collection[str],
     custodians: Collection[str],
     envelope: bytes,
     operator: str,
 ) -> None:
     digest, now = version.model_digest, time.time_ns()
-    before = set(session.scalars(select(Approval.custodian).where(Approval.model_digest == digest)))
     for custodian in custodians:
         session.merge(Approval(model_digest=digest, custodian=custodian, envelope=envelope, approved_ns=now))
     session.flush()
-    after = before.union(custodians)
+    after = {*before, *custodians}
     if len(before) < version.approvals_required <= len(after):
         facts: dict[str, Json] = {
             "model_version": name_of(version),
@@ -253,6 +276,26 @@ def _approve(
             "approvals_required": version.approvals_required,
         }
         untold.leave(session, records.VERSION_STATE, operator, APPROVED, facts)
+
+
+def _mark(session: Session, revoked: Mapping[str, str]) -> bool:
+    """Keep with each deployment whether its version is revoked; each version that is now goes on record once."""
+    rows = list(session.scalars(select(Deployment).order_by(Deployment.name)))
+    changed = [row for row in rows if row.revoked != revoked.get(row.model_digest, row.revoked)]
+    news: dict[str, list[Deployment]] = {}
+    for row in changed:
+        if not row.revoked:
+            news.setdefault(row.model_digest, []).append(row)
+        row.revoked = revoked[row.model_digest]
+    for digest, found in news.items():
+        facts: dict[str, Json] = {
+            "model_version": found[0].model_version,
+            "model_digest": digest,
+            "reason": revoked[digest],
+            "deployments": [row.name for row in found],
+        }
+        untold.leave(session, records.VERSION_STATE, records.CONTROL, REVOKED, facts)
+    return bool(changed)
 
 
 def _envelopes(session: Session, digest: str) -> list[bytes]:

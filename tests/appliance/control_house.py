@@ -77,7 +77,8 @@ class Host(engine_pb2_grpc.HostServiceServicer):
 
     async def WatchDeployments(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
-            yield engine_pb2.WatchDeploymentsResponse(deployments=map(self._status, self.told[-1].deployments))
+            running = self.told[-1].deployments if self.told else ()
+            yield engine_pb2.WatchDeploymentsResponse(deployments=map(self._status, running))
             async with self.changed:
                 await self.changed.wait()
 

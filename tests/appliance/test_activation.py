@@ -335,3 +335,85 @@ async def test_a_tenant_s_requests_go_on_through_an_activation(site: Site) -> No
     while not activating.done():
         assert (await site.house.authorize(caller)).deployment in ("notes-1", "notes-2")
     assert (await site.house.authorize(caller)).deployment == "notes-2"
+
+
+async def test_an_alias_moved_by_somebody_else_meanwhile_is_not_moved_back_by_a_failure(site: Site) -> None:
+    await first(site)
+    models = site.house.models
+    await models.LoadModel(admin_pb2.LoadModelRequest(model_version="notes@1", name="by-hand"))
+    site.house.importer.add(2, canaries=[BAD], canary_pass_percent=100)
+    deployments = site.house.plane.deployments
+    planned, moved = deployments.plan, admin_pb2.SetAliasRequest(name="notes", deployment="by-hand")
+
+    async def plan(*arguments: Any) -> engine_pb2.MemoryPlan:
+        await models.SetAlias(moved)
+        await models.UnloadModel(admin_pb2.UnloadModelRequest(name="notes-1"))
+        found: engine_pb2.MemoryPlan = await planned(*arguments)
+        return found
+
+    deployments.plan = plan
+    request = admin_pb2.ActivateModelRequest(model_version="notes@2", alias="notes")
+    assert (await refusal(models.ActivateModel(request))).code == "ALIAS_CHANGED"
+    assert (await site.aliases(), await site.deployed()) == ({"notes": "by-hand"}, {"by-hand": "notes@1"})
+
+
+async def test_what_an_operator_loaded_by_hand_is_never_unloaded_by_an_activation(site: Site) -> None:
+    models = site.house.models
+    await models.LoadModel(admin_pb2.LoadModelRequest(model_version="notes@1", name="by-hand"))
+    await models.SetAlias(admin_pb2.SetAliasRequest(name="notes", deployment="by-hand"))
+    site.house.importer.add(2)
+    site.house.importer.add(3)
+    await site.activate("notes@2")
+    assert (await site.rollback())[-1].deployment == "by-hand"
+    for version in ("notes@2", "notes@3"):
+        assert (await site.activate(version))[-1].stage == "active"
+    assert sorted(await site.deployed()) == ["by-hand", "notes-2", "notes-3"]
+
+
+async def test_an_activation_with_other_options_is_another_one(site: Site) -> None:
+    site.house.host.state = LOADING
+    stream = site.house.models.ActivateModel(
+        admin_pb2.ActivateModelRequest(model_version="notes@1", alias="notes")
+    )
+    await stream.read()
+    options = admin_pb2.DeploymentOptions(threads=3)
+    other = admin_pb2.ActivateModelRequest(model_version="notes@1", alias="notes", options=options)
+    assert (await refusal(site.house.models.ActivateModel(other))).code == "ACTIVATION_RUNNING"
+    stream.cancel()
+
+
+async def test_a_version_revoked_under_trial_never_becomes_active(site: Site) -> None:
+    await first(site)
+    version = site.house.importer.add(2, canaries=[GOOD], canary_pass_percent=100)
+
+    async def revoke(submit: Any, send: Any) -> None:
+        version.revoked = "KEY_REVOKED"
+        await say("all", " well")(submit, send)
+
+    site.worker.script = revoke
+    last = (await site.activate("notes@2"))[-1]
+    assert (last.stage, last.reason, last.canaries_passed) == ("returned", "MODEL_REVOKED", 1)
+    assert (await site.aliases(), await site.deployed()) == ({"notes": "notes-1"}, {"notes-1": "notes@1"})
+
+
+async def test_after_a_kill_the_trial_s_memory_is_free_before_the_present_version_is_loaded_again() -> None:
+    home = make_home()
+    try:
+        site = Site(home)
+        async with open_site(home, site):
+            await first(site)
+            site.house.importer.add(2, canaries=[GOOD], canary_pass_percent=100)
+            site.house.host.fits = one_at_a_time
+            site.worker.script = silence
+            request = admin_pb2.ActivateModelRequest(model_version="notes@2", alias="notes")
+            stream = site.house.models.ActivateModel(request)
+            await until(lambda: site.worker.submits)
+            await site.house.plane.activations.close()
+            stream.cancel()
+        told = len(site.house.host.told)
+        async with open_site(home, site, gateway=False):
+            await site.house.ready("notes-1")
+        together = [[d.name for d in request.deployments] for request in site.house.host.told[told:]]
+        assert together[:2] == [[], ["notes-1"]]
+    finally:
+        shutil.rmtree(home.root.parent)

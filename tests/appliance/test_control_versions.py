@@ -10,6 +10,7 @@ import pytest
 from appliance.control.db.models import Untold
 from appliance.protos import admin_pb2
 from bundles.protos import importer_pb2
+from engine.protos import engine_pb2
 from tests.appliance.control_house import DIGEST, House, make_home, new_house, refusal, running, until
 
 COMMITTED = importer_pb2.IMPORT_STATE_COMMITTED
@@ -68,6 +69,18 @@ async def test_an_approval_counts_only_as_long_as_the_trust_in_force_bears_it_ou
     house.importer.approvals = {}
     error = await refusal(house.models.LoadModel(load()))
     assert (error.code, error.metadata["approvals"]) == ("NOT_APPROVED", "0")
+
+
+async def test_the_log_calls_approved_only_what_enough_custodians_of_today_approved(house: House) -> None:
+    wants_two_custodians(house)
+    await approve(house, b"one")
+    house.importer.custodians = ["k2", "k3"]
+    house.importer.approvals = {b"two": (DIGEST, ["k2"]), b"three": (DIGEST, ["k3"])}
+    assert (await approve(house, b"two")).state == "committed"
+    assert house.records("version.state") == []
+    assert (await approve(house, b"three")).state == "approved"
+    (told,) = house.records("version.state")
+    assert list(told.facts["custodians"]) == ["k2", "k3"]
 
 
 async def test_what_no_custodian_signed_approves_nothing(house: House) -> None:
@@ -260,3 +273,39 @@ class _Fails:
         if self._calls > 1:
             raise RuntimeError("killed here")
         return await self._database.run(work)
+
+
+async def test_a_deployment_of_a_revoked_version_goes_on_and_is_not_started_again() -> None:
+    home = make_home()
+    try:
+        house = House(home)
+        async with running(home, house):
+            await house.serving()
+        house.importer.versions[0].revoked = "MANIFEST_REVOKED"
+        house.importer.outbox = [entry(1, "trust", detail="root 1, revocations 2")]
+        async with running(home, house):
+            await until(lambda: house.importer.acknowledged == [1])
+            await house.ready("notes")
+            assert (await house.models.ListDeployments(admin_pb2.ListDeploymentsRequest())).deployments[
+                0
+            ].state == ("ready")
+            (revoked,) = [r for r in house.records("version.state") if r.decision == "revoked"]
+            assert (revoked.facts["reason"], list(revoked.facts["deployments"])) == ("MANIFEST_REVOKED", ["notes"])
+        async with running(home, house):
+            await house.ready("notes")  # control alone began anew
+            house.host.states["notes"] = engine_pb2.DEPLOYMENT_STATE_RESTARTING
+            await house.host.say()
+            await until(lambda: not house.host.told[-1].deployments)
+            await house.host.say()
+            (shown,) = (await house.models.ListDeployments(admin_pb2.ListDeploymentsRequest())).deployments
+            assert (shown.state, shown.reason) == ("failed", "MODEL_REVOKED")
+            house.host.states.clear()
+        house.host.told.clear()  # as an engine-host that begins anew
+        house.importer.versions[0].revoked, house.importer.outbox = "", [entry(2, "trust")]
+        async with running(home, house):
+            await house.ready("notes")
+            assert [len(told.deployments) for told in house.host.told] == [0, 1], (
+                "not before it is vouched for again"
+            )
+    finally:
+        shutil.rmtree(home.root.parent)

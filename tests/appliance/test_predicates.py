@@ -49,6 +49,9 @@ def test_no_text_makes_a_predicate_fail(match: str, expected: str, answer: str) 
 def test_an_answer_nested_without_end_is_merely_wrong() -> None:
     assert not holds("json", "[]", "[" * 200_000)
     assert not holds("json", "[]", "1" * 10_000)
+    nested = "[" * 900 + "]" * 900
+    assert not holds("json", nested, nested)
+    assert not holds("json_fields", f'{{"a": {nested}}}', f'{{"a": {nested}}}')
 
 
 values = st.recursive(

@@ -25,6 +25,7 @@ from appliance.control.db.models import Deployment
 from appliance.control.deployments import Deployments, as_engine_has_it, files_of, require_fit
 from appliance.control.journal import Journal
 from appliance.control.untold import UntoldEvents
+from appliance.control.versions import Versions
 from appliance.errors import CloisterError
 from appliance.protos import admin_pb2
 
@@ -99,6 +100,7 @@ class Parts:
         database: control.db.
         deployments: engine-host.
         issuer: makes the canaries' client.
+        versions: knows whether a version may still run when its trial is over.
         journal: the audit log; while it takes nothing, nothing is switched.
         untold: tells it what changed.
         canary_seconds: how long the answer to a canary may take.
@@ -107,6 +109,7 @@ class Parts:
     database: Database
     deployments: Deployments
     issuer: Issuer
+    versions: Versions
     journal: Journal
     untold: UntoldEvents
     canary_seconds: float = 120.0
@@ -172,7 +175,8 @@ class _Attempt:
         """Plan, and record the trial.
 
         Raises:
-            CloisterError: OUT_OF_MEMORY, ACTIVATION_RUNNING, engine-host's reason; nothing has changed.
+            CloisterError: OUT_OF_MEMORY, ACTIVATION_RUNNING, ALIAS_CHANGED, engine-host's reason; no alias was
+                touched.
         """
         files = files_of(self._wanted.version).SerializeToString()
         async with self._parts.deployments.loading:
@@ -218,7 +222,9 @@ class _Attempt:
         if self._wanted.canaries:
             await self._try_canaries(begun)
         self._parts.journal.check()
-        gone = await self._run(lambda s: trial.mark_good(s, begun, self._verdict))
+        async with self._parts.deployments.loading:  # a revocation comes before it, or finds the version active
+            await self._parts.versions.check(self._wanted.version.model_digest)
+            gone = await self._run(lambda s: trial.mark_good(s, begun, self._verdict))
         if gone:
             await self._parts.deployments.changed()
         alias = self._wanted.alias
@@ -323,7 +329,9 @@ def _how(begun: Trial, where: Place, park: bool) -> str:
 
 
 def _same(one: Wanted, other: Wanted) -> bool:
-    return (one.kind, one.alias, one.version.model_digest) == (other.kind, other.alias, other.version.model_digest)
+    """Whoever asked: it is the same version, with the same options, on the same way."""
+    first, second = ((w.kind, w.alias, w.version.model_digest, w.options) for w in (one, other))
+    return first == second
 
 
 def _as_refusal(error: Exception) -> CloisterError:

@@ -148,11 +148,24 @@ def running() -> CloisterError:
 
 
 def begin(session: Session, wanted: Wanted, where: Place, park: bool) -> Trial:
-    """Record the trial; `park` takes the present deployment's memory, for the new one, which `switch` makes."""
+    """Record the trial; `park` takes the present deployment's memory, for the new one, which `switch` makes.
+
+    Raises:
+        CloisterError: ACTIVATION_RUNNING; ALIAS_CHANGED, since `place` looked somebody moved the alias, or took
+            away what would be tried.
+    """
     if aliases.undecided(session):
         raise running()
     ensure_tenant(session)
     previous = where.previous.name if where.previous else ""
+    alias = session.get(Alias, wanted.alias)
+    found = where.made or session.get(Deployment, where.row.name) is not None
+    if (alias.deployment if alias else "") != previous or not found:
+        raise CloisterError(
+            "ALIAS_CHANGED",
+            f"{wanted.alias} or its deployment was changed by somebody else just now; look, then try again",
+            grpc.StatusCode.ABORTED,
+        )
     row = Activation(
         id=str(uuid.uuid4()),
         kind=wanted.kind,
@@ -261,6 +274,7 @@ def _deployment(session: Session, wanted: Wanted, files: bytes) -> tuple[Deploym
                 options=wanted.options,
                 created_ns=time.time_ns(),
                 parked=False,
+                revoked="",
             )
             return row, True
         if _is_it(found, wanted):
@@ -282,7 +296,8 @@ def _names(wanted: Wanted) -> Iterator[str]:
 
 def _idle(session: Session, alias: str, but: str) -> list[str]:
     """Deployments that activations of an alias made and nothing points at any more."""
-    query = select(Activation.deployment).where(Activation.alias == alias, Activation.stage == ACTIVE)
+    made = Activation.alias == alias, Activation.stage == ACTIVE, Activation.made.is_(True)
+    query = select(Activation.deployment).where(*made)
     names = sorted(set(session.scalars(query)) - {but})
     return [n for n in names if session.get(Deployment, n) is not None and not aliases.pointing_at(session, n)]
 

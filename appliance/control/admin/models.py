@@ -300,4 +300,5 @@ def _deployment(name: str, version: importer_pb2.ModelVersion, options: admin_pb
         options=engine_options(options).SerializeToString(),
         created_ns=time.time_ns(),
         parked=False,
+        revoked="",
     )

@@ -77,6 +77,8 @@ class Deployment(Base):
     created_ns: Mapped[int]
     parked: Mapped[bool] = mapped_column(default=False)
     """It gave its memory to a version under trial; engine-host is not told of it until that has ended."""
+    revoked: Mapped[str] = mapped_column(default="")
+    """Why its version is no longer vouched for; it goes on while it runs and is not started again."""
 
 
 class Alias(Base):

@@ -8,8 +8,9 @@ down_revision = "0001"
 
 
 def upgrade() -> None:
-    """Add the tables, and that a deployment can be parked."""
+    """Add the tables, and that a deployment can be parked, or revoked."""
     op.add_column("deployment", sa.Column("parked", sa.Boolean(), nullable=False, server_default=sa.false()))
+    op.add_column("deployment", sa.Column("revoked", sa.String(), nullable=False, server_default=""))
     _standing()
     _aliases()
     op.create_table(
