@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from appliance.cli.signing_keys import add_signers, numbered, signers
 from appliance.cli.trust_show import describe_revocations, revocation_facts
 
 if TYPE_CHECKING:
+    from cryptography.x509 import CertificateRevocationList
+
     from bundles.format.members import TrustHead
     from bundles.trust.revocation import Document, Revocations, RevokedCertificate
     from bundles.trust.roots import Root
@@ -75,7 +78,8 @@ def _add_entries(revoke: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SERIAL[@CA.pem]",
-        help="a publisher's certificate: serial number (hex) and issuer (default: the root's only authority)",
+        help="a publisher's certificate: serial number (hex) and the certificate that issued it (default: the "
+        "root's only authority)",
     )
     revoke.add_argument(
         "--crl",
@@ -83,7 +87,7 @@ def _add_entries(revoke: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="a certificate revocation list (PEM or DER); lists given take the place of those before",
+        help="a certificate revocation list (PEM or DER); it takes the place of its issuer's before",
     )
     revoke.add_argument(
         "--minimum",
@@ -123,7 +127,7 @@ def _revoke(args: argparse.Namespace) -> int:
         raise UsageError("revocations are signed: give --revocation-key")
     earlier = _earlier(args.previous)
     root, chain = _chain(args, earlier)
-    before = revocation.parse(earlier.revocation) if earlier and earlier.revocation else None
+    before = _before(args, earlier)
     document = _document(args, root, before)
     raw = revocation.sign(document, held)
     found = revocation.parse(raw)
@@ -137,6 +141,27 @@ def _revoke(args: argparse.Namespace) -> int:
     return 0
 
 
+def _before(args: argparse.Namespace, earlier: "TrustHead | None") -> "Revocations | None":
+    """The revocations that go on, as a root vouches for them that was given: what is signed now repeats them.
+
+    Raises:
+        BundleError: nobody vouches for them; the SIGNATURE codes.
+    """
+    from bundles.format.errors import BundleError
+    from bundles.trust import revocation, roots
+
+    if earlier is None or earlier.revocation is None:
+        return None
+    for number, path in enumerate(args.root, 1):
+        try:
+            return revocation.verify(earlier.revocation, roots.load(path))
+        except BundleError as error:
+            if number == len(args.root):
+                hint = f"{error.message}; where they were signed under an older root, give that with --root, too"
+                raise BundleError(error.code, f"{args.previous}: {hint}") from None
+    return None
+
+
 def _document(args: argparse.Namespace, root: "Root", before: "Revocations | None") -> "Document":
     from datetime import UTC, datetime, timedelta
 
@@ -145,7 +170,6 @@ def _document(args: argparse.Namespace, root: "Root", before: "Revocations | Non
     now = datetime.now(UTC)
     said = before.document if before else None
     _check_keys(args.key, root)
-    lists = [_crl(path) for path in args.crl]
     return revocation.make(
         before.sequence + 1 if before else 1,
         now,
@@ -153,7 +177,7 @@ def _document(args: argparse.Namespace, root: "Root", before: "Revocations | Non
         keys=[*(said.keys if said else ()), *args.key],
         manifests=[*(said.manifests if said else ()), *args.manifest],
         revoked=[*(said.certificates if said else ()), *(_certificate(text, root) for text in args.certificate)],
-        crls=lists or [_der(crl) for crl in (before.crls if before else ())],
+        crls=_lists([_crl(path) for path in args.crl], before.crls if before else ()),
         minimum_sequences=_minimums(args.minimum, dict(said.minimum_sequences) if said else {}),
     )
 
@@ -190,23 +214,28 @@ def _certificate(text: str, root: "Root") -> "RevokedCertificate":
     return RevokedCertificate(issuer_sha256=issuer_sha256(issuers[0]), serial=f"{number:x}")
 
 
-def _crl(path: Path) -> bytes:
+def _crl(path: Path) -> "CertificateRevocationList":
     from cryptography import x509
 
     raw = path.read_bytes()
     try:
-        return _der(x509.load_pem_x509_crl(raw) if raw.startswith(b"-----") else x509.load_der_x509_crl(raw))
+        return x509.load_pem_x509_crl(raw) if raw.startswith(b"-----") else x509.load_der_x509_crl(raw)
     except ValueError:
         raise UsageError(f"{path} is no certificate revocation list") from None
 
 
-def _der(crl: object) -> bytes:
-    from cryptography import x509
+def _lists(
+    given: "Sequence[CertificateRevocationList]", held: "Sequence[CertificateRevocationList]"
+) -> list[bytes]:
+    """The lists to carry, DER: those given, and those of other issuers that were carried before."""
     from cryptography.hazmat.primitives.serialization import Encoding
 
-    if not isinstance(crl, x509.CertificateRevocationList):
-        raise TypeError(f"{crl!r} is no certificate revocation list")
-    return crl.public_bytes(Encoding.DER)
+    for new in given:
+        if any(new.issuer == old.issuer and new.last_update_utc < old.last_update_utc for old in held):
+            name = new.issuer.rfc4514_string()
+            raise UsageError(f"the list of {name[:80]!r} is older than the one before; it does not go back")
+    replaced = [new.issuer for new in given]
+    return [crl.public_bytes(Encoding.DER) for crl in (*given, *(h for h in held if h.issuer not in replaced))]
 
 
 def _bundle(args: argparse.Namespace) -> int:

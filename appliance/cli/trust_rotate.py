@@ -46,8 +46,11 @@ def _add_changes(rotate: argparse.ArgumentParser) -> None:
     each("--remove", "ROLE=KEYID", "one key of a role less; the beginning of its id will do")
     each("--threshold", "ROLE=N", "how many of a role's keys must sign", numbered)
     each("--authority", "ROLE=CA.pem", "one more certificate authority for a publisher's role")
+    each("--remove-authority", "ROLE=CA.pem", "one certificate authority of a publisher's role less")
     each("--hybrid", "ROLE", "from now on a classical and a post-quantum key must both sign", str)
+    each("--not-hybrid", "ROLE", "from now on keys of one kind are enough", str)
     each("--crl-required", "ROLE", "from now on its certificates need a revocation list in force", str)
+    each("--crl-optional", "ROLE", "from now on they need none", str)
 
 
 def _rotate(args: argparse.Namespace) -> int:
@@ -88,7 +91,10 @@ def _changed(old: "Root", args: argparse.Namespace) -> "RootDraft":
         draft = draft.demand(role, threshold)
     for role, file in args.authority:
         draft = draft.certify(role, *load_chain(Path(file)))
-    return draft.hybrid(*args.hybrid).require_crl(*args.crl_required)
+    for role, file in args.remove_authority:
+        draft = draft.decertify(role, *load_chain(Path(file)))
+    draft = draft.hybrid(*args.hybrid, but=args.not_hybrid)
+    return draft.require_crl(*args.crl_required, but=args.crl_optional)
 
 
 def _sign(args: argparse.Namespace) -> int:

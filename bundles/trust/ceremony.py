@@ -4,7 +4,7 @@ draft = RootDraft.of(old).add("release", key).remove("release", keyid)
 raw = draft.sign(expires, [root_signer])
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
@@ -60,10 +60,7 @@ class RootDraft:
         if len(found) != 1:
             raise BundleError("KEY_NOT_IN_ROLE", f"{len(found)} keys of the role {role} begin with {keyid[:64]!a}")
         left = tuple(key for key in held if key not in found)
-        if left or role in self.extension.authorities or role in roots.REQUIRED_ROLES:
-            return replace(self, roles={**self.roles, role: left})
-        others = {name: keys for name, keys in self.roles.items() if name != role}
-        return replace(self, roles=others, thresholds={n: t for n, t in self.thresholds.items() if n != role})
+        return replace(self, roles={**self.roles, role: left})._without_empty(role)
 
     def demand(self, role: str, threshold: int) -> "RootDraft":
         """How many of a role's keys must sign."""
@@ -75,14 +72,40 @@ class RootDraft:
         named = {**self.extension.authorities, role: tuple(dict.fromkeys((*held, *authorities)))}
         return replace(self.add(role), extension=replace(self.extension, authorities=named))
 
-    def hybrid(self, *roles: str) -> "RootDraft":
-        """More roles for which a classical and a post-quantum key must both sign."""
-        return replace(self, extension=replace(self.extension, hybrid=self.extension.hybrid | set(roles)))
+    def decertify(self, role: str, *authorities: x509.Certificate) -> "RootDraft":
+        """Fewer certificate authorities for a publisher's role, which goes with the last of them and of its keys.
 
-    def require_crl(self, *roles: str) -> "RootDraft":
-        """More roles whose certificates need a revocation list in force."""
-        wanted = self.extension.crl_required | set(roles)
+        Raises:
+            BundleError: KEY_NOT_IN_ROLE.
+        """
+        held = self.extension.authorities.get(role, ())
+        if not set(authorities) <= set(held):
+            raise BundleError("KEY_NOT_IN_ROLE", f"the role {role} has no such certificate authority")
+        named = {
+            **self.extension.authorities,
+            role: tuple(authority for authority in held if authority not in authorities),
+        }
+        extension = replace(self.extension, authorities={name: left for name, left in named.items() if left})
+        lists = extension.crl_required & extension.authorities.keys()
+        return replace(self, extension=replace(extension, crl_required=lists))._without_empty(role)
+
+    def hybrid(self, *roles: str, but: Collection[str] = ()) -> "RootDraft":
+        """More roles for which a classical and a post-quantum key must both sign, but not those."""
+        wanted = self.extension.hybrid.union(roles).difference(but)
+        return replace(self, extension=replace(self.extension, hybrid=wanted))
+
+    def require_crl(self, *roles: str, but: Collection[str] = ()) -> "RootDraft":
+        """More roles whose certificates need a revocation list in force, but not those."""
+        wanted = self.extension.crl_required.union(roles).difference(but)
         return replace(self, extension=replace(self.extension, crl_required=wanted))
+
+    def _without_empty(self, role: str) -> "RootDraft":
+        """Without a role that has neither keys nor authorities, unless every root has it."""
+        if self.roles.get(role) or role in self.extension.authorities or role in roots.REQUIRED_ROLES:
+            return self
+        others = {name: keys for name, keys in self.roles.items() if name != role}
+        thresholds = {name: threshold for name, threshold in self.thresholds.items() if name != role}
+        return replace(self, roles=others, thresholds=thresholds).hybrid(but=[role])
 
     def sign(self, expires: datetime, signers: Iterable[Signer]) -> bytes:
         """The root document, which others may have to sign, too: `roots.add_signature`.

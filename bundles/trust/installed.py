@@ -1,9 +1,10 @@
 """What became of a version that is installed: whether revocations still let it be used."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from bundles.trust.revocation import Revocations
-from bundles.trust.roots import PUBLISHER, RELEASE, Root
+from bundles.trust.roots import RELEASE, Root
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,22 @@ def revoked(installed: Installed, root: Root, revocations: Revocations | None) -
         return "SEQUENCE_REVOKED"
     if not revocations.certificates.isdisjoint(installed.certificates):
         return "CERTIFICATE_REVOKED"
-    for role, keyids in ((RELEASE, installed.signers), (PUBLISHER, installed.publishers)):
-        left = [keyid for keyid in keyids if keyid not in revocations.keys]
-        must = root.roles[role].threshold if role == RELEASE else 1
-        if len(left) < min(must, len(keyids)):
+    publishers = [
+        name for name in root.publisher_roles if not set(root.roles[name].keyids).isdisjoint(installed.publishers)
+    ]
+    for roles, keyids in (([RELEASE], installed.signers), (publishers, installed.publishers)):
+        if not _vouch(keyids, [keyid for keyid in keyids if keyid not in revocations.keys], roles, root):
             return "KEY_REVOKED"
     return ""
+
+
+def _vouch(signed: Collection[str], left: Collection[str], roles: Collection[str], root: Root) -> bool:
+    """Whether the keys that are left of those that signed are enough; no role demands more than it got then."""
+    must = max((root.roles[role].threshold for role in roles), default=1)
+    is_hybrid = not root.extension.hybrid.isdisjoint(roles)
+    return len(left) >= min(must, len(signed)) and (not is_hybrid or _kinds(left, root) == _kinds(signed, root))
+
+
+def _kinds(keyids: Collection[str], root: Root) -> set[bool]:
+    """Which kinds of keys these are, post-quantum or not; a certificate's key, which the root lacks, is not."""
+    return {keyid in root.keys and root.keys[keyid].is_post_quantum for keyid in keyids}

@@ -178,6 +178,22 @@ def test_an_installed_version_is_reported_once_nothing_vouches_for_it() -> None:
     assert revoked(installed, ROOT, None) == ""
 
 
+def test_of_a_hybrid_pair_that_signed_both_must_be_left() -> None:
+    release, publisher = new_signer("ml-dsa-44/1").key, new_signer("ml-dsa-44/1").key
+    root = root_of(
+        {"release": [RELEASE_KEY.key, release], "publisher/acme": [PUBLISHER.key, publisher]},
+        extension=Extension(hybrid=frozenset({"release", "publisher/acme"})),
+    )
+    signers, publishers = (RELEASE_KEY.key.keyid, release.keyid), (PUBLISHER.key.keyid, publisher.keyid)
+    installed = Installed("tiny", 5, DIGEST, signers, publishers)
+    assert revoked(installed, root, revocations()) == ""
+    for keyid in (*signers, *publishers):
+        assert revoked(installed, root, revocations(keys=[keyid])) == "KEY_REVOKED"
+    # The key of a certificate is none of the root's.
+    certified = Installed("tiny", 5, DIGEST, signers, ("00" * 32, publisher.keyid), ("a:1",))
+    assert revoked(certified, root, revocations(keys=["00" * 32])) == "KEY_REVOKED"
+
+
 def test_a_rotated_key_still_vouches_for_what_it_signed() -> None:
     installed = Installed("tiny", 5, DIGEST, ("00" * 32,), (PUBLISHER.key.keyid,))
     assert (

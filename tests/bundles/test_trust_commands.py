@@ -11,9 +11,10 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from appliance.cli.main import main
 from bundles.trust import keys, revocation, roots
 from bundles.trust.approval import verify_approval
+from bundles.trust.bundle import write_trust_bundle
 from bundles.trust.roots import Root
 from bundles.verify import read_trust_bundle
-from tests.bundles.trusting import Authority
+from tests.bundles.trusting import DAY, NOW, Authority
 
 DIGEST = "5e" * 32
 
@@ -197,6 +198,93 @@ def test_revoking_writes_a_trust_bundle_and_the_next_one_repeats_it(
     assert shown["revocations"]["keys"] == [release]
     assert _run(*words, "--previous", second, "--minimum", "tiny=4", "--out", first) == 2
     assert _run(*words, "--key", _keyid(k / "root.key"), "--out", first) == 2
+
+
+def test_what_is_repeated_was_signed_as_a_given_root_demands(tmp_path: Path) -> None:
+    k, thief, first, out = (tmp_path / name for name in ("k", "thief", "1.trust", "2.trust"))
+    _init(k)
+    _init(thief)
+    words = ("trust", "revoke", "--root", k / "root.json", "--revocation-key")
+    assert (
+        _run(
+            "trust",
+            "revoke",
+            "--root",
+            thief / "root.json",
+            "--revocation-key",
+            thief / "revocation.key",
+            "--out",
+            first,
+        )
+        == 0
+    )
+    forged = read_trust_bundle(first).revocation
+    write_trust_bundle(first, [roots.load(k / "root.json")], forged)
+    assert _run(*words, k / "revocation.key", "--previous", first, "--out", out) == 3
+    assert not out.exists()
+    # After a rotation of the role the older root vouches for what goes on.
+    assert _run(*words, k / "revocation.key", "--manifest", DIGEST, "--out", first) == 0
+    changes = (
+        "--add",
+        f"revocation={thief / 'revocation.pub'}",
+        "--remove",
+        f"revocation={_keyid(k / 'revocation.key')}",
+    )
+    assert _run("trust", "rotate", "--root", k / "root.json", "--root-key", k / "root.key", *changes) == 0
+    newer = ("trust", "revoke", "--root", k / "2.root.json", "--revocation-key", thief / "revocation.key")
+    assert _run(*newer, "--previous", first, "--out", out) == 3
+    assert _run(*newer, "--root", k / "root.json", "--previous", first, "--out", out) == 0
+    held = revocation.verify(read_trust_bundle(out).revocation or b"", roots.load(k / "2.root.json"))
+    assert (held.sequence, held.manifests) == (2, {DIGEST})
+
+
+def test_a_list_replaces_its_issuer_s_only_and_does_not_go_back(tmp_path: Path) -> None:
+    k, one, other = tmp_path / "k", Authority.new("One CA"), Authority.new("Other CA")
+    root = _init(k)
+    for name, raw in (
+        ("one", one.crl(1)),
+        ("other", other.crl(2)),
+        ("newer", one.crl(1, 3, issued=NOW)),
+        ("older", one.crl(issued=NOW - 9 * DAY)),
+    ):
+        (tmp_path / name).write_bytes(raw)
+    words = ("trust", "revoke", "--root", k / "root.json", "--revocation-key", k / "revocation.key")
+    first, second = tmp_path / "1.trust", tmp_path / "2.trust"
+    assert _run(*words, "--crl", tmp_path / "one", "--crl", tmp_path / "other", "--out", first) == 0
+    assert _run(*words, "--previous", first, "--crl", tmp_path / "older", "--out", second) == 2
+    assert _run(*words, "--previous", first, "--crl", tmp_path / "newer", "--out", second) == 0
+    held = revocation.verify(read_trust_bundle(second).revocation or b"", root).crls
+    assert [[entry.serial_number for entry in crl] for crl in held] == [[1, 3], [2]]
+
+
+def test_what_a_root_says_of_publishers_can_be_taken_back(tmp_path: Path) -> None:
+    k, ca, other = tmp_path / "k", tmp_path / "ca.pem", tmp_path / "other.pem"
+    for path in (ca, other):
+        path.write_bytes(Authority.new(path.stem).certificate.public_bytes(Encoding.PEM))
+    acme = ("--authority", f"publisher/acme={ca}", "--authority", f"publisher/acme={other}")
+    _init(k, "--hybrid", "--custodians", "1")
+    words = ("trust", "rotate", "--root-key", k / "root.key", "--root-key", k / "root-pq.key", "--root")
+    assert _run(*words, k / "root.json", *acme, "--crl-required", "publisher/acme") == 0
+    gone = [w for name in ("custodian", "custodian-pq") for w in ("--remove", f"custodian={_keyid(k / name)}")]
+    fewer = (
+        "--remove-authority",
+        f"publisher/acme={ca}",
+        "--not-hybrid",
+        "release",
+        "--crl-optional",
+        "publisher/acme",
+    )
+    assert _run(*words, k / "2.root.json", *fewer, *gone) == 0
+    third = roots.load(k / "3.root.json")
+    assert [held.subject.rfc4514_string() for held in third.extension.authorities["publisher/acme"]] == [
+        "CN=other"
+    ]
+    assert third.extension.hybrid == {"root", "publisher", "revocation"}
+    assert third.extension.crl_required == frozenset()
+    assert "custodian" not in third.roles
+    assert _run(*words, k / "3.root.json", "--remove-authority", f"publisher/acme={ca}") == 3
+    assert _run(*words, k / "3.root.json", "--remove-authority", f"publisher/acme={other}") == 0
+    assert "publisher/acme" not in roots.load(k / "4.root.json").roles
 
 
 def test_a_revocation_document_travels_alone_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
