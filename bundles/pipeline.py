@@ -20,10 +20,9 @@ from enum import StrEnum
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
-from bundles.content import forbidden
 from bundles.content.files import ModelFiles
 from bundles.content.inspector import Inspector, Verdict
-from bundles.content.judge import check_model, judge
+from bundles.content.judge import check_listing, check_model, judge
 from bundles.format.chunks import BUFFER_SIZE, EMPTY_SHA256, Extent, extents
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest, Volume
@@ -221,7 +220,7 @@ def read_bundle(reader: BundleReader, terms: Terms, sink: Sink, report: Report) 
     report(at)
     if not terms.gate(verified):
         return verified
-    forbidden.check_names(file.path for file in manifest.files)
+    check_listing({file.path: file.size for file in manifest.files})
     base = terms.base(manifest) if manifest.base is not None else None
     report(replace(at, state=State.POLICY))
     reader.expect(manifest, base.chunks if base else frozenset())

@@ -181,7 +181,7 @@ def _wanted(files: ModelFiles, path: str) -> int:
     size = files.sizes[path]
     if path.lower().endswith(".safetensors"):
         return header_end(files.read(path, 0, 8), size, path)
-    wanted = path in _READ or path.endswith(".jinja")
+    wanted = path in _READ or path.lower().endswith(".jinja")
     if wanted and size > MAX_TABLE:
         raise BundleError("CONTENT_TOO_LARGE", f"{path!a} has {size} bytes, over {MAX_TABLE}")
     return size if wanted else 0

@@ -10,6 +10,20 @@ from bundles.format.errors import BundleError
 from bundles.format.manifest import Kind, Model, role_of
 
 
+def check_listing(sizes: Mapping[str, int]) -> None:
+    """Refuse files for their names and sizes, before any byte of them is read.
+
+    Args:
+        sizes: bytes of each file, by its path.
+
+    Raises:
+        BundleError: the codes of `forbidden.check_names`, CONTENT_TOO_LARGE.
+    """
+    forbidden.check_names(sizes)
+    for path, size in sizes.items():
+        text.check_size(path, size)
+
+
 def judge(files: ModelFiles, inspector: Inspector, kind: Kind) -> Verdict:
     """Judge the files of a model, adapter or draft; of weights only the header and the end are read.
 
@@ -21,7 +35,7 @@ def judge(files: ModelFiles, inspector: Inspector, kind: Kind) -> Verdict:
     Raises:
         BundleError: the codes of forbidden, text, safetensors and inspector.
     """
-    forbidden.check_names(files.sizes)
+    check_listing(files.sizes)
     tensors: dict[str, frozenset[str]] = {}
     indexes: dict[str, dict[str, str]] = {}
     for path, size in files.sizes.items():
@@ -33,7 +47,7 @@ def judge(files: ModelFiles, inspector: Inspector, kind: Kind) -> Verdict:
                 found = safetensors.read_tensors(read, size, path)
                 tensors[path] = frozenset(tensor.name for tensor in found)
             case "weights-index":
-                indexes[path] = safetensors.read_index(text.content(files, path, safetensors.MAX_INDEX), path)
+                indexes[path] = safetensors.read_index(text.content(files, path), path)
             case _:
                 text.check_small(files, path)
     _check_distinct(tensors)

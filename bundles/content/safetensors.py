@@ -13,7 +13,6 @@ from bundles.format.errors import BundleError
 MAX_HEADER = 16 * 1024 * 1024
 """Bytes of one header; 120 000 tensors. The format's own limit of 100 MB would take over a gigabyte to parse."""
 
-MAX_INDEX = 32 * 1024 * 1024
 _PREFIX = 8
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,

@@ -11,12 +11,13 @@ from bundles.content import forbidden
 from bundles.content.files import ModelFiles
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
+from bundles.format.manifest import role_of
 
 MAX_TEXT = 256 * 1024 * 1024
 MAX_TABLE = 64 * 1024 * 1024  # of engine-inspect, too
 MAX_CONFIG = 16 * 1024 * 1024
+MAX_INDEX = 32 * 1024 * 1024  # of weights
 _MAX_CONTAINERS = 500_000
-_MAX_VALUES = 4_000_000
 _BLOCK = 1024 * 1024
 # Tables, not configuration: engine-inspect parses the one that is used, under limits.
 _TABLES = frozenset({"tokenizer.json", "vocab.json"})
@@ -32,28 +33,44 @@ def check_small(files: ModelFiles, path: str) -> None:
     """Refuse a file that is neither weights nor their index and not what its name says.
 
     Raises:
-        BundleError: CONTENT_TOO_LARGE, CONTENT_TEXT, CONTENT_TYPE, CONTENT_PICKLE, CONTENT_REMOTE_CODE, or a JSON
+        BundleError: CONTENT_TEXT, CONTENT_TOO_LARGE, CONTENT_TYPE, CONTENT_PICKLE, CONTENT_REMOTE_CODE, or a JSON
             code.
     """
     name = path.rpartition("/")[2].lower()
     if name.endswith(".model"):
-        _check_pieces(path, content(files, path, MAX_TABLE))
+        _check_pieces(path, content(files, path))
     elif name.endswith(".json") and name not in _TABLES:
-        _check_config(path, content(files, path, MAX_CONFIG))
+        _check_config(path, content(files, path))
     else:
-        _check_text(files, path, MAX_TABLE if name in _TABLES else MAX_TEXT)
+        _check_text(files, path)
         forbidden.check_not_pickled(path, files.read(path, 0, _BLOCK))
 
 
-def content(files: ModelFiles, path: str, limit: int) -> bytes:
-    """A whole file.
+def content(files: ModelFiles, path: str) -> bytes:
+    """A whole file; `check_size` was asked before."""
+    return files.read(path, 0, files.sizes[path])
+
+
+def check_size(path: str, size: int) -> None:
+    """Refuse a file that is larger than one of its name may be; of weights any size will do.
 
     Raises:
         BundleError: CONTENT_TOO_LARGE.
     """
-    size = files.sizes[path]
-    _check_size(path, size, limit)
-    return files.read(path, 0, size)
+    name = path.rpartition("/")[2].lower()
+    limit = MAX_TEXT
+    if role_of(path) == "weights":
+        return
+    if role_of(path) == "weights-index":
+        limit = MAX_INDEX
+    elif name.endswith(".model") or name in _TABLES:
+        limit = MAX_TABLE
+    elif name.endswith(".json"):
+        limit = MAX_CONFIG
+    if size > limit:
+        raise BundleError(
+            "CONTENT_TOO_LARGE", f"{path!a} has {size} bytes; {limit} are allowed in a file of its kind"
+        )
 
 
 def parse(raw: bytes, what: str, *, any_number: bool = False) -> object:
@@ -62,23 +79,13 @@ def parse(raw: bytes, what: str, *, any_number: bool = False) -> object:
     Raises:
         BundleError: CONTENT_TOO_LARGE, or a JSON code.
     """
-    if raw.count(b"[") + raw.count(b"{") > _MAX_CONTAINERS or raw.count(b",") > _MAX_VALUES:
-        raise BundleError(
-            "CONTENT_TOO_LARGE", f"{what} has over {_MAX_CONTAINERS} objects or {_MAX_VALUES} values"
-        )
+    if raw.count(b"[") + raw.count(b"{") > _MAX_CONTAINERS:
+        raise BundleError("CONTENT_TOO_LARGE", f"{what} has over {_MAX_CONTAINERS} objects and lists")
     return strict_json.parse(raw, what, any_number=any_number)
 
 
-def _check_size(path: str, size: int, limit: int) -> None:
-    if size > limit:
-        raise BundleError(
-            "CONTENT_TOO_LARGE", f"{path!a} has {size} bytes; {limit} are allowed in a file of its kind"
-        )
-
-
-def _check_text(files: ModelFiles, path: str, limit: int) -> None:
+def _check_text(files: ModelFiles, path: str) -> None:
     size = files.sizes[path]
-    _check_size(path, size, limit)
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for offset in range(0, size, _BLOCK):

@@ -81,7 +81,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if name in _ONLY:
             plain = any(type(value) is type(allowed) and value == allowed for allowed in _ONLY[name])
         else:
-            plain = name in _INERT | _TAKEN or value in (None, False, {}, [])
+            plain = name in _INERT | _TAKEN or value is False or value in (None, {}, [])  # 0 is a number
         if not plain:
             raise EngineError("ADAPTER_UNSUPPORTED", f"{CONFIG}: {name[:80]} = {str(value)[:80]}")
     if "peft_type" not in config:

@@ -9,16 +9,19 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bundles.content import forbidden, safetensors
 from bundles.content.files import FolderFiles
 from bundles.content.inspector import Inspector, Verdict
-from bundles.content.judge import judge
+from bundles.content.judge import check_listing, judge
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Kind
-from tests.bundles.making import INSPECTOR, make_model, with_header
+from bundles.verify import verify
+from tests.bundles.hostile import make_model as make_sound_model
+from tests.bundles.making import CHUNK, INSPECTOR, Trust, forge_manifest, make_model, with_header
 from tests.bundles.making import safetensors as weights
 
 _8 = bytes(8)
@@ -157,6 +160,37 @@ def test_a_folder_with_one_bad_file_is_refused(tmp_path: Path, name: str, conten
     with pytest.raises(BundleError) as error:
         _judge(model, INSPECTOR)
     assert error.value.code == code
+
+
+def test_a_file_that_is_too_large_for_its_kind_is_refused_before_it_is_read(bundle: Path, trust: Trust) -> None:
+    limits = {
+        "config.json": 16,
+        "a/tokenizer.json": 64,
+        "x.model": 64,
+        "w.safetensors.index.json": 32,
+        "x.md": 256,
+    }
+    for path, mebibytes in limits.items():
+        check_listing({path: mebibytes * 2**20, "w.safetensors": 2**50})
+        with pytest.raises(BundleError, match="CONTENT_TOO_LARGE"):
+            check_listing({path: mebibytes * 2**20 + 1})
+
+    def grow(fields: dict[str, Any]) -> None:
+        file = next(file for file in fields["files"] if file["path"] == "config.json")
+        fields["total_size"] += 2**24 + 1 - file["size"]
+        file.update(size=2**24 + 1, chunks=["0" * 64] * (2**24 // CHUNK + 1))
+
+    forge_manifest(bundle, trust, grow)
+    with pytest.raises(BundleError, match="CONTENT_TOO_LARGE"):
+        verify(bundle, trust.root, inspector=INSPECTOR)
+
+
+def test_a_template_is_judged_however_its_name_is_written(tmp_path: Path) -> None:
+    model = make_sound_model(tmp_path / "m")
+    _judge(model, Inspector())
+    (model / "other.JINJA").write_text("{{ messages.__class__ }}")
+    with pytest.raises(BundleError, match="TEMPLATE_REFUSED"):
+        _judge(model, Inspector())
 
 
 def _judge(model: Path, inspector: Inspector, kind: Kind = "model") -> object:

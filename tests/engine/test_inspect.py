@@ -346,6 +346,7 @@ def test_a_sound_adapter_is_described(tmp_path: Path) -> None:
         ({"rank_pattern": {"q_proj": 8}}, "ADAPTER_UNSUPPORTED"),
         ({"init_lora_weights": "pissa"}, "ADAPTER_UNSUPPORTED"),
         ({"invented": 1}, "ADAPTER_UNSUPPORTED"),
+        ({"layers_to_transform": 0}, "ADAPTER_UNSUPPORTED"),
         ({"target_modules": ["q_proj", "lm_head"]}, "ADAPTER_UNSUPPORTED"),
         ({"target_modules": ".*"}, "ADAPTER_INVALID"),
         ({"r": 0}, "ADAPTER_INVALID"),
