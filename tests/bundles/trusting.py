@@ -22,7 +22,7 @@ from bundles.trust.roots import Root
 from bundles.trust.signers import PrivateSigner, Signer, new_signer
 from tests.bundles.making import sha256
 
-NOW = datetime(2026, 11, 21, 12, tzinfo=UTC)
+NOW = datetime.now(UTC).replace(microsecond=0)  # what is signed here is judged by the clock, too
 DAY = timedelta(days=1)
 ROOT_KEY, RELEASE_KEY, REVOCATION_KEY = (new_signer("ed25519") for _ in range(3))
 
