@@ -84,7 +84,8 @@ def verify_head(
 ) -> Verified:
     """Verify every signature of a bundle's head, and that the signed statements agree.
 
-    An older revocation document than the one in force changes nothing: a bundle carries that of its day.
+    An older revocation document than the one in force changes nothing: a bundle carries that of its day. Nor does
+    one whose keys the newest root has replaced, where a root that the bundle brings vouches for it.
 
     Args:
         head: the bundle's first members.
@@ -144,6 +145,8 @@ def verify_trust(
             SIGNATURE codes.
     """
     trust, new = _follow(brought, document, pinned, now, revocations, revocation_floor)
+    if document is not None and new is None:
+        raise BundleError("REVOCATION_ROLLBACK", "the revocations are signed by keys that were replaced since")
     if new and trust.revocations and new.digest != trust.revocations.digest:
         raise BundleError(
             "REVOCATION_ROLLBACK", f"revocations of sequence {trust.revocations.sequence} are in force already"
@@ -174,13 +177,23 @@ def _follow(
     held: Revocations | None,
     floor: int,
 ) -> tuple[VerifiedTrust, Revocations | None]:
-    """The trust in force once the roots and revocations of a bundle are taken, and those revocations."""
+    """The trust in force once a bundle's roots and revocations are taken; and those revocations, if they count."""
     parsed = sorted(map(roots.parse, brought), key=lambda root: root.version)
     root = roots.advance(pinned, parsed)
     root.check_fresh(now)
-    new = revocation.verify(document, root) if document is not None else None
+    new = _brought(document, root, parsed) if document is not None else None
     newest = revocation.newest(root, held, new, floor)
     return VerifiedTrust(root, tuple(r for r in parsed if r.version > pinned.version), newest), new
+
+
+def _brought(document: bytes, root: Root, chain: Iterable[Root]) -> Revocations | None:
+    """The revocations that a bundle brings; None where the keys that signed them were replaced since."""
+    try:
+        return revocation.verify(document, root)
+    except BundleError:
+        if any(revocation.is_vouched_for(document, older) for older in chain):
+            return None
+        raise
 
 
 def _check_publisher(raw: bytes | None, manifest: Manifest, trust: VerifiedTrust, now: datetime) -> SignedModel:

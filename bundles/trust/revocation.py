@@ -229,7 +229,7 @@ def newest(
     Raises:
         BundleError: REVOCATION_ROLLBACK, also where two differ and have the same sequence.
     """
-    if held is not None and not _is_vouched_for(held, root):
+    if held is not None and not is_vouched_for(held.raw, root):
         return brought or held
     if held and brought and brought.sequence == held.sequence and brought.digest != held.digest:
         raise BundleError("REVOCATION_ROLLBACK", f"there are two revocation documents of sequence {held.sequence}")
@@ -242,9 +242,10 @@ def newest(
     return found
 
 
-def _is_vouched_for(held: Revocations, root: Root) -> bool:
+def is_vouched_for(raw: bytes, root: Root) -> bool:
+    """Whether `verify` accepts a document."""
     try:
-        verify(held.raw, root)
+        verify(raw, root)
     except BundleError:
         return False
     return True

@@ -118,6 +118,18 @@ def test_the_newest_document_is_in_force_and_an_older_one_in_a_bundle_changes_no
     assert taken.sequence == 4
 
 
+def test_a_bundle_of_the_time_before_the_role_s_keys_were_replaced_is_still_a_release() -> None:
+    old, held = revocations(manifests=["00" * 32]), revocations(2, [SECOND])
+    rotated = root_of({"publisher": [PUBLISHER.key], "revocation": [SECOND.key]}, version=2)
+    head = replace(head_of(PUBLISHER, revocation=old.raw), roots=(ROOT.raw,))
+    assert verify_head(head, rotated, NOW, held, revocation_floor=2).revocations == held
+    # Only where a root of its chain vouches for it, and never as what a trust bundle is carried in for.
+    assert _code(lambda: verify_head(replace(head, roots=()), rotated, NOW, held)) == "SIGNATURE_UNKNOWN_KEY"
+    assert _code(lambda: verify_trust([ROOT.raw], old.raw, rotated, NOW, held)) == "REVOCATION_ROLLBACK"
+    stranger = replace(head, revocation=revocations(9, [RELEASE_KEY]).raw)
+    assert _code(lambda: verify_head(stranger, rotated, NOW, held)) == "SIGNATURE_WRONG_ROLE"
+
+
 def test_a_trust_bundle_never_goes_back() -> None:
     older, newer, other = revocations(3), revocations(4), revocations(4, keys=["ab" * 32])
     assert verify_trust([], newer.raw, ROOT, NOW, older).revocations == newer
