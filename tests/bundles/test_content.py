@@ -92,6 +92,7 @@ def test_an_index_that_names_an_absent_or_wrong_shard_or_leaves_a_tensor_out_is_
         ("a/optimizer.PT", "CONTENT_PICKLE"),
         ("lib.so.1.2", "CONTENT_CODE"),
         ("run.SH", "CONTENT_CODE"),
+        ("license.bat", "CONTENT_CODE"),
         ("archive.tar", "CONTENT_ARCHIVE"),
         ("weights.zip", "CONTENT_ARCHIVE"),
         ("events.tfevents", "CONTENT_TYPE"),
