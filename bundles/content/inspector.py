@@ -11,8 +11,11 @@ import json
 import os
 import re
 import resource
+import select
+import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,12 +115,15 @@ class Inspector:
 
     def _ask(self, process: "subprocess.Popen[bytes]", question: bytes) -> tuple[int, bytes]:
         self._limit(process.pid)
+        deadline = time.monotonic() + self.timeout
         try:
-            answer, _ = process.communicate(question, timeout=self.timeout)
-        except subprocess.TimeoutExpired:
+            answer = _talk(process, question, deadline)
+            if len(answer) > MAX_ANSWER:
+                process.kill()
+            return process.wait(max(0.0, deadline - time.monotonic())), answer
+        except (TimeoutError, subprocess.TimeoutExpired):
             process.kill()
             raise BundleError("INSPECT_TIMEOUT", f"engine-inspect took over {self.timeout:g} s") from None
-        return process.returncode, answer
 
     def _limit(self, pid: int) -> None:
         limits = (
@@ -131,6 +137,42 @@ class Inspector:
                 resource.prlimit(pid, which, (value, value))
         except ProcessLookupError:
             return  # it ended by itself; its status tells
+
+
+def _talk(process: "subprocess.Popen[bytes]", question: bytes, deadline: float) -> bytes:
+    """Hand over the question and take the answer; no more of it is taken than shows that it is too long.
+
+    Raises:
+        TimeoutError: it is not complete at `deadline`, of the monotonic clock.
+    """
+    unsent, answer = memoryview(question), bytearray()
+    with selectors.DefaultSelector() as pipes:
+        for pipe, event in ((process.stdin, selectors.EVENT_WRITE), (process.stdout, selectors.EVENT_READ)):
+            os.set_blocking(pipe.fileno(), False)  # type: ignore[union-attr]  # both are pipes
+            pipes.register(pipe, event)  # type: ignore[arg-type]  # both are pipes
+        while len(answer) <= MAX_ANSWER:
+            ready = pipes.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise TimeoutError
+            for key, event in ready:
+                if event == selectors.EVENT_WRITE:
+                    unsent = _send(key.fd, unsent)
+                    if not unsent:
+                        pipes.unregister(key.fileobj)
+                        process.stdin.close()  # type: ignore[union-attr]  # it is a pipe
+                elif part := os.read(key.fd, MAX_ANSWER):
+                    answer += part
+                else:
+                    return bytes(answer)
+    return bytes(answer)
+
+
+def _send(fd: int, block: memoryview) -> memoryview:
+    """Write some of it; what is left, nothing where nobody reads."""
+    try:
+        return block[os.write(fd, block[: select.PIPE_BUF]) :]
+    except BrokenPipeError:
+        return block[:0]
 
 
 def _read(verdict: Mapping[str, object]) -> Verdict:

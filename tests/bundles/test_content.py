@@ -317,6 +317,15 @@ def test_an_inspector_that_cannot_be_started_or_babbles_is_a_refusal(tmp_path: P
             _judge(model, Inspector(command))
 
 
+def test_no_more_of_an_inspector_s_answer_is_taken_than_an_answer_has(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for endless in (("/usr/bin/yes",), (sys.executable, "-c", "while True: print('x' * 1_000_000)")):
+        with pytest.raises(BundleError, match="INSPECT_FAILED"):
+            _judge(model, Inspector(endless, timeout=60))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 64 * 1024
+
+
 def test_the_real_inspector_understands_the_question(tmp_path: Path) -> None:
     model = make_model(tmp_path / "m")
     (model / "config.json").write_text(
