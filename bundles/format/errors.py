@@ -15,6 +15,7 @@ _FAILED = frozenset(
         "RECORD_UNREADABLE",
         "STORE_SPACE",
         "STORE_IO",
+        "STAGING_DAMAGED",
         "LEDGER_NEWER",
         "INTERRUPTED",
         "IMPORT_CANCELLED",

@@ -30,7 +30,7 @@ from bundles.reader import BundleReader
 from bundles.store.base import StoredBase
 from bundles.store.staging import Staging
 from bundles.trust import dsse
-from bundles.trust.policy import Verified, check_policy, verify_trust
+from bundles.trust.policy import Head, Verified, check_policy, verify_head, verify_trust
 from bundles.trust.roots import Root
 
 MANIFEST, OMS = "manifest.dsse.json", "oms.sig"
@@ -78,10 +78,10 @@ class _Import:
         self._report = report
         self._steering = steering
         self._at = Progress(State.QUARANTINE)
-        self._now = place.now()
         self._rate = Rate(place.clock)
         self._staging = Staging(place.store, place.ledger, place.interval)
         self._held = ExitStack()
+        self._manifest: Manifest | None = None
 
     def carry_out(self, path: Path) -> Progress:
         desk, check = self._place.desk, self._steering.check
@@ -123,19 +123,28 @@ class _Import:
 
         root = place.pinned()
         terms = Terms(
-            root, self._now, gate, place.inspector, self._base, place.revocations(), place.revocation_floor(root)
+            root, place.now(), gate, place.inspector, self._base, place.revocations(), place.revocation_floor(root)
         )
         try:
-            passed = read_bundle(reader, terms, self._staging, self._advance)
+            with self._forgetting():
+                passed = read_bundle(reader, terms, self._staging, self._advance)
             return self._done() if isinstance(passed, Verified) else self._commit(passed)
-        except BundleError as error:
-            judged = self._at.state is State.CONTENT and not error.code.startswith("INSPECT_")
-            if judged and error.exit_status == REFUSED:
-                self._forget()  # the files are what they should be, and that is not wanted here
-            raise
         finally:
             self._staging.close()
             self._keep_staged()
+
+    @contextmanager
+    def _forgetting(self) -> Iterator[None]:
+        """Files that are what they should be and are not wanted here, nobody will want from staging."""
+        try:
+            yield
+        except BundleError as error:
+            judged = self._at.state is State.CONTENT and not error.code.startswith("INSPECT_")
+            if judged and error.exit_status == REFUSED:
+                with suppress(OSError):
+                    self._staging.close()
+                    self._place.discard_staging(self._at.model_digest)
+            raise
 
     def _advance(self, progress: Progress) -> None:
         if progress.state not in _FINAL:
@@ -155,6 +164,7 @@ class _Import:
     def _aside(self, ticket: object) -> Iterator[None]:
         """Let other imports work while this one waits for a person; what it has is recorded first."""
         self._staging.record()
+        self._promise()
         with self._place.desk.aside(ticket, self._steering.check):
             yield
         self._rate.pause()
@@ -171,14 +181,19 @@ class _Import:
         elif self._whole(known):
             return False
         self._staging.open(digest)
-        needed = self._staging.needed(verified.manifest)
-        place.store.check_space(needed, place.desk.promised(digest))
-        place.desk.promise(digest, needed)
+        self._manifest = verified.manifest
+        place.store.check_space(self._staging.needed(verified.manifest), place.desk.promised(digest))
+        self._promise()
         return True
+
+    def _promise(self) -> None:
+        """Tell the other imports how much space this one will still take."""
+        if self._manifest is not None:
+            self._place.desk.promise(self._at.model_digest, self._staging.needed(self._manifest))
 
     def _judge(self, verified: Verified) -> None:
         """Hold a new version to policy."""
-        check_policy(verified, self._place.site(self._now, verified.revocations))
+        check_policy(verified, self._place.site(self._place.now(), verified.revocations))
         if self._place.ledger.find(verified.manifest.reference) is not None:
             raise BundleError(
                 "VERSION_REUSED",
@@ -229,22 +244,47 @@ class _Import:
         )
 
     def _commit(self, accepted: Accepted) -> Progress:
-        place, verified = self._place, accepted.verified
+        place, verified = self._place, self._verify_again(accepted.head)
         known = place.ledger.find(verified.model_digest)
         if known is None:
-            self._judge(verified)  # again: while this import waited for a medium, others may have ended
+            with self._forgetting():
+                self._judge(verified)
         evidence = self._keep_evidence(accepted)
         imported_at = known.imported_at if known else int(place.now().timestamp())
         version = ModelVersion.of(verified, imported_at, evidence)
         committed = replace(self._at, state=State.COMMITTED, file="", bytes_per_second=0)
         with place.desk.publishing:
-            self._staging.publish()
-            place.keep_trust(verified.new_roots, verified.revocations)
-            place.store.write_record(version.name, version.sequence, version.as_dict())
+            try:
+                self._staging.publish({damage.sha256 for damage in place.ledger.damaged()})
+                place.keep_trust(verified.new_roots, verified.revocations)
+                place.store.write_record(version.name, version.sequence, version.as_dict())
+            except (OSError, BundleError):
+                self._withdraw(version)
+                raise
             place.ledger.commit(self._import_id, committed, version, place.trust_in_force(), verified.revocations)
         self._at = committed
         self._close_books(floors.of_trust(verified.root, verified.revocations))
         return committed
+
+    def _verify_again(self, head: Head) -> Verified:
+        """Under the trust and the clock of now: while this import waited for a medium, others may have ended.
+
+        What they brought must not be lost to what this bundle was verified with, and may revoke it.
+        """
+        place = self._place
+        root = place.pinned()
+        floor = place.revocation_floor(root)
+        verified = verify_head(head, root, place.now(), place.revocations(), revocation_floor=floor)
+        self._check_root(verified.root)
+        return verified
+
+    def _withdraw(self, version: ModelVersion) -> None:
+        """Take back what was published of a version that there will not be; it is staged still."""
+        place = self._place
+        with suppress(OSError):
+            if place.ledger.find(version.model_digest) is None:
+                place.store.remove_record(version.name, version.sequence)
+            place.store.remove(frozenset(version.digests()) - place.ledger.listed())
 
     def _close_books(self, raised: Floors) -> None:
         """What follows a commit: the floors of trust, and with them those in the database, go into their file.
@@ -284,12 +324,6 @@ class _Import:
             if not self._place.ledger.staged(digest):
                 self._staging.discard()
 
-    def _forget(self) -> None:
-        """Nobody will want what is staged."""
-        with suppress(OSError):
-            self._staging.close()
-            self._place.discard_staging(self._at.model_digest)
-
     def _import_trust(self, reader: BundleReader) -> Progress:
         """A few kilobytes: roots and revocations, each proved, none older than what is in force."""
         place = self._place
@@ -300,7 +334,7 @@ class _Import:
             head.roots,
             head.revocation,
             pinned,
-            self._now,
+            place.now(),
             place.revocations(),
             revocation_floor=place.revocation_floor(pinned),
         )

@@ -67,26 +67,30 @@ class Store:
             digest: of the file.
             read: is told the bytes of each block that was read; may raise.
         """
+        return _finding(self.path_of(digest), digest, read)
+
+    def trusts(self, staged: Path, digest: str) -> bool:
+        """Whether nothing in the store speaks against a complete file in staging: no other is in its place."""
         try:
-            fd = os.open(self.path_of(digest), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            return os.path.samestat(staged.lstat(), self.path_of(digest).lstat())
         except FileNotFoundError:
-            return ABSENT
-        except OSError:
-            return UNREADABLE
-        content, buffer, position = hashlib.sha256(), memoryview(bytearray(_BLOCK)), 0
-        try:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-            while count := _read_at(fd, buffer, position):
-                content.update(buffer[:count])
-                os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)
-                position += count
-                read(count)
-        except OSError:  # the disk cannot read it any more
-            return UNREADABLE
-        finally:
-            os.close(fd)
-        return "" if content.hexdigest() == digest else CHANGED
+            return True
+
+    def choose(self, staged: Path, digest: str) -> bool:
+        """Whether a file in staging is to be the store's, once both were read: not where the store's is sound.
+
+        Raises:
+            BundleError: STAGING_DAMAGED, neither is.
+        """
+        if not _finding(staged, digest, lambda _: None):
+            return True
+        if not self.finding(digest, lambda _: None):
+            return False
+        raise BundleError(
+            "STAGING_DAMAGED",
+            f"a file that was staged has changed on the disk ({digest[:12]}..); import the bundle again, and it "
+            "comes from the medium",
+        )
 
     def whole(self, digests: Iterable[str], read: Callable[[int], None]) -> bool:
         """Whether every file is there and is what its name says; they are read up to the first that is not.
@@ -209,6 +213,30 @@ class Store:
         with suppress(FileNotFoundError):
             self.fs.unlink(path)
             self.fs.sync_folder(path.parent)
+
+
+def _finding(path: Path, digest: str, read: Callable[[int], None]) -> str:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ABSENT
+    except OSError:
+        return UNREADABLE
+    content, position = hashlib.sha256(), 0
+    try:
+        buffer = memoryview(bytearray(min(_BLOCK, os.fstat(fd).st_size + 1)))
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        while count := _read_at(fd, buffer, position):
+            content.update(buffer[:count])
+            os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)
+            position += count
+            read(count)
+    except OSError:  # the disk cannot read it any more
+        return UNREADABLE
+    finally:
+        os.close(fd)
+    return "" if content.hexdigest() == digest else CHANGED
 
 
 def _read_at(fd: int, buffer: memoryview, position: int) -> int:

@@ -2,17 +2,21 @@
 
 What is recorded of a file is on the disk: a record follows the fdatasync of the bytes it speaks of, and their
 digests. So a resumed import believes the record, reads none of those bytes from the medium, and hashes again only
-the beginning of the file that was being written.
+the beginning of the file that was being written, and files that it shares with the store by a second name.
+
+It believes no record that the store speaks against: a file that is damaged there, or that something else took the
+place of, is hashed once more before it is published.
 """
 
 import os
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from bundles.content.files import FolderFiles, ModelFiles
+from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
 from bundles.pipeline import Sink
 from bundles.store.files import Store
@@ -31,6 +35,9 @@ class Records(Protocol):
 
     def stage(self, model_digest: str, sizes: Mapping[int, int]) -> None:
         """Record more."""
+
+    def unstage(self, model_digest: str, positions: Iterable[int]) -> None:
+        """Forget these files."""
 
 
 class Staging(Sink):
@@ -52,6 +59,7 @@ class Staging(Sink):
         self._fd, self._synced = -1, 0
         self._syncing: set[int] = set()
         self._digests: dict[Path, str] = {}
+        self._believed: dict[Path, int] = {}
         self._positions: dict[str, int] = {}
         self._names: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
@@ -83,10 +91,14 @@ class Staging(Sink):
         self._digests[path] = file.sha256
         self._synced = held = self._usable(path, file, self._recorded.get(position, 0))
         if held and held == file.size:
+            self._believed[path] = position
             return held
         if file.size and self._take_from_store(file, path, told):
+            self._believed[path] = position
             self.settled(file, file.size)
             return file.size
+        if held < self._recorded.get(position, 0):
+            self._forget(position)  # first: it must not speak of what is written now
         if held:
             self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
         else:
@@ -148,10 +160,18 @@ class Staging(Sink):
             raise RuntimeError("no model is staged")
         return self._files
 
-    def publish(self) -> None:
-        """Give every file its final name, durably; equal files share one."""
+    def publish(self, damaged: Collection[str] = ()) -> None:
+        """Give every file its final name, durably; equal files share one.
+
+        Args:
+            damaged: digests of what the store is known to have lost.
+
+        Raises:
+            BundleError: STAGING_DAMAGED; the next import takes that file from the medium.
+        """
         self._record()
-        folders = {self._store.adopt(path, digest) for path, digest in self._digests.items()}
+        wanted = [path for path in self._digests if self._is_wanted(path, damaged)]
+        folders = {self._store.adopt(path, self._digests[path]) for path in wanted}
         for folder in sorted(folders):
             self._fs.sync_folder(folder)
 
@@ -182,16 +202,33 @@ class Staging(Sink):
             self._recorded.update(self._pending)
             self._pending, self._grown = {}, 0
 
+    def _is_wanted(self, path: Path, damaged: Collection[str]) -> bool:
+        """Whether the store is to have a file from staging; what its record vouches for is hashed if in doubt."""
+        digest, position = self._digests[path], self._believed.get(path)
+        if position is None or (digest not in damaged and self._store.trusts(path, digest)):
+            return True
+        try:
+            return self._store.choose(path, digest)
+        except BundleError:
+            self._forget(position)
+            raise
+
+    def _forget(self, position: int) -> None:
+        """Nothing of this file is staged."""
+        self._records.unstage(self._model_digest, [position])
+        self._recorded.pop(position, None)
+
     def _usable(self, path: Path, file: File, recorded: int) -> int:
-        """How much of what is recorded is there; nothing where it would be written on and is the store's too."""
+        """How much of what is recorded is there; nothing of what is the store's too."""
         try:
             status = path.lstat()
         except OSError:
             return 0
         if not stat.S_ISREG(status.st_mode) or not recorded <= status.st_size <= file.size:
             return 0
-        own = status.st_nlink == 1 and bool(status.st_mode & stat.S_IWUSR)
-        return recorded if recorded == file.size or own else 0
+        if status.st_nlink > 1 or (recorded < file.size and not status.st_mode & stat.S_IWUSR):
+            return 0
+        return recorded
 
     def _take_from_store(self, file: File, path: Path, told: Callable[[int], None]) -> bool:
         """Take a file that the store has, if it is what its name says; a second name of it holds it."""

@@ -51,7 +51,8 @@ class StopAt(list[Progress]):
             self._steering.end(BundleError("IMPORT_CANCELLED", "an operator ended it"))
 
 
-def _interrupt(place: Workplace, path: Path, bytes_done: int) -> Progress:
+def interrupt(place: Workplace, path: Path, bytes_done: int) -> Progress:
+    """Import until so many bytes are verified, then cancel."""
     steering = Steering()
     ended = bring(place, path, StopAt(steering, bytes_done), steering)
     assert ended.reason == "IMPORT_CANCELLED"
@@ -72,7 +73,7 @@ def test_a_resumed_import_reads_from_the_medium_only_what_was_not_recorded_and_e
 ) -> None:
     whole = open_place(make_home(tmp_path / "other", trust))
     bring(whole, bundle)
-    _interrupt(place, bundle, 9000)
+    interrupt(place, bundle, 9000)
     staged = sum(place.ledger.staged(place.ledger.ended()[0].progress.model_digest).values())
     assert staged >= 2 * CHUNK
     told: list[Progress] = []
@@ -89,7 +90,7 @@ def test_a_resumed_import_reads_from_the_medium_only_what_was_not_recorded_and_e
 
 
 def test_of_a_partly_written_file_only_what_is_recorded_is_hashed_again(place: Workplace, bundle: Path) -> None:
-    _interrupt(place, bundle, 9000)
+    interrupt(place, bundle, 9000)
     told: list[Progress] = []
     bring(place, bundle, told)
     hashed = max(progress.bytes_hashed for progress in told)
@@ -104,7 +105,7 @@ def place_sizes(told: list[Progress]) -> list[int]:
 
 
 def test_what_staging_lost_comes_from_the_medium_again(place: Workplace, bundle: Path) -> None:
-    ended = _interrupt(place, bundle, 9000)
+    ended = interrupt(place, bundle, 9000)
     folder = place.store.root / "staging" / ended.model_digest
     largest = max(folder.iterdir(), key=lambda path: path.stat().st_size)
     raw = bytearray(largest.read_bytes())
@@ -115,7 +116,7 @@ def test_what_staging_lost_comes_from_the_medium_again(place: Workplace, bundle:
 
 
 def test_staging_that_is_gone_is_no_staging(place: Workplace, bundle: Path) -> None:
-    ended = _interrupt(place, bundle, 9000)
+    ended = interrupt(place, bundle, 9000)
     shutil.rmtree(place.store.root / "staging" / ended.model_digest)
     again = bring(place, bundle)
     assert (again.state, again.bytes_reused) == (State.COMMITTED, 0)
@@ -124,7 +125,7 @@ def test_staging_that_is_gone_is_no_staging(place: Workplace, bundle: Path) -> N
 def test_a_medium_that_changed_between_is_refused(
     place: Workplace, tmp_path: Path, trust: Trust, bundle: Path
 ) -> None:
-    _interrupt(place, bundle, 5000)
+    interrupt(place, bundle, 5000)
     chunks = [name for name, _ in members_of(bundle) if name.startswith("c/")]
     cut = shutil.copy(bundle, tmp_path / "cut")
     Path(cut).write_bytes(bundle.read_bytes()[: -2 * CHUNK])
@@ -140,7 +141,7 @@ def test_a_medium_that_changed_between_is_refused(
 def test_staging_is_kept_over_a_restart_and_thrown_away_after_thirty_days(
     place: Workplace, bundle: Path, tmp_path: Path
 ) -> None:
-    ended = _interrupt(place, bundle, 9000)
+    ended = interrupt(place, bundle, 9000)
     place.ledger.close()
     again = open_place(tmp_path / "home")
     assert again.store.staged_bytes() > 2 * CHUNK
@@ -151,7 +152,7 @@ def test_staging_is_kept_over_a_restart_and_thrown_away_after_thirty_days(
 
 
 def test_what_is_staged_of_a_model_can_be_removed_by_its_digest(place: Workplace, bundle: Path) -> None:
-    ended = _interrupt(place, bundle, 9000)
+    ended = interrupt(place, bundle, 9000)
     staged = place.store.staged_bytes()
     assert remove_version(place, ended.model_digest) == ("", staged)
     assert list((place.store.root / "staging").iterdir()) == []
@@ -182,7 +183,8 @@ class Waits(list[Progress]):
             self.refused.set()
 
 
-def _in_background(place: Workplace, path: Path) -> tuple[threading.Thread, Waits, Steering]:
+def in_background(place: Workplace, path: Path) -> tuple[threading.Thread, Waits, Steering]:
+    """An import that waits for a volume; its thread, what it tells, and how it is told."""
     told, steering = Waits(), Steering()
     thread = threading.Thread(target=bring, args=(place, path, told, steering))
     thread.start()
@@ -216,7 +218,7 @@ def test_an_import_waits_for_its_volumes_and_refuses_the_wrong_ones(
 ) -> None:
     first, second, third = _volumes(tmp_path, trust)
     _, of_another, _ = _volumes(tmp_path, trust, sequence=2)
-    thread, told, steering = _in_background(place, first)
+    thread, told, steering = in_background(place, first)
     assert (told[-1].state, told[-1].volume_wanted, told[-1].bytes_per_second) == (State.STREAMING, 2, 0)
     for wrong, code in (
         (third, "VOLUME_ORDER"),
@@ -246,7 +248,7 @@ def test_while_an_import_waits_others_are_done_and_the_same_model_is_refused(
     place: Workplace, tmp_path: Path, trust: Trust, bundle: Path
 ) -> None:
     first, _, _ = _volumes(tmp_path, trust)
-    thread, told, steering = _in_background(place, first)
+    thread, told, steering = in_background(place, first)
     same = bring(place, first)
     assert same.reason == "IMPORT_RUNNING"
     newer = make_bundle(tmp_path / "newer", trust, sequence=2)
@@ -260,7 +262,7 @@ def test_an_import_that_waited_while_a_newer_release_came_is_refused(
     place: Workplace, tmp_path: Path, trust: Trust
 ) -> None:
     first, second, third = _volumes(tmp_path, trust)
-    thread, told, steering = _in_background(place, first)
+    thread, told, steering = in_background(place, first)
     assert bring(place, make_bundle(tmp_path / "newer", trust, sequence=2)).state is State.COMMITTED
     steering.offer(second)
     while told[-1].volume_wanted != 3:
@@ -275,7 +277,7 @@ def test_cancelled_while_it_waits_it_goes_on_from_the_volume_it_had(
     place: Workplace, tmp_path: Path, trust: Trust
 ) -> None:
     first, second, third = _volumes(tmp_path, trust)
-    thread, _, steering = _in_background(place, first)
+    thread, _, steering = in_background(place, first)
     steering.end(BundleError("INTERRUPTED", "the importer is stopping"))
     thread.join(60)
     place.ledger.close()
@@ -292,7 +294,7 @@ def test_a_bundle_as_a_folder_is_imported_and_resumed_like_a_file(
     place: Workplace, bundle: Path, tmp_path: Path
 ) -> None:
     folder = unpack(bundle, tmp_path / "folder")
-    _interrupt(place, folder, 9000)
+    interrupt(place, folder, 9000)
     assert bring(place, folder).state is State.COMMITTED
     assert damaged_names(place) == []
 
