@@ -54,7 +54,7 @@ def _approve(args: argparse.Namespace) -> int:
     }
     text = (
         f"{printable(str(path))}: {args.model_digest} may run on {printable(args.appliance)}\n"
-        f"signed by {len(keyids)} custodian(s); others add to it with --add-to.\n"
+        f"signed by {len(keyids)} key(s); others add to it with --add-to. The appliance's root says who counts.\n"
         f"The appliance takes it with: cloister model approve {printable(str(path))}"
     )
     emit(args, value, text)

@@ -104,10 +104,11 @@ def tell(
 
 def _incomplete(path: Path, root: "Root", missing: str) -> str:
     """What to do about a root that lacks signatures."""
-    before = f" --root {root.version - 1}.root.json" if root.version > 1 else ""
+    before = "--root ROOT.json " if root.version > 1 else ""
     return (
         f"NOT COMPLETE: {missing}.\nEvery other holder of a root key compares the fingerprint above, then runs: "
-        f"cloister trust sign {printable(str(path))}{before} --key KEY"
+        f"cloister trust sign {printable(str(path))} {before}--key KEY"
+        + (f", where ROOT.json is version {root.version - 1}" if before else "")
     )
 
 
