@@ -21,6 +21,8 @@ from bundles.format.errors import BundleError
 _INTERRUPTED = 130
 _SUFFIX_DIGITS = 3
 _LINE_EVERY_S = 1.0
+_NOT_ASKED_AGAIN = {"VOLUME_NOT_WANTED", "IMPORT_NOT_FOUND"}
+"""Somebody else handed the volume over, or the import has ended: its progress tells."""
 
 
 Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns has no public name
@@ -118,7 +120,7 @@ class Watch:
     def _hand_over(self, told: admin_pb2.ImportBundleResponse) -> None:
         """Offer volumes until one is taken: first those named already, then what the operator names."""
         for volume in list(self._volumes):
-            if self._offer(told.import_id, volume, quiet=True):
+            if not self._offer(told.import_id, volume, quiet=True):
                 self._volumes.remove(volume)
                 return
         if self._args.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -130,11 +132,11 @@ class Watch:
                 {"import_id": told.import_id, "volume": str(told.volume_wanted)},
             )
         self.bar.close()
-        while not self._offer(told.import_id, _ask(told, self._path), quiet=False):
+        while self._offer(told.import_id, _ask(told, self._path), quiet=False) not in {"", *_NOT_ASKED_AGAIN}:
             pass
 
-    def _offer(self, import_id: str, volume: str, quiet: bool) -> bool:
-        """Whether a volume was taken; why it was not is told on standard error, but for a wrong one of several."""
+    def _offer(self, import_id: str, volume: str, quiet: bool) -> str:
+        """Why a volume was not taken, as a code, told on standard error but for a wrong one of several."""
         try:
             self._admin.models.OfferVolume(admin_pb2.OfferVolumeRequest(import_id=import_id, path=volume))
         except CloisterError as error:
@@ -142,8 +144,8 @@ class Watch:
                 raise
             if not (quiet and error.code == "VOLUME_ORDER"):
                 print(printable(f"not taken: {error.code}: {error.message}"), file=sys.stderr)
-            return False
-        return True
+            return error.code
+        return ""
 
 
 def done(last: admin_pb2.ImportBundleResponse) -> str:

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import grpc
 import pytest
 
 from appliance.control.activation import system_tenant
+from appliance.control.audit.errors import blocked
 from appliance.protos import admin_pb2
 from engine.protos import engine_pb2
 from tests.appliance.activation_house import Site, canary, new_site, open_site
@@ -417,3 +419,41 @@ async def test_after_a_kill_the_trial_s_memory_is_free_before_the_present_versio
         assert together[:2] == [[], ["notes-1"]]
     finally:
         shutil.rmtree(home.root.parent)
+
+
+class _FullDisk:
+    """An audit log that can be read and takes no record."""
+
+    blocked = "disk full"
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    def append(self, _record: Any) -> Any:
+        failed: Future[Any] = Future()
+        failed.set_exception(blocked(self.blocked))
+        return failed
+
+
+async def test_while_the_audit_log_takes_nothing_no_alias_moves_and_the_end_is_told_once_it_does(
+    site: Site,
+) -> None:
+    await first(site)
+    site.house.importer.add(2)
+    site.house.host.states["notes-2"] = LOADING
+    request = admin_pb2.ActivateModelRequest(model_version="notes@2", alias="notes")
+    stream = site.house.models.ActivateModel(request)
+    await until(lambda: "notes-2" in [d.name for d in site.house.host.told[-1].deployments])
+    plane = site.house.plane
+    log, plane.journal.log = plane.journal.log, _FullDisk(plane.journal.log)
+    site.house.host.states.clear()
+    await site.house.host.say()
+    assert (await refusal(stream)).code == "AUDIT_BLOCKED"
+    assert (await site.aliases(), await site.deployed()) == ({"notes": "notes-1"}, {"notes-1": "notes@1"})
+    plane.journal.log = log
+    await until(lambda: len(site.told("model.activation")) == 2)
+    decision, facts = site.told("model.activation")[1]
+    assert (decision, facts["reason"]) == ("returned", "AUDIT_BLOCKED")

@@ -43,6 +43,11 @@ class Split(Importer):
         yield self._progress(state=importer_pb2.IMPORT_STATE_COMMITTED, bytes_done=300, bytes_reused=100)
 
     async def OfferVolume(self, request: Any, context: Any) -> importer_pb2.OfferVolumeResponse:
+        if request.path == "/too/late":  # another operator was faster
+            self.wanted += 1
+            async with self.taken:
+                self.taken.notify_all()
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "VOLUME_NOT_WANTED: it waits for none")
         if not request.path.endswith(str(self.wanted)):
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION, f"VOLUME_ORDER: volume {self.wanted} is wanted"
@@ -157,6 +162,16 @@ async def test_on_a_terminal_the_next_volume_is_asked_for_and_a_wrong_one_is_ask
     assert house.importer.offered == [("import-1", "/m/x.bundle.002"), ("import-1", "/c/v3")]
     painted = re.split(r"[\r\n]+", terminal.read())
     assert max(map(len, (line for line in painted if line.startswith("[")))) < 80
+
+
+async def test_a_volume_that_somebody_else_handed_over_meanwhile_is_not_asked_for_again(house: House) -> None:
+    terminal = await on_terminal(house, "bundle", "import", "/m/x.bundle.001")
+    await terminal.sees("volume 2 of 3 is wanted")
+    terminal.types("/too/late\n")
+    await terminal.sees("volume 3 of 3 is wanted")
+    terminal.types("/c/v3\n")
+    assert await terminal.process.wait() == 0
+    assert house.importer.offered == [("import-1", "/c/v3")]
 
 
 async def test_ctrl_c_leaves_the_import_running_and_says_how_to_see_it_again(house: House) -> None:
