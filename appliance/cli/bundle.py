@@ -271,12 +271,19 @@ def _release(args: argparse.Namespace) -> "Release":
         accept_licence=args.accept_licence_required,
         attestations=tuple(args.attest),
         targets=tuple(args.target),
-        expires=None if args.expires_days is None else issued_at + timedelta(days=args.expires_days),
+        expires=_expiry(issued_at, args.expires_days),
         issued_at=issued_at,
         gpu_memory=args.gpu_memory,
         gpus=args.gpus,
         site_publisher=args.site_publisher is not None,
     )
+
+
+def _expiry(issued_at: datetime, after_days: int | None) -> datetime | None:
+    try:
+        return None if after_days is None else issued_at + timedelta(days=after_days)
+    except OverflowError:
+        raise UsageError("--expires-days leads beyond the year 9999") from None
 
 
 def _output(args: argparse.Namespace) -> "Output":

@@ -262,12 +262,24 @@ def canaries(path: Path) -> tuple[tuple[Canary, ...], int]:
         listed = TypeAdapter(list[dict[str, object]]).validate_python(page.get("canaries"))
         taken = [{"match": "exact", "max_tokens": limit, **canary} for canary in listed]
         known = [{key: value for key, value in canary.items() if key in Canary.model_fields} for canary in taken]
-        return TypeAdapter(tuple[Canary, ...]).validate_json(json.dumps(known)), percent
-    except (ValidationError, ValueError, TypeError):
+        found = TypeAdapter(tuple[Canary, ...]).validate_json(json.dumps(known))
+        _check_expected(found)
+        return found, percent
+    except (ValidationError, ValueError, TypeError, RecursionError):
         raise BundleError(
             "MANIFEST_SCHEMA",
-            f"{path} does not list canaries with messages and expected, or its pass_percent is not 0 to 100",
+            f"{path} does not list canaries with messages and expected (JSON where JSON is compared), or its "
+            "pass_percent is not 0 to 100",
         ) from None
+
+
+def _check_expected(canaries: Sequence[Canary]) -> None:
+    """Refuse (ValueError) canaries that compare JSON and expect none: no answer would ever pass."""
+    for canary in canaries:
+        if canary.match in ("json", "json_fields"):
+            value = json.loads(canary.expected)
+            if canary.match == "json_fields" and not isinstance(value, dict):
+                raise ValueError("json_fields")
 
 
 def read_optional(path: Path) -> bytes | None:

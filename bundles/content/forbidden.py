@@ -22,7 +22,9 @@ TAIL_BYTES = 22 + 65535
 
 _PICKLES = re.compile(r"\.(?:bin|pt|pth|pkl|pickle|ckpt|joblib|npy|npz|h5|keras|msgpack|onnx|pb|tflite)$", re.I)
 _CODE = re.compile(
-    r"\.(?:py|pyc|pyd|pyx|so(?:\.\d+)*|dll|dylib|exe|com|scr|bat|cmd|ps1|vbs|sh|bash|js|mjs|wasm|ptx|cubin|cu|cpp|c|jar|rb|lua|pl)$", re.I
+    r"\.(?:py|pyc|pyd|pyx|so(?:\.\d+)*|dll|dylib|exe|com|scr|bat|cmd|ps1|vbs|sh|bash|js|mjs|wasm|ptx|cubin|cu|cpp|c"
+    r"|jar|rb|lua|pl)$",
+    re.I,
 )
 _ARCHIVES = re.compile(r"\.(?:zip|tar|tgz|gz|bz2|xz|zst|7z|rar|whl|egg|nemo|mar)$", re.I)
 _ALLOWED = re.compile(

@@ -24,6 +24,7 @@ MAX_VOLUMES = 999
 MAX_DOCUMENTS = 64
 MAX_DOCUMENTS_SIZE = 64 * 1024 * 1024
 MAX_TOTAL = 2**50
+_MOST_SAID = 200
 _TIME = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -220,14 +221,19 @@ def parse(raw: bytes) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(json.dumps(value))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise BundleError("MANIFEST_SCHEMA", f"the manifest's {where or 'whole'}: {first['msg']}") from None
+        raise BundleError("MANIFEST_SCHEMA", f"the manifest's {fault_of(error)}") from None
     _check_kind(manifest)
     _check_files(manifest)
     _check_volumes(manifest)
     _check_documents(manifest)
     return manifest
+
+
+def fault_of(error: ValidationError) -> str:
+    """Where a document is not as it must be, and why; what its own fields are called is spelled out, and cut."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    where = ".".join(map(str, first["loc"]))[:_MOST_SAID] or "whole"
+    return f"{where if where.isprintable() else ascii(where)}: {first['msg'][:_MOST_SAID]}"
 
 
 def _check_kind(manifest: Manifest) -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bundles.format import strict_json
 from bundles.format.errors import BundleError
-from bundles.format.manifest import Digest, Name, Sequence, Time, format_time, parse_time
+from bundles.format.manifest import Digest, Name, Sequence, Time, fault_of, format_time, parse_time
 from bundles.trust import certificates, dsse, roles
 from bundles.trust.roots import REVOCATION, Root
 from bundles.trust.signers import Signer
@@ -252,6 +252,4 @@ def is_vouched_for(raw: bytes, root: Root) -> bool:
 
 
 def _malformed(error: ValidationError) -> BundleError:
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    where = ".".join(map(str, first["loc"]))
-    return BundleError("REVOCATION_SCHEMA", f"{_WHAT}'s {where or 'whole'}: {first['msg']}")
+    return BundleError("REVOCATION_SCHEMA", f"{_WHAT}'s {fault_of(error)}")

@@ -49,6 +49,8 @@ def test_building_refuses_what_importing_would(tmp_path: Path) -> None:
     for bad in (
         '{"canaries": [{"messages": 1}]}',
         '{"canaries": 1}',
+        '{"canaries": [{"messages": [{"role": "user", "content": ""}], "expected": "x", "match": "json"}]}',
+        '{"canaries": [{"messages": [{"role": "user", "content": ""}], "expected": "1", "match": "json_fields"}]}',
         '{"canaries": [], "decoding": {"max_tokens": "x"}}',
     ):
         (model / "canaries.json").write_text(bad)

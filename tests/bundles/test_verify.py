@@ -1,6 +1,7 @@
 """A bundle is verified whole or refused by name; nothing behind a bad head is ever read."""
 
 import os
+import shutil
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -313,3 +314,15 @@ def test_a_manifest_over_its_limit_is_not_parsed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(manifest.strict_json, "parse_object", None)
     with pytest.raises(BundleError, match="MANIFEST_TOO_LARGE"):
         manifest.parse(b" " * 101)
+
+
+def test_a_manifest_that_nobody_vouches_for_says_nothing_of_its_own_in_a_refusal(
+    bundle: Path, trust: Trust
+) -> None:
+    for fields in ({"x\nVERIFIED\x1b[2J": 1}, {"x" * 100_000: 1}, {"issued_at": "9" * 100_000}):
+        path = Path(shutil.copy(bundle, bundle.with_name("other")))
+        forge_manifest(path, trust, lambda manifest, fields=fields: manifest.update(fields))
+        with pytest.raises(BundleError, match="MANIFEST_SCHEMA") as error:
+            inspect(path)
+        assert error.value.message.isprintable()
+        assert len(error.value.message) < 500
