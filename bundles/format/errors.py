@@ -16,6 +16,7 @@ _FAILED = frozenset(
         "STORE_SPACE",
         "STORE_IO",
         "STAGING_DAMAGED",
+        "SCRUB_FAILED",
         "LEDGER_NEWER",
         "INTERRUPTED",
         "IMPORT_CANCELLED",

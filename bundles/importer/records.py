@@ -94,13 +94,12 @@ class ModelVersion:
 
     def digests(self) -> Iterator[str]:
         """SHA-256 of everything that the store holds of it: the files and the evidence."""
-        yield from (str(file["sha256"]) for file in self.files)
-        yield from self.evidence.values()
+        return (digest for _, digest in self.paths())
 
-    def paths_of(self, digest: str) -> tuple[str, ...]:
-        """Where the version has the file with this SHA-256: paths of files, names of evidence."""
-        files = (str(file["path"]) for file in self.files if file["sha256"] == digest)
-        return (*files, *(name for name, held in self.evidence.items() if held == digest))
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """What the store holds of it, with the SHA-256 of each: paths of files, names of evidence."""
+        yield from ((str(file["path"]), str(file["sha256"])) for file in self.files)
+        yield from self.evidence.items()
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON has it."""

@@ -1,7 +1,8 @@
 """Hashes every file of the store again, slowly and in the background, and says what is not what its name says.
 
 A scrub that was interrupted goes on behind the last file it finished, after a restart, too. It asks for the lowest
-priority that the system has for its thread, and reads no faster than it is told.
+priority that the system has for its thread, and reads no faster than it is told. Between scrubs the same thread
+throws away staging that nobody came back for.
 
 Source: ioprio_set(2); setpriority(2), whose Linux form takes a thread.
 """
@@ -51,12 +52,14 @@ class Sweep:
         bytes_total: bytes in all.
         damaged: found and not mended.
         ended: nothing runs.
+        failed: it ended early; what it did not reach nobody knows.
     """
 
     bytes_done: int
     bytes_total: int
     damaged: tuple[Damage, ...]
     ended: bool
+    failed: bool = False
 
 
 class StoppedError(Exception):
@@ -178,8 +181,12 @@ class Scrubber:
         _be_idle()
         with suppress(StoppedError):
             while True:
-                if self._asked or self.is_due():
-                    self._round()
+                try:
+                    self._place.discard_expired()
+                    if self._asked or self.is_due():
+                        self._round()
+                except (OSError, sqlite3.Error):
+                    log.exception("the store is not looked after; that is tried again")
                 with self._wake:
                     if not self._asked and not self._stopping:
                         self._wake.wait(_LOOK_S)
@@ -188,15 +195,15 @@ class Scrubber:
     def _round(self) -> None:
         with self._wake:
             self._asked, self._sweep = False, Sweep(0, 0, (), ended=False)
+        ended = Sweep(0, 0, (), ended=True, failed=True)
         try:
             self.scrub()
-        except (OSError, sqlite3.Error):
-            log.exception("a scrub ended early; it goes on at the next start")
-        with self._wake:
-            self._sweep = replace(self._sweep, damaged=self._place.ledger.damaged(), ended=True)
-            self._last = self._sweep
-            self._rounds += 1
-        self.changed()
+            ended = replace(self._sweep, damaged=self._place.ledger.damaged(), ended=True)
+        finally:
+            with self._wake:
+                self._sweep = self._last = ended
+                self._rounds += 1
+            self.changed()
 
     def _wait(self, seconds: float) -> None:
         with self._wake:

@@ -28,6 +28,7 @@ _STATUS = {
     "PATH_NOT_ABSOLUTE": grpc.StatusCode.INVALID_ARGUMENT,
     "IMPORTS_TOO_MANY": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "STOPPING": grpc.StatusCode.UNAVAILABLE,
+    "SCRUB_FAILED": grpc.StatusCode.INTERNAL,
 }
 
 
@@ -160,11 +161,14 @@ class ImporterService(importer_pb2_grpc.ImporterServiceServicer):
     async def ScrubStore(  # noqa: N802  # named by the protocol
         self, request: pb.ScrubStoreRequest, context: Context
     ) -> AsyncIterator[pb.ScrubStoreResponse]:
-        """How far a scrub is, which this starts unless one runs, until it has ended."""
+        """How far a scrub is, which this starts unless one runs, until its end; INTERNAL if that is early."""
         last = self._scrubber.ask()
         while not self._stopping.is_set():
             further = self._scrub_changed
             sweep = self._scrubber.sweep(last)
+            if sweep.failed:
+                reason = "the scrub ended early; look at the importer's log, then ask again"
+                await _refuse(context, BundleError("SCRUB_FAILED", reason))
             damaged = await asyncio.to_thread(views.damage_view, self._place.ledger, sweep.damaged)
             yield pb.ScrubStoreResponse(
                 bytes_done=sweep.bytes_done, bytes_total=sweep.bytes_total, damaged=damaged, ended=sweep.ended

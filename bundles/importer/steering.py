@@ -155,11 +155,6 @@ class Desk:
         with self._changed:
             return sum(needed for digest, needed in self._claims.items() if digest != model_digest)
 
-    def claimed(self) -> frozenset[str]:
-        """Models that are being imported."""
-        with self._changed:
-            return frozenset(self._claims)
-
     def _take(self, ticket: object, check: Callable[[], None]) -> None:
         with self._changed:
             self._queue.append(ticket)

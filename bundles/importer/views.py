@@ -100,7 +100,7 @@ def version_view(
         canary_pass_percent=version.canary_pass_percent,
         approvals_required=0 if isinstance(trust, str) else trust.approvals_required,
         revoked=trust if isinstance(trust, str) else trust.revoked(version),
-        damaged=[path for digest in sorted(found) for path in version.paths_of(digest)],
+        damaged=[path for path, digest in version.paths() if digest in found],
         gpu_memory=version.gpu_memory,
         gpus=version.gpus,
     )
@@ -157,12 +157,9 @@ def store_view(place: Workplace) -> pb.GetStoreResponse:
 
 def damage_view(ledger: Ledger, damaged: Iterable[Damage]) -> list[pb.DamagedFile]:
     """Damaged files, each with whoever needs it."""
-    versions = ledger.versions()
-    return [
-        pb.DamagedFile(
-            sha256=damage.sha256,
-            finding=damage.finding,
-            used_by=[f"{v.reference} {path}" for v in versions for path in v.paths_of(damage.sha256)],
-        )
-        for damage in damaged
-    ]
+    found = {damage.sha256: pb.DamagedFile(sha256=damage.sha256, finding=damage.finding) for damage in damaged}
+    for version in ledger.versions() if found else ():
+        for path, digest in version.paths():
+            if digest in found:
+                found[digest].used_by.append(f"{version.reference} {path}")
+    return list(found.values())

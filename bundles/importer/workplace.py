@@ -172,19 +172,24 @@ class Workplace:
         self.store.fs.remove_tree(self.store.root / "staging" / model_digest)
         return freed
 
+    def discard_expired(self) -> None:
+        """Throw away staging that nobody came back for in 30 days; not that of an import which waits so long."""
+        oldest = time.time_ns() - STAGING_KEPT_S * 10**9
+        for model_digest, changed_ns in self.ledger.stagings().items():
+            if changed_ns < oldest:
+                with suppress(BundleError), self.desk.claim(model_digest):  # IMPORT_RUNNING
+                    self.discard_staging(model_digest)
+
     def sweep(self) -> None:
         """Remove what nothing lists and staging that nobody came back for."""
         for path in self.trust.iterdir():
             if is_temporary(path):
                 self.store.fs.unlink(path)
-        oldest = time.time_ns() - STAGING_KEPT_S * 10**9
-        stagings = self.ledger.stagings()
-        for model_digest in [digest for digest, changed_ns in stagings.items() if changed_ns < oldest]:
-            self.ledger.unstage(model_digest)
-        staged = frozenset(digest for digest, changed_ns in stagings.items() if changed_ns >= oldest)
-        kept = [*self.ledger.versions(), *self._lost(stagings.keys())]
+        staged = frozenset(self.ledger.stagings())
+        kept = [*self.ledger.versions(), *self._lost(staged)]
         listed = frozenset(digest for version in kept for digest in version.digests())
         self.store.sweep(listed, [(version.name, version.sequence) for version in kept], staged)
+        self.discard_expired()
 
     def _lost(self, staged: Collection[str]) -> Iterator[ModelVersion]:
         """Versions whose records are here and that store.db does not know: it was lost, or an older one restored.

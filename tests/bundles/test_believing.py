@@ -102,7 +102,7 @@ def test_a_file_that_staging_shares_with_the_store_is_hashed_again_when_an_impor
 def test_the_record_of_a_file_that_staging_lost_does_not_speak_for_the_next_one(
     place: Workplace, bundle: Path, tmp_path: Path
 ) -> None:
-    """The next one is complete in its size when its last chunk is refused, and nothing smaller is recorded of it."""
+    """The next one is complete in its size when its last chunk is refused, and nothing smaller is recorded."""
     at, file = next((i, f) for i, f in enumerate(manifest_of(bundle).files) if len(f.chunks) > 1)
     ended = interrupt(place, bundle, sum(f.size for f in manifest_of(bundle).files[: at + 1]))
     assert place.ledger.staged(ended.model_digest)[at] == file.size

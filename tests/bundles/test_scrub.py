@@ -1,6 +1,7 @@
 """Scrubs: what rotted is found and said once, slowly, from where a restart left off; importing again mends it."""
 
 import asyncio
+import sqlite3
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bundles.format.errors import BundleError
+from bundles.importer import workplace
 from bundles.importer.records import Damage, Scrub
 from bundles.importer.removal import remove_version
 from bundles.importer.scrubbing import Pace, Scrubber, StoppedError
@@ -138,6 +140,46 @@ async def test_one_who_asks_joins_the_scrub_that_runs_and_sees_it_end(place: Wor
     assert [damage.finding for damage in scrubber.sweep(first).damaged] == ["changed"]
     assert scrubber.sweep(first).bytes_done == scrubber.sweep(first).bytes_total
     scrubber.stop()
+
+
+async def test_a_scrub_that_ends_early_says_so_and_the_next_one_runs(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    scrubber, loop, ended = Scrubber(place, Pace(0, 0)), asyncio.get_running_loop(), asyncio.Event()
+
+    def changed() -> None:
+        loop.call_soon_threadsafe(ended.set)
+
+    scrubber.changed = changed
+    with monkeypatch.context() as broke:
+        broke.setattr(place.ledger, "found", broken)
+        asked = scrubber.ask()
+        scrubber.start()
+        await asyncio.wait_for(ended.wait(), 60)
+        sweep = scrubber.sweep(asked)
+        assert (sweep.ended, sweep.failed) == (True, True)
+    ended.clear()
+    asked = scrubber.ask()
+    await asyncio.wait_for(ended.wait(), 60)
+    sweep = scrubber.sweep(asked)
+    assert (sweep.ended, sweep.failed, sweep.bytes_done) == (True, False, sweep.bytes_total)
+    scrubber.stop()
+
+
+def test_old_staging_is_thrown_away_while_the_importer_runs_unless_an_import_has_it(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for digest in ("a" * 64, "b" * 64):
+        (place.store.root / "staging" / digest).mkdir()
+        place.ledger.stage(digest, {0: 1})
+    monkeypatch.setattr(workplace, "STAGING_KEPT_S", -1)
+    with place.desk.claim("b" * 64):
+        place.discard_expired()
+    assert list(place.ledger.stagings()) == ["b" * 64]
+    assert [path.name for path in (place.store.root / "staging").iterdir()] == ["b" * 64]
 
 
 def test_removing_a_version_deletes_what_no_other_has_and_keeps_its_floor(
