@@ -219,9 +219,13 @@ def _crl(path: Path) -> "CertificateRevocationList":
 
     raw = path.read_bytes()
     try:
-        return x509.load_pem_x509_crl(raw) if raw.startswith(b"-----") else x509.load_der_x509_crl(raw)
+        crl = x509.load_pem_x509_crl(raw) if raw.startswith(b"-----") else x509.load_der_x509_crl(raw)
+        is_partial = any(extension.critical for extension in crl.extensions)
     except ValueError:
         raise UsageError(f"{path} is no certificate revocation list") from None
+    if is_partial:
+        raise UsageError(f"{path} is a delta or a part of a list, which appliances pass over: give the whole one")
+    return crl
 
 
 def _lists(

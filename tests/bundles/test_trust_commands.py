@@ -246,12 +246,14 @@ def test_a_list_replaces_its_issuer_s_only_and_does_not_go_back(tmp_path: Path) 
         ("other", other.crl(2)),
         ("newer", one.crl(1, 3, issued=NOW)),
         ("older", one.crl(issued=NOW - 9 * DAY)),
+        ("delta", one.crl(4, issued=NOW, is_delta=True)),
     ):
         (tmp_path / name).write_bytes(raw)
     words = ("trust", "revoke", "--root", k / "root.json", "--revocation-key", k / "revocation.key")
     first, second = tmp_path / "1.trust", tmp_path / "2.trust"
     assert _run(*words, "--crl", tmp_path / "one", "--crl", tmp_path / "other", "--out", first) == 0
-    assert _run(*words, "--previous", first, "--crl", tmp_path / "older", "--out", second) == 2
+    for refused in ("older", "delta"):
+        assert _run(*words, "--previous", first, "--crl", tmp_path / refused, "--out", second) == 2
     assert _run(*words, "--previous", first, "--crl", tmp_path / "newer", "--out", second) == 0
     held = revocation.verify(read_trust_bundle(second).revocation or b"", root).crls
     assert [[entry.serial_number for entry in crl] for crl in held] == [[1, 3], [2]]

@@ -74,12 +74,15 @@ def test_an_authority_that_is_limited_to_purposes_is_limited_to_signing_code() -
 def test_a_certificate_is_good_for_the_time_that_it_states() -> None:
     assert _refusal([CA.leaf(PUBLISHER.key, ends=NOW)]) == "CERTIFICATE_EXPIRED"
     assert _refusal([CA.leaf(PUBLISHER.key, begins=NOW + DAY)]) == "CERTIFICATE_NOT_YET_VALID"
+    between = Authority.new("Between", CA, ends=NOW)
+    assert _refusal([between.leaf(PUBLISHER.key), between.certificate]) == "CERTIFICATE_EXPIRED"
 
 
 def test_a_certificate_signs_models_only_when_it_is_for_signing_code() -> None:
     assert _refusal([CA.leaf(PUBLISHER.key, purposes=())]) == "CERTIFICATE_EKU"
     server = [ExtendedKeyUsageOID.SERVER_AUTH]
     assert _refusal([CA.leaf(PUBLISHER.key, purposes=server)]) == "CERTIFICATE_EKU"
+    assert _refusal([CA.leaf(PUBLISHER.key, signs=False)]) == "CERTIFICATE_EKU"
     anything = [ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE]
     assert _refusal([CA.leaf(PUBLISHER.key, purposes=anything)]) == "CERTIFICATE_EKU"
 
@@ -144,6 +147,7 @@ def test_where_the_root_wants_a_list_one_in_force_must_be_there() -> None:
     assert _refusal([leaf], root, revocations(crls=[stranger.crl()])) == "CRL_MISSING"
     assert _refusal([leaf], root, revocations(crls=[CA.crl(private=stranger.private)])) == "CRL_MISSING"
     assert _refusal([leaf], root, revocations(crls=[CA.crl(issued=NOW + 9 * DAY)])) == "CRL_MISSING"
+    assert _refusal([leaf], root, revocations(crls=[CA.crl(is_delta=True)])) == "CRL_MISSING"
     assert _refusal([leaf], root, revocations(crls=[CA.crl(due=NOW)])) == "CRL_EXPIRED"
     assert _verify([leaf], root, revocations(crls=[CA.crl(due=NOW), CA.crl()])).certificates
 

@@ -68,9 +68,11 @@ class Authority:
         issuer: "Authority | None" = None,
         crl_sign: bool = True,
         purposes: Sequence[x509.ObjectIdentifier] = (),
+        ends: datetime = NOW + 99 * DAY,
     ) -> "Authority":
         private = ec.generate_private_key(ec.SECP384R1())
-        builder = _builder(name, issuer.certificate.subject if issuer else _name(name), private.public_key())
+        above = issuer.certificate.subject if issuer else _name(name)
+        builder = _builder(name, above, private.public_key(), ends=ends)
         builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         builder = builder.add_extension(_usage(key_cert_sign=True, crl_sign=crl_sign), critical=True)
         if purposes:
@@ -85,11 +87,12 @@ class Authority:
         ends: datetime = NOW + 30 * DAY,
         purposes: Sequence[x509.ObjectIdentifier] = (ExtendedKeyUsageOID.CODE_SIGNING,),
         is_ca: bool = False,
+        signs: bool = True,
         critical: x509.ObjectIdentifier | None = None,
     ) -> x509.Certificate:
         builder = _builder("Publisher", self.certificate.subject, key.public_key, begins, ends)
         builder = builder.add_extension(x509.BasicConstraints(ca=is_ca, path_length=None), critical=True)
-        builder = builder.add_extension(_usage(key_cert_sign=is_ca), critical=True)
+        builder = builder.add_extension(_usage(key_cert_sign=is_ca, signs=signs), critical=True)
         if purposes:
             builder = builder.add_extension(x509.ExtendedKeyUsage(purposes), critical=False)
         if critical:
@@ -102,10 +105,13 @@ class Authority:
         issued: datetime = NOW - DAY,
         due: datetime = NOW + 30 * DAY,
         private: ec.EllipticCurvePrivateKey | None = None,
+        is_delta: bool = False,
     ) -> bytes:
         """DER of a list with these serial numbers."""
         builder = x509.CertificateRevocationListBuilder().issuer_name(self.certificate.subject)
         builder = builder.last_update(issued).next_update(due)
+        if is_delta:
+            builder = builder.add_extension(x509.DeltaCRLIndicator(1), critical=True)
         for serial in serials:
             entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(issued).build()
             builder = builder.add_revoked_certificate(entry)
@@ -232,11 +238,11 @@ def _signed(builder: x509.CertificateBuilder, private: ec.EllipticCurvePrivateKe
     return builder.sign(private, hashes.SHA384())
 
 
-def _usage(*, key_cert_sign: bool, crl_sign: bool = False) -> x509.KeyUsage:
+def _usage(*, key_cert_sign: bool, crl_sign: bool = False, signs: bool = True) -> x509.KeyUsage:
     return x509.KeyUsage(
-        digital_signature=not key_cert_sign,
+        digital_signature=signs and not key_cert_sign,
         content_commitment=False,
-        key_encipherment=False,
+        key_encipherment=not signs,
         data_encipherment=False,
         key_agreement=False,
         key_cert_sign=key_cert_sign,
