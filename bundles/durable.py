@@ -25,6 +25,10 @@ class Fs:
         """Write some of `block`; how much."""
         return os.pwrite(fd, block, offset)
 
+    def truncate(self, path: Path, size: int) -> None:
+        """Cut a file to so many bytes."""
+        os.truncate(path, size)
+
     def fdatasync(self, fd: int) -> None:
         """Make an open file's content durable."""
         os.fdatasync(fd)

@@ -320,6 +320,7 @@ class _Import:
         if self._at.state is State.COMMITTED or not digest:
             return
         with suppress(OSError):
+            self._staging.trim()
             self._staging.record()
             if not self._place.ledger.staged(digest):
                 self._staging.discard()

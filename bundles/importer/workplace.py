@@ -186,6 +186,8 @@ class Workplace:
             if is_temporary(path):
                 self.store.fs.unlink(path)
         staged = frozenset(self.ledger.stagings())
+        for model_digest in staged:
+            self.store.trim(model_digest, self.ledger.staged(model_digest))
         kept = [*self.ledger.versions(), *self._lost(staged)]
         listed = frozenset(digest for version in kept for digest in version.digests())
         self.store.sweep(listed, [(version.name, version.sequence) for version in kept], staged)
@@ -211,7 +213,8 @@ class Workplace:
                 yield version
 
     def _settle(self) -> None:
-        """Close what a process that died left open."""
+        """Close what a process that died left open; room first, where the disk is full."""
+        self.sweep()
         for left in self.ledger.unfinished():
             stopped = Progress(
                 State.REJECTED,
@@ -225,7 +228,6 @@ class Workplace:
         for version in self.ledger.versions():
             if not self.store.record_path(version.name, version.sequence).exists():
                 self.store.write_record(version.name, version.sequence, version.as_dict())
-        self.sweep()
         raised = Floors()
         with suppress(BundleError):  # without a root there is nothing in force yet
             self.ledger.trusts(self.trust_in_force())

@@ -156,6 +156,20 @@ class Store:
                 self.fs.remove_tree(folder)
         return freed
 
+    def trim(self, model_digest: str, recorded: Mapping[int, int]) -> None:
+        """Free what is staged of a model beyond its records: no import goes on from there.
+
+        Args:
+            model_digest: of the model.
+            recorded: durable bytes by a file's place in the manifest.
+        """
+        for path in (self.root / "staging" / model_digest).glob("*"):
+            size = recorded.get(int(path.name)) if path.name.isdecimal() else None
+            if size is None:
+                self.fs.unlink(path)
+            elif path.lstat().st_nlink == 1 and path.lstat().st_size > size:
+                self.fs.truncate(path, size)
+
     def usage(self) -> Usage:
         """What its files take."""
         sizes = [entry.lstat().st_size for entry in (self.root / "sha256").glob("*/*")]

@@ -190,6 +190,11 @@ class Staging(Sink):
             self._files.close()
             self._files = None
 
+    def trim(self) -> None:
+        """Free what no record will speak of, once it is closed: a full disk has room for the records then."""
+        if self._model_digest:
+            self._store.trim(self._model_digest, {**self._recorded, **self._pending})
+
     def record(self) -> None:
         """Record what is durable and was not recorded yet."""
         if self._folder.is_dir():

@@ -12,6 +12,7 @@ from bundles.durable import Fs
 CHANGES = (
     "create",
     "pwrite",
+    "truncate",
     "fdatasync",
     "fsync",
     "fchmod",

@@ -143,3 +143,22 @@ def test_an_import_that_waits_promises_only_what_it_has_still_to_write(
     thread.join(60)
     assert told[-1].state is State.COMMITTED
     assert place.desk.promised("another") == 0
+
+
+def test_what_is_staged_and_not_recorded_is_freed_when_an_import_ends_and_at_the_next_start(
+    place: Workplace, bundle: Path, tmp_path: Path
+) -> None:
+    ended = interrupt(place, bundle, 9000)
+    staged = place.store.root / "staging" / ended.model_digest
+    recorded = sum(place.ledger.staged(ended.model_digest).values())
+    assert place.store.staged_bytes() == recorded > 0
+    with max(staged.iterdir(), key=lambda path: path.stat().st_size).open("ab") as stream:
+        stream.write(b"not recorded")
+    (staged / "99").write_bytes(b"nor this")
+    place.ledger.close()
+    again = open_place(tmp_path / "home")
+    assert again.store.staged_bytes() == recorded
+    ended = bring(again, bundle)
+    assert (ended.state, ended.bytes_reused) == (State.COMMITTED, recorded)
+    assert damaged_names(again) == []
+    again.ledger.close()
