@@ -269,6 +269,11 @@ def test_options_that_make_no_sense_are_bad_usage(tmp_path: Path, option: tuple[
     assert ended.value.code == 2
 
 
+def test_a_time_beyond_the_calendar_is_bad_usage(tmp_path: Path) -> None:
+    late = ("--issued-at", "9999-12-31T00:00:00Z", "--expires-days", "2")
+    assert _run(*_words(tmp_path / "m", tmp_path / "b"), *late) == 2
+
+
 def test_the_page_is_no_wider_than_80_columns_and_spells_out_what_is_not_text(
     tmp_path: Path, trust: Keys, capsys: pytest.CaptureFixture[str]
 ) -> None:
