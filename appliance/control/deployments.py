@@ -33,7 +33,9 @@ _PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 """Between two tries of what fails for a reason that control does not know."""
 _READY = engine_pb2.DEPLOYMENT_STATE_READY
+_LONGEST_ANSWER = 64 << 20  # a model version of 100,000 files
 CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", _LONGEST_ANSWER),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
