@@ -72,6 +72,11 @@ class Page:
             for part in textwrap.wrap(printable(line), self._width - len(indent) - 1) or [""]:
                 self.line(part, indent)
 
+    def block(self, text: str) -> None:
+        """Lines that a command printed for a page of this width, as they are."""
+        for line in text.splitlines():
+            self.line(printable(line))
+
     def rule(self, text: str) -> None:
         """A heading inside a step."""
         self.line(self._styled(_BOLD, f"-- {text} ".ljust(self._width - len(_INDENT), "-")))

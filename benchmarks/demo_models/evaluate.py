@@ -65,17 +65,26 @@ def canaries(model: Model, wide: bool) -> list[dict[str, object]]:
         answers = model.answer(draw(CANARY_SEED, 16, "unseen_values", domain, wide))
         answer = max((a for a in answers if a.scores.exact), key=lambda a: a.gap)
         chosen.append(
-            {"messages": answer.note.messages, "expected": answer.text, "smallest_gap": round(answer.gap, 2)}
+            {
+                "messages": answer.note.messages,
+                "match": "json",
+                "expected": answer.text,
+                "smallest_gap": round(answer.gap, 2),
+            }
         )
     return chosen
 
 
 def write_canaries(model: Model, wide: bool, folder: Path) -> None:
-    """Write `canaries.json`: prompts, the greedy answers expected, the smallest top-2 gap in logits along each."""
+    """Write `canaries.json`: prompts, the greedy answers expected, the smallest top-2 gap in logits along each.
+
+    Two of the three must be the same JSON values for an appliance to take the model as released.
+    """
     page = {
         "command": COMMAND,
         "seed": CANARY_SEED,
         "decoding": {"temperature": 0, "max_tokens": 160},
+        "pass_percent": 66,
         "canaries": canaries(model, wide),
     }
     (folder / "canaries.json").write_text(json.dumps(page, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -113,6 +122,7 @@ def write_card(model: Model, tallies: dict[str, Tally], folder: Path) -> None:
         intermediate=config.intermediate_size,
         vocabulary=config.vocab_size,
         context=config.max_position_embeddings,
+        resumed=_resumed(folder, record) if "resumed_from" in record else "",
         origin=f"grown from {recipe['grown_from']}" if recipe.get("grown_from") else "trained from scratch",
         growth=_text("card-grown.md").format(**recipe) if recipe.get("grown_from") else "",
         wording=_text("card-wide.md").format(**recipe) if recipe.get("wide") else "",
@@ -121,9 +131,19 @@ def write_card(model: Model, tallies: dict[str, Tally], folder: Path) -> None:
         seed=SEED,
         command=COMMAND,
         example=_example(folder),
-        **record,
+        **{name: value for name, value in record.items() if name != "resumed_from"},
     )
     (folder / "README.md").write_text(page, encoding="utf-8")
+
+
+def _resumed(folder: Path, record: dict[str, Any]) -> str:
+    """How a training that was taken up again went on: the command, with all that it changed."""
+    earlier = record["resumed_from"]
+    changed = {name: value for name, value in record["recipe"].items() if value != earlier["recipe"][name]}
+    options = "".join(f" --{name.replace('_', '-')} {value:g}" for name, value in changed.items())
+    return _text("card-resumed.md").format(
+        model=_letter(folder), options=options, planned=earlier["recipe"]["minutes"], **earlier
+    )
 
 
 def _letter(folder: Path) -> str:

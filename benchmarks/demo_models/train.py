@@ -323,12 +323,31 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
+def write_record(recipe: Recipe, course: Course, threads: int, folder: Path, resumed: bool) -> None:
+    """Write `training.json`; a resumed training adds to what was there and keeps it under `resumed_from`."""
+    path = folder / "training.json"
+    earlier = (
+        json.loads(path.read_text(encoding="utf-8")) if resumed else {"steps": 0, "tokens": 0, "minutes": 0.0}
+    )
+    record = {
+        "recipe": dataclasses.asdict(recipe),
+        "training_seed": recipe.seed,
+        "steps": earlier["steps"] + course.steps,
+        "rows": recipe.rows,
+        "tokens": earlier["tokens"] + course.tokens,
+        "minutes": earlier["minutes"] + course.minutes,
+        "threads": threads,
+    } | ({"resumed_from": earlier} if resumed else {})
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
 def arguments() -> argparse.Namespace:
     """The command line; every number of the recipe can be overridden for an experiment."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=sorted(RECIPES), default="s")
     parser.add_argument("--output", type=Path, help="folder to write (default: demo/NAME)")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--resume", action="store_true", help="go on from the weights in the folder")
     for field in dataclasses.fields(Recipe)[1:]:
         option = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
@@ -350,23 +369,14 @@ def main() -> None:
     folder = chosen.output or ROOT / "demo" / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(recipe)
-    model = build(recipe)
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) if chosen.resume else build(recipe)
     print(f"{recipe.name}: {model.num_parameters():,} parameters", flush=True)
     course = train(model, tokenizer, recipe, folder)
     if place()[0] > 0:
         return
     save_tokenizer(tokenizer, folder, recipe.context)
     save(model, folder)
-    record = {
-        "recipe": dataclasses.asdict(recipe),
-        "training_seed": recipe.seed,
-        "steps": course.steps,
-        "rows": recipe.rows,
-        "tokens": course.tokens,
-        "minutes": course.minutes,
-        "threads": chosen.threads * place()[1],
-    }
-    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_record(recipe, course, chosen.threads * place()[1], folder, chosen.resume)
     print(field_table(write_all(folder)))
 
 

@@ -13,9 +13,12 @@ from benchmarks.demo_models.notes import draw
 from benchmarks.demo_models.tokens import ASSISTANT, BOS, EOS, SPECIAL, USER
 
 DEMO = Path(__file__).parents[2] / "demo"
-MILLIONS = {"demo-notes-s": (1, 2)}
+MILLIONS = {"demo-notes-s": (1, 2), "demo-notes-m": (8, 11)}
 ALL_MILLIONS = 13  # of all demo models together: the repository carries their weights
-FIELDS_RIGHT = {"demo-notes-s": 0.97}  # of twelve held-out notes; the model cards have the measured shares
+FIELDS_RIGHT = {
+    "demo-notes-s": 0.97,
+    "demo-notes-m": 0.97,
+}  # of twelve held-out notes; the model cards have the measured shares
 
 
 @pytest.fixture(scope="module", autouse=True)
