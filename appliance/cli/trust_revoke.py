@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,46 +57,26 @@ def _register_revoke(verbs: "Verbs[argparse.ArgumentParser]") -> None:
 
 def _add_entries(revoke: argparse.ArgumentParser) -> None:
     """What is revoked."""
-    revoke.add_argument(
-        "--key",
-        type=_digest,
-        action="append",
-        default=[],
-        metavar="KEYID",
-        help="a release, publisher or custodian key",
+    entries: tuple[tuple[str, str, Callable[[str], object], str], ...] = (
+        ("--key", "KEYID", _digest, "a release, publisher or custodian key"),
+        ("--manifest", "DIGEST", _digest, "a release, by its model digest"),
+        (
+            "--certificate",
+            "SERIAL[@CA.pem]",
+            str,
+            "a publisher's certificate: serial number (hex) and the certificate that issued it (default: the "
+            "root's only authority)",
+        ),
+        (
+            "--crl",
+            "FILE",
+            Path,
+            "a certificate revocation list (PEM or DER); it takes the place of its issuer's before",
+        ),
+        ("--minimum", "NAME=SEQUENCE", numbered, "nothing of this model below this sequence"),
     )
-    revoke.add_argument(
-        "--manifest",
-        type=_digest,
-        action="append",
-        default=[],
-        metavar="DIGEST",
-        help="a release, by its model digest",
-    )
-    revoke.add_argument(
-        "--certificate",
-        action="append",
-        default=[],
-        metavar="SERIAL[@CA.pem]",
-        help="a publisher's certificate: serial number (hex) and the certificate that issued it (default: the "
-        "root's only authority)",
-    )
-    revoke.add_argument(
-        "--crl",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a certificate revocation list (PEM or DER); it takes the place of its issuer's before",
-    )
-    revoke.add_argument(
-        "--minimum",
-        type=numbered,
-        action="append",
-        default=[],
-        metavar="NAME=SEQUENCE",
-        help="nothing of this model below this sequence",
-    )
+    for option, metavar, kind, text in entries:
+        revoke.add_argument(option, type=kind, action="append", default=[], metavar=metavar, help=text)
 
 
 def _register_bundle(verbs: "Verbs[argparse.ArgumentParser]") -> None:
