@@ -64,8 +64,10 @@ def _add_entries(revoke: argparse.ArgumentParser) -> None:
             "--certificate",
             "SERIAL[@CA.pem]",
             str,
-            "a publisher's certificate: serial number (hex) and the certificate that issued it (default: the "
-            "root's only authority)",
+            (
+                "a publisher's certificate: serial number (hex) and the certificate that issued it (default: the "
+                "root's only authority)"
+            ),
         ),
         (
             "--crl",
