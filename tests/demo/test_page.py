@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from admin_tui.terminal import Terminal
+from demo.carry_in import flip_one_bit
 from demo.page import Page
-from demo.run import flip_one_bit
 
 PLAIN = Terminal(tty=False, columns=200, utf8=True, colour=False)
 COLOUR = Terminal(tty=True, columns=80, utf8=True, colour=True)
