@@ -15,7 +15,15 @@ from pathlib import Path
 import pytest
 
 from tests.admin_tui.tmux import Terminal, needs_tmux, terminal
-from tests.e2e.appliance import ALIAS, CLOISTER, DEMO_MODEL, Appliance, build_bundle, running_appliance
+from tests.e2e.appliance import (
+    ALIAS,
+    CLOISTER,
+    DEMO_MODEL,
+    Appliance,
+    build_bundle,
+    other_weights,
+    running_appliance,
+)
 
 pytestmark = needs_tmux
 FAKE = [sys.executable, "-m", "tests.admin_tui.console"]
@@ -165,7 +173,7 @@ def test_an_import_is_watched_from_its_beginning_to_its_end(appliance: Appliance
 
 
 def test_a_tampered_bundle_is_rejected_with_its_code(appliance: Appliance) -> None:
-    tampered = build_bundle(appliance.home.parent, sequence=3)
+    tampered = build_bundle(appliance.home.parent, other_weights(appliance.home.parent), sequence=3)
     content = bytearray(tampered.read_bytes())
     content[len(content) * 3 // 4] ^= 1
     tampered.write_bytes(content)

@@ -135,7 +135,8 @@ def test_arguments_are_filled_in_and_the_current_directory_is_not_imported_from(
     assert argv["engine-host"][:8] == (
         sys.executable, "-P", "-m", "engine.host", "--run", "/srv/home/run", "--store", "/srv/home/store",
     )  # fmt: skip
-    assert argv["importer"][3:] == ("bundles.importer", "--home", "/srv/home")
+    assert argv["importer"][3:6] == ("bundles.importer", "--home", "/srv/home")
+    assert "--quota-bytes=0" in argv["importer"]
     assert "--listen=127.0.0.1:8443" in argv["gateway"]
 
 

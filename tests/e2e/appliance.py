@@ -122,6 +122,19 @@ def build_bundle(folder: Path, model: Path = DEMO_MODEL, sequence: int = 1) -> P
     return bundle
 
 
+def other_weights(folder: Path) -> Path:
+    """The demo model with one bit of its weights changed, so that no store has the file; its folder."""
+    model = folder / "other-weights"
+    if not model.exists():
+        shutil.copytree(DEMO_MODEL, model)
+        with (model / "model.safetensors").open("r+b") as file:
+            file.seek(-2, os.SEEK_END)  # the last number's lowest bit
+            byte = file.read(1)
+            file.seek(-2, os.SEEK_END)
+            file.write(bytes([byte[0] ^ 1]))
+    return model
+
+
 def initialise(home: Path, keys: Path) -> None:
     """`cloister init` with the present user as the operator."""
     user = os.environ.get("USER") or _user_name()

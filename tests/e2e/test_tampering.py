@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from appliance.client import CloisterError
-from tests.e2e.appliance import ALIAS, Appliance, build_bundle
+from tests.e2e.appliance import ALIAS, Appliance, build_bundle, other_weights
 
 CANARY = "zebra-canary-4711"
 
@@ -50,7 +50,7 @@ def test_a_weight_file_changed_after_import_is_refused_at_load(appliance: Applia
 
 
 def test_a_tampered_bundle_is_refused_and_leaves_nothing(appliance: Appliance) -> None:
-    tampered = build_bundle(appliance.home.parent, sequence=2)
+    tampered = build_bundle(appliance.home.parent, other_weights(appliance.home.parent), sequence=20)
     before = sorted((appliance.home / "store" / "sha256").rglob("*"))
     flip_bit(tampered, tampered.stat().st_size // 2)
     done = appliance.cloister("bundle", "import", str(tampered), expect=3)
