@@ -397,9 +397,11 @@ async def running(home: Home, house: House | None = None, begin: bool = True) ->
         await control.close()
         await admin.close()
         login.close()
-        for server in (*servers, *neighbours):
+        for server in servers:
             await server.stop(None)
-        await house.plane.close()
+        await house.plane.close()  # before its neighbours: it does not see them go
+        for server in neighbours:
+            await server.stop(None)
 
 
 @asynccontextmanager
