@@ -15,9 +15,10 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed
@@ -44,6 +45,7 @@ from benchmarks.demo_models.tokens import (
 )
 
 ROOT = Path(__file__).parents[2]
+Record = dict[str, Any]  # of training.json
 SYSTEM_PROMPT = "You extract the fields of a note and answer with one JSON object."
 
 
@@ -262,8 +264,8 @@ class Course:
     minutes: float
 
 
-def train(model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder: Path) -> Course:
-    """Run the schedule, saving the model every 200 steps."""
+def train(model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, keep: Callable[[Course], None]) -> Course:
+    """Run the schedule, calling `keep` every 200 steps; what it took in all."""
     model.set_attn_implementation(attention.NAME)
     model.model.compile(dynamic=True)
     steppers = optimizers(model, recipe)
@@ -281,7 +283,7 @@ def train(model: LlamaForCausalLM, tokenizer: Tokenizer, recipe: Recipe, folder:
         if last:
             break
         if step % 200 == 199 and place()[0] == 0:
-            save(model, folder)
+            keep(Course(step + 1, seen, minutes))
     return Course(step + 1, seen, minutes)
 
 
@@ -323,22 +325,19 @@ def save(model: LlamaForCausalLM, folder: Path) -> None:
     (folder / "model.safetensors").chmod(0o644)
 
 
-def write_record(recipe: Recipe, course: Course, threads: int, folder: Path, resumed: bool) -> None:
-    """Write `training.json`; a resumed training adds to what was there and keeps it under `resumed_from`."""
-    path = folder / "training.json"
-    earlier = (
-        json.loads(path.read_text(encoding="utf-8")) if resumed else {"steps": 0, "tokens": 0, "minutes": 0.0}
-    )
+def write_record(recipe: Recipe, course: Course, threads: int, folder: Path, earlier: Record | None) -> None:
+    """Write `training.json`; where `earlier` was taken up again, it adds to that, kept under `resumed_from`."""
+    before = earlier or {"steps": 0, "tokens": 0, "minutes": 0.0}
     record = {
         "recipe": dataclasses.asdict(recipe),
         "training_seed": recipe.seed,
-        "steps": earlier["steps"] + course.steps,
+        "steps": before["steps"] + course.steps,
         "rows": recipe.rows,
-        "tokens": earlier["tokens"] + course.tokens,
-        "minutes": earlier["minutes"] + course.minutes,
+        "tokens": before["tokens"] + course.tokens,
+        "minutes": before["minutes"] + course.minutes,
         "threads": threads,
-    } | ({"resumed_from": earlier} if resumed else {})
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    } | ({"resumed_from": earlier} if earlier else {})
+    (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -347,7 +346,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(RECIPES), default="s")
     parser.add_argument("--output", type=Path, help="folder to write (default: demo/NAME)")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--resume", action="store_true", help="go on from the weights in the folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the folder's weights, where a training was stopped; another --seed draws other notes",
+    )
     for field in dataclasses.fields(Recipe)[1:]:
         option = f"--{field.name.replace('_', '-')}"
         if isinstance(field.default, bool):
@@ -369,14 +372,19 @@ def main() -> None:
     folder = chosen.output or ROOT / "demo" / recipe.name
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = build_tokenizer(recipe)
+    earlier = json.loads((folder / "training.json").read_text(encoding="utf-8")) if chosen.resume else None
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32) if chosen.resume else build(recipe)
     print(f"{recipe.name}: {model.num_parameters():,} parameters", flush=True)
-    course = train(model, tokenizer, recipe, folder)
+
+    def keep(course: Course) -> None:
+        save_tokenizer(tokenizer, folder, recipe.context)
+        save(model, folder)
+        write_record(recipe, course, chosen.threads * place()[1], folder, earlier)
+
+    course = train(model, tokenizer, recipe, keep)
     if place()[0] > 0:
         return
-    save_tokenizer(tokenizer, folder, recipe.context)
-    save(model, folder)
-    write_record(recipe, course, chosen.threads * place()[1], folder, chosen.resume)
+    keep(course)
     print(field_table(write_all(folder)))
 
 

@@ -2,14 +2,17 @@
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 from tokenizers import Tokenizer
 
 from benchmarks.demo_models import train
 from benchmarks.demo_models.notes import Style
-from benchmarks.demo_models.train import RECIPES, batches, progress, rate_at
+from benchmarks.demo_models.train import RECIPES, Course, batches, progress, rate_at, write_record
 
 DEMO = Path(__file__).parents[2] / "demo"
 FEW = dataclasses.replace(RECIPES["m"], rows=4)
@@ -47,6 +50,22 @@ def test_processes_that_train_together_share_each_batch(tokenizer, monkeypatch):
     left, right = first(0, 2), first(1, 2)
     assert len(left) == len(right) == 6
     assert left | right == first(0, 1)
+
+
+def test_a_training_that_was_stopped_is_taken_up_with_its_record(tokenizer, monkeypatch, tmp_path):
+    monkeypatch.setattr("benchmarks.demo_models.train.update", lambda *_: (0.5, 1.0))
+    monkeypatch.setattr("benchmarks.demo_models.train.optimizers", lambda *_: [])
+    monkeypatch.setattr("benchmarks.demo_models.train.batches", lambda *_: itertools.repeat((ids, ids)))
+    ids, network, kept = torch.zeros(2, 8), MagicMock(), []
+    recipe = dataclasses.replace(FEW, minutes=0.0, steps=250)
+    course = train.train(network, tokenizer, recipe, kept.append)
+    assert kept == [Course(200, 200 * 16, 1.0)]  # what a kill now would leave
+    write_record(recipe, kept[0], 2, tmp_path, None)
+    stopped = json.loads((tmp_path / "training.json").read_text())
+    write_record(dataclasses.replace(recipe, seed=9), course, 2, tmp_path, stopped)
+    whole = json.loads((tmp_path / "training.json").read_text())
+    assert (whole["steps"], whole["tokens"], whole["training_seed"]) == (450, 450 * 16, 9)
+    assert whole["resumed_from"] == stopped
 
 
 def test_only_the_answer_is_learned(tokenizer):
