@@ -9,7 +9,7 @@ Source: POSIX.1-2017, pax, "ustar Interchange Format".
 
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -154,6 +154,21 @@ def open_file(path: Path) -> int:
     return fd
 
 
+def read_whole(member: Member, limit: int, read_into: Callable[[memoryview], int]) -> bytes:
+    """A member's content through `read_into`, if it is not larger than `limit` bytes.
+
+    Raises:
+        BundleError: CONTAINER_MEMBER_SIZE, or as `read_into`.
+    """
+    if member.size > limit:
+        raise BundleError(
+            "CONTAINER_MEMBER_SIZE", f"{member.name} has {member.size} bytes, more than {limit} are not accepted"
+        )
+    buffer = bytearray(member.size)
+    read_into(memoryview(buffer))
+    return bytes(buffer)
+
+
 class ContainerReader:
     """Reads members of an open file in order, from its beginning; a `Source`.
 
@@ -243,13 +258,7 @@ class ContainerReader:
         Raises:
             BundleError: CONTAINER_MEMBER_SIZE; or as `read_into`.
         """
-        if self._left > limit:
-            raise BundleError(
-                "CONTAINER_MEMBER_SIZE", f"{self._name} has {self._left} bytes, more than {limit} are not accepted"
-            )
-        buffer = bytearray(self._left)
-        self.read_into(memoryview(buffer))
-        return bytes(buffer)
+        return read_whole(Member(self._name, self._left), limit, self.read_into)
 
     def read_into(self, buffer: memoryview) -> int:
         """Fill `buffer` from the current member; how many bytes it got, fewer only at the member's end.

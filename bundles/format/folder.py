@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 
-from bundles.format.container import Member
+from bundles.format.container import Member, read_whole
 from bundles.format.errors import BundleError
 from bundles.format.members import END, HEADER, MANIFEST, OMS, REVOCATION, refuse_unlisted, root_version
 
@@ -54,13 +54,7 @@ class FolderReader:
 
     def read(self, limit: int) -> bytes:
         """See `Source`."""
-        if self._left > limit:
-            raise BundleError(
-                "CONTAINER_MEMBER_SIZE", f"{self._name} has {self._left} bytes, more than {limit} are not accepted"
-            )
-        buffer = bytearray(self._left)
-        self.read_into(memoryview(buffer))
-        return bytes(buffer)
+        return read_whole(Member(self._name, self._left), limit, self.read_into)
 
     def read_into(self, buffer: memoryview) -> int:
         """See `Source`."""

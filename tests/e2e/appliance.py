@@ -122,16 +122,22 @@ def build_bundle(folder: Path, model: Path = DEMO_MODEL, sequence: int = 1) -> P
     return bundle
 
 
+def flip_bit(path: Path, offset: int) -> None:
+    """Change one bit of a file; the same again changes it back."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte[0] ^ 1]))
+
+
 def other_weights(folder: Path) -> Path:
     """The demo model with one bit of its weights changed, so that no store has the file; its folder."""
     model = folder / "other-weights"
     if not model.exists():
         shutil.copytree(DEMO_MODEL, model)
-        with (model / "model.safetensors").open("r+b") as file:
-            file.seek(-2, os.SEEK_END)  # the last number's lowest bit
-            byte = file.read(1)
-            file.seek(-2, os.SEEK_END)
-            file.write(bytes([byte[0] ^ 1]))
+        weights = model / "model.safetensors"
+        flip_bit(weights, weights.stat().st_size - 2)  # the lowest of the last number
     return model
 
 

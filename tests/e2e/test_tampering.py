@@ -1,23 +1,13 @@
 """Tampered with: refused by name, nothing left of it; and no secret in any log."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from appliance.client import CloisterError
-from tests.e2e.appliance import ALIAS, Appliance, build_bundle, other_weights
+from tests.e2e.appliance import ALIAS, Appliance, build_bundle, flip_bit, other_weights
 
 CANARY = "zebra-canary-4711"
-
-
-def flip_bit(path: Path, offset: int) -> None:
-    """Change one bit of a file; the same again changes it back."""
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 1]))
 
 
 def test_prompts_and_keys_are_in_no_log(appliance: Appliance) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import grpc
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from sqlalchemy import update
 from sqlalchemy.orm import Session
 
@@ -66,16 +66,7 @@ class Issuer:
         identity = identity_of(self.site, SYSTEM_TENANT, _APPLICATION)
         certificate = self.authority.issue_client(csr, identity, _VALID)
         drawn = api_keys.draw(self.keys)
-        now = time.time_ns()
-        row = ApiKey(
-            key_id=drawn.key_id,
-            tenant=SYSTEM_TENANT,
-            application=_APPLICATION,
-            secret_hmac=drawn.mac,
-            certificate_sha256=certificate.fingerprint(hashes.SHA256()),
-            created_ns=now,
-            expires_ns=now + int(_VALID.total_seconds()) * 10**9,
-        )
+        row = drawn.row(SYSTEM_TENANT, _APPLICATION, certificate, _VALID)
         await self.database.run(lambda s: s.add(row))
         try:
             async with AsyncClient(

@@ -5,7 +5,7 @@ from datetime import timedelta
 from typing import Any
 
 import grpc
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
@@ -97,16 +97,7 @@ class TenantService(admin_pb2_grpc.TenantServiceServicer):
         identity = identity_of(self._site, tenant, application)
         certificate = self._authority.issue_client(request.csr_pem, identity, timedelta(days=days))
         drawn = api_keys.draw(self._keys)
-        now = time.time_ns()
-        row = ApiKey(
-            key_id=drawn.key_id,
-            tenant=tenant,
-            application=application,
-            secret_hmac=drawn.mac,
-            certificate_sha256=certificate.fingerprint(hashes.SHA256()),
-            created_ns=now,
-            expires_ns=now + days * _DAY_NS,
-        )
+        row = drawn.row(tenant, application, certificate, timedelta(days=days))
         await self._database.run(lambda s: _keep_key(s, row))
         gate.note(key_id=drawn.key_id, certificate_sha256=row.certificate_sha256.hex(), identity=identity)
         return admin_pb2.IssueKeyResponse(

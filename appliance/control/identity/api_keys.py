@@ -8,9 +8,15 @@ import base64
 import hmac
 import re
 import secrets
+import time
 import zlib
 from dataclasses import dataclass
+from datetime import timedelta
 
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+
+from appliance.control.db.models import ApiKey
 from appliance.control.identity.secret_keys import SecretKeys
 
 _FORM = re.compile(r"clo_([0-9a-f]{12})_([a-z2-7]{52})_([0-9a-f]{8})")
@@ -27,6 +33,19 @@ class NewApiKey:
 
     def __repr__(self) -> str:
         return f"NewApiKey({self.key_id})"
+
+    def row(self, tenant: str, application: str, certificate: x509.Certificate, valid: timedelta) -> ApiKey:
+        """What control.db keeps of it: from now on, beside the certificate issued with it."""
+        now = time.time_ns()
+        return ApiKey(
+            key_id=self.key_id,
+            tenant=tenant,
+            application=application,
+            secret_hmac=self.mac,
+            certificate_sha256=certificate.fingerprint(hashes.SHA256()),
+            created_ns=now,
+            expires_ns=now + valid // timedelta(microseconds=1) * 1000,
+        )
 
 
 def draw(keys: SecretKeys) -> NewApiKey:
