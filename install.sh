@@ -193,8 +193,9 @@ setup() {
 
 # Other implementations of the signatures, which the tests run beside ours; never the product's packages.
 setup_interop() {
-  local list=$ROOT/tests/interop/requirements.txt venv=$ROOT/.venv-interop
-  if [[ -f $venv/stamp && $(<"$venv/stamp") == "$(sha256sum <"$list")" ]]; then return; fi
+  local list=$ROOT/tests/interop/requirements.txt venv=$ROOT/.venv-interop stamp
+  stamp=$({ cat "$list" && "$VENV/bin/python" -V && echo "$ROOT"; } | sha256sum)
+  if [[ -f $venv/stamp && $(<"$venv/stamp") == "$stamp" ]]; then return; fi
   say "  installing what tests/interop runs into .venv-interop"
   rm -rf "$venv"
   local source=()
@@ -202,7 +203,7 @@ setup_interop() {
   if "$VENV/bin/python" -m venv "$venv" >"$LOG" 2>&1 &&
     "$venv/bin/python" -m pip install --no-input --no-cache-dir --disable-pip-version-check --require-hashes \
       --no-deps ${source[@]+"${source[@]}"} -r "$list" >>"$LOG" 2>&1; then
-    sha256sum <"$list" >"$venv/stamp"
+    echo "$stamp" >"$venv/stamp"
   else
     rm -rf "$venv"
     say "  not installed, so tests/interop will say NOT RUN: $(grep -i error "$LOG" | tail -n 1)"

@@ -1,1 +1,1 @@
-"""The demonstration that ./install.sh --demo runs, and the model it shows."""
+"""The demonstration that ./install.sh --demo runs, and the models it shows."""
