@@ -64,11 +64,13 @@ def verify(
     """
     site = site or Site(datetime.now(UTC))
 
-    def gate(verified: Verified) -> bool:
-        check_policy(verified, site)
-        return True
-
     with ExitStack() as stack:
+        sink = stack.enter_context(closing(KeptFiles()))
+
+        def gate(verified: Verified) -> bool:
+            check_policy(verified, site)
+            sink.again = _Again(stack, (path, *bases), verified)
+            return True
 
         def base(manifest: Manifest) -> Base:
             if not bases:
@@ -76,7 +78,6 @@ def verify(
             return stack.enter_context(BundleBase(bases, manifest.base or ""))
 
         reader = stack.enter_context(closing(BundleReader(beside(path))))
-        sink = stack.enter_context(closing(KeptFiles()))
         terms = Terms(pinned, site.now, gate, inspector or Inspector(), base, revocations)
         accepted = read_bundle(reader, terms, sink, report)
     return accepted if isinstance(accepted, Verified) else accepted.verified
@@ -91,14 +92,17 @@ class _Piece(NamedTuple):
 
 
 class KeptFiles(Sink):
-    """Keeps what judging reads: small files whole, of weights the header and the end; of the rest nothing.
+    """Keeps what judging reads: small files whole, of weights the header and the end.
 
-    All pieces lie one after the other in memory, and beyond `MOST_MEMORY` in a temporary file without a name.
+    All pieces lie one after the other in memory, and beyond `MOST_MEMORY` in a temporary file without a name. What
+    judging wants besides, where an archive's end among the weights points to, is taken from the bundle again.
     """
 
     def __init__(self) -> None:
+        self.again: Callable[[File, int, int], bytes] | None = None
         self._kept = SpooledTemporaryFile(max_size=MOST_MEMORY)  # noqa: SIM115  # `close` closes it
         self._pieces: dict[str, list[_Piece]] = {}
+        self._files: dict[str, File] = {}
         self._sizes: dict[str, int] = {}
         self._at = File.model_construct(path="", size=0)
         self._head = self._end = 0
@@ -112,16 +116,23 @@ class KeptFiles(Sink):
         """See `content.files.ModelFiles`."""
         end = min(offset + length, self._sizes[path])
         content = bytearray(max(0, end - offset))
+        missing = len(content)
         for piece in self._pieces[path]:
             first, last = max(offset, piece.offset), min(end, piece.offset + piece.length)
             if first < last:
                 self._kept.seek(piece.at + first - piece.offset)
                 content[first - offset : last - offset] = self._kept.read(last - first)
-        return bytes(content)
+                missing -= last - first
+        if not missing:
+            return bytes(content)
+        if self.again is None:
+            raise RuntimeError("a weights file is judged by bytes that nobody kept")
+        return self.again(self._files[path], offset, end - offset)
 
     def begin(self, file: File, told: Callable[[int], None]) -> int:
         """See `pipeline.Sink`; nothing is here already."""
         self._pieces[file.path] = []
+        self._files[file.path] = file
         self._sizes[file.path] = file.size
         self._at = file
         self._head = 0 if file.role == "weights" else file.size
@@ -159,6 +170,45 @@ class KeptFiles(Sink):
             self._kept.write(block)
             self._pieces[self._at.path].append(_Piece(offset, len(block), self._end))
             self._end += len(block)
+
+
+class _Again:
+    """Bytes of a verified bundle, read once more, each chunk of them whole and by its digest.
+
+    Args:
+        stack: closes what is opened, if anything ever is.
+        paths: the bundle, and the bases where it is a delta.
+        verified: its signed statements.
+    """
+
+    def __init__(self, stack: ExitStack, paths: Sequence[Path], verified: Verified) -> None:
+        self._stack, self._paths, self._verified = stack, paths, verified
+        self._bundle: BundleBase | None = None
+        self._held = ("", b"")
+
+    def __call__(self, file: File, offset: int, length: int) -> bytes:
+        """Bytes of a file at an offset.
+
+        Raises:
+            BundleError: SOURCE_CHANGED.
+        """
+        size, end = self._verified.manifest.chunk_size, offset + length
+        chunks = range(offset // size, -(-end // size))
+        content = b"".join(self._chunk(file.chunks[i], min(size, file.size - i * size)) for i in chunks)
+        return content[offset - chunks.start * size :][:length]
+
+    def _chunk(self, digest: str, length: int) -> bytes:
+        if self._held[0] == digest:
+            return self._held[1]
+        if self._bundle is None:
+            self._bundle = self._stack.enter_context(BundleBase(self._paths, self._verified.model_digest))
+        read_into, buffer, done = self._bundle.open(digest), memoryview(bytearray(length)), 0
+        while done < length and (got := read_into(buffer[done:])):
+            done += got
+        if hashlib.sha256(buffer).hexdigest() != digest:
+            raise BundleError("SOURCE_CHANGED", "the bundle changed while it was verified; repeat")
+        self._held = digest, bytes(buffer)
+        return self._held[1]
 
 
 def verify_trust_bundle(

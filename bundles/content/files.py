@@ -17,8 +17,8 @@ class ModelFiles(Protocol):
     def read(self, path: str, offset: int, length: int) -> bytes:
         """The bytes of a file from `offset` on, fewer than `length` at its end only.
 
-        A verifier that keeps little may give zeros for a weights file's bytes between its header (and
-        `forbidden.HEAD_BYTES`) and its last `forbidden.TAIL_BYTES`.
+        Every holder has at hand the header of weights, their first `forbidden.HEAD_BYTES` and their last
+        `forbidden.TAIL_BYTES`; any others may take one that keeps little as long as reading a chunk again.
 
         Raises:
             BundleError: SOURCE_CHANGED.

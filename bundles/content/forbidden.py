@@ -60,7 +60,8 @@ _PICKLE_MAGIC = re.compile(rb"\x80[\x00-\x05](?:[\x95}\]()c\x8ax\x8c\x80.KMNX])"
 _PICKLE_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"})
 _PICKLE_LOOK = 64 * 1024
 _TAR_MAGIC, _TAR_AT = b"ustar", 257
-_ZIP_END, _ZIP_END_SIZE, _ZIP64_LOCATOR, _ZIP_ENTRY = b"PK\x05\x06", 22, b"PK\x06\x07", b"PK\x01\x02"
+_ZIP_END, _ZIP64_LOCATOR, _ZIP_ENTRY = b"PK\x05\x06", b"PK\x06\x07", b"PK\x01\x02"
+_ZIP_END_SIZE, _ZIP64_LOCATOR_SIZE = 22, 20
 _ZIP_LEAST_ENTRY = 46
 
 Read = Callable[[int, int], bytes]
@@ -150,11 +151,11 @@ def _is_archive_end(tail: bytes, found: int, start: int, read: Read) -> bool:
     record = tail[found : found + _ZIP_END_SIZE]
     if len(record) < _ZIP_END_SIZE:
         return False
-    if tail[found - 20 : found].startswith(_ZIP64_LOCATOR):
+    position = start + found
+    if position >= _ZIP64_LOCATOR_SIZE and read(position - _ZIP64_LOCATOR_SIZE, 4) == _ZIP64_LOCATOR:
         return True
     entries, length, offset, comment = struct.unpack("<10xHIIH", record)
     if not entries and not length:
         return bool(found + _ZIP_END_SIZE + comment == len(tail))
-    position = start + found
     places = [place for place in (position - length, offset) if 0 <= place <= position - _ZIP_LEAST_ENTRY]
     return _ZIP_ENTRY in [read(place, len(_ZIP_ENTRY)) for place in places]

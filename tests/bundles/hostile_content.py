@@ -75,6 +75,21 @@ def _published_elsewhere(scene: Scene) -> Draft:
     return scene.good.put("oms.sig", scene.base["oms.sig"])
 
 
+def zip_among_weights(by: str) -> bytes:
+    """Weights that a zip reader opens: a directory far from the end, and an end that says where it is.
+
+    Args:
+        by: how the reader finds it, from the `offset` or from the `size` of the directory.
+    """
+    data = bytearray(b"\x01" * 200_000)
+    end, entry = len(data) - 22, 60_000
+    header = safetensors({"w": ("U8", [len(data)], [0, len(data)])}, b"")
+    data[entry : entry + 46] = b"PK\x01\x02" + bytes(42)
+    size, offset = (end - entry, 2**31) if by == "size" else (1, len(header) + entry)
+    data[end:] = b"PK\x05\x06" + struct.pack("<4xHHIIH", 1, 1, size, offset, 0)
+    return header + bytes(data)
+
+
 def _config(**fields: object) -> Callable[[Scene], Attack]:
     """A configuration that engine-inspect itself judges."""
 
@@ -139,6 +154,16 @@ FORBIDDEN = (
         for first in (b"\x80\x02}q\x00(X", b"\x80\x04\x95\x10\x00")
     ),
     Refusal(76, "a zip archive", "CONTENT_PICKLE", _files({"a.model": b"PK\x03\x04" + _8}), early=False),
+    *(
+        Refusal(
+            76,
+            f"weights with a zip directory in their midst, by its {by}",
+            "CONTENT_ARCHIVE",
+            _weights(zip_among_weights(by)),
+            early=False,
+        )
+        for by in ("offset", "size")
+    ),
     Refusal(76, "a program", "CONTENT_CODE", _files({"a.model": b"\x7fELF\x02\x01" + _8}), early=False),
 )
 

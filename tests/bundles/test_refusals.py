@@ -75,6 +75,14 @@ def place(house: House) -> Iterator[Workplace]:
     shutil.rmtree(folder)
 
 
+@pytest.fixture(scope="module")
+def standing(house: House) -> Iterator[Workplace]:
+    """The appliance, for what changes nothing of it."""
+    place = Workplace.open(house.home, INSPECTOR)
+    yield place
+    place.ledger.close()
+
+
 def _content(folder: Path) -> dict[str, tuple[int, str]]:
     """Mode and digest of everything in a folder, without the ledger, which records each import."""
     found = (path for path in sorted(folder.rglob("*")) if not path.name.startswith("store.db"))
@@ -141,6 +149,33 @@ def _verified(attack: Attack, scene: Scene) -> tuple[str, str]:
     with pytest.raises(BundleError) as refused:
         verify(attack.source, root, site=attack.verified, inspector=INSPECTOR)
     return refused.value.code, refused.value.message
+
+
+# What only an appliance knows: the room that its store has, and the volumes that somebody brings to it.
+OF_THE_STORE = frozenset({"STORE_SPACE", "STORE_QUOTA"})
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [refusal for refusal in REFUSALS if refusal.code not in OF_THE_STORE],
+    ids=lambda refusal: f"{refusal.number:02} {refusal.name}",
+)
+def test_verify_comes_to_the_verdict_of_an_import(standing: Workplace, scene: Scene, refusal: Refusal) -> None:
+    attack = refusal.prepare(scene)
+    if attack.volumes:
+        return
+    place = attack.site(standing)
+    revocations = place.revocations()
+    with attack.around, pytest.raises(BundleError) as refused:
+        verify(
+            attack.source,
+            place.pinned(),
+            site=attack.verified or place.site(place.now(), revocations),
+            inspector=place.inspector,
+            report=attack.watch,
+            revocations=revocations,
+        )
+    assert refused.value.code == refusal.code, refused.value.message
 
 
 def _before_chunks(source: Path) -> int:

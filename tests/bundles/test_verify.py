@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bundles.builder import Signing, build, sign
+from bundles.builder import Output, Signing, build, sign
+from bundles.content import forbidden
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, format_time
 from bundles.pipeline import Progress, State
@@ -20,6 +22,7 @@ from bundles.trust.policy import Floor, Site
 from bundles.trust.roots import Root
 from bundles.trust.signers import new_signer
 from bundles.verify import inspect, verify
+from tests.bundles.hostile_content import zip_among_weights
 from tests.bundles.making import (
     CHUNK,
     INSPECTOR,
@@ -279,8 +282,66 @@ def test_what_judging_reads_again_is_kept_whole_and_beyond_memory_in_a_nameless_
     head, tail = verifying.HEAD_BYTES, verifying.TAIL_BYTES
     assert kept.read("w.safetensors", 0, head) == content[:head]
     assert kept.read("w.safetensors", len(content) - tail, tail) == content[-tail:]
-    assert kept.read("w.safetensors", head, 1000) == bytes(1000), "of weights nothing else is kept"
+    asked: list[tuple[str, int, int]] = []
+
+    def again(file: File, offset: int, length: int) -> bytes:
+        asked.append((file.path, offset, length))
+        return content[offset : offset + length]
+
+    kept.again = again
+    assert kept.read("w.safetensors", head, 1000) == content[head : head + 1000]
+    assert kept.read("w.safetensors", len(content) - tail - 1, 2) == content[-tail - 1 : 1 - tail]
+    assert asked == [("w.safetensors", head, 1000), ("w.safetensors", len(content) - tail - 1, 2)]
     kept.close()
+
+
+@pytest.mark.parametrize("form", ["file", "volumes", "folder", "delta"])
+def test_an_archive_whose_directory_is_far_from_its_end_is_refused_in_every_form(
+    tmp_path: Path, trust: Trust, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What judging wants from the midst of weights is read again, and nothing else is."""
+    model = make_model(tmp_path / "m")
+    (model / "model.safetensors").write_bytes(zip_among_weights("offset"))
+    monkeypatch.setattr(forbidden, "check_end", lambda *_: None)  # who builds it is an attacker
+    base = tmp_path / "base"
+    build(make_release(), model, base, inspector=INSPECTOR)
+    sign(base, trust.signing())
+    path, bases = base, []
+    if form != "file":
+        output = Output(
+            directory=form == "folder",
+            volume_size=120 * 1024 if form == "volumes" else None,
+            signature_room=32 * 1024,
+            base=base if form == "delta" else None,
+        )
+        path = tmp_path / "b"
+        build(
+            replace(make_release(), version="2.0.0", sequence=2), model, path, output=output, inspector=INSPECTOR
+        )
+        path, bases = (tmp_path / "b.001" if form == "volumes" else path), ([base] if form == "delta" else [])
+        sign(path, trust.signing(), bases=bases)
+    verify(path, trust.root, inspector=INSPECTOR, bases=bases)
+    monkeypatch.undo()
+    with pytest.raises(BundleError, match="CONTENT_ARCHIVE"):
+        verify(path, trust.root, inspector=INSPECTOR, bases=bases)
+
+
+def test_what_is_read_again_must_be_what_was_verified(
+    tmp_path: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = make_model(tmp_path / "m"), tmp_path / "b"
+    (model / "model.safetensors").write_bytes(zip_among_weights("size"))
+    with monkeypatch.context() as attacker:
+        attacker.setattr(forbidden, "check_end", lambda *_: None)
+        build(make_release(), model, path, inspector=INSPECTOR)
+    sign(path, trust.signing())
+
+    def hide(progress: Progress) -> None:
+        if progress.state is State.CONTENT:
+            path.write_bytes(path.read_bytes().replace(b"PK\x01\x02", b"PK\x01\x01"))
+
+    with pytest.raises(BundleError, match="SOURCE_CHANGED"):
+        verify(path, trust.root, inspector=INSPECTOR, report=hide)
 
 
 def test_the_ring_holds_few_buffers_however_large_the_bundle(
