@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from demo.scene import LARGE, SMALL, Demo
 
 _MB = 1000 * 1000
-VOLUME, CHUNK = 10 * _MB, "4MiB"
+VOLUME, CHUNK = 15 * _MB, "4MiB"
 
 
 def make_keys(demo: Demo) -> None:

@@ -1,30 +1,28 @@
 """Signatures on a bundle: the publisher's over the model, then the release's over the manifest.
 
 Every chunk of all volumes is verified first, and only then does a key sign; what is written anew is the beginning
-of the first volume, its chunks are copied as they are.
+of the first volume.
 
 Source: docs/bundle-format.md, "Signatures".
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
 
 from cryptography import x509
 
 from bundles.base import BundleBase
 from bundles.builder import sources
+from bundles.builder.rewriting import rewrite
 from bundles.builder.stating import UPSTREAM
-from bundles.builder.writing import write_head
 from bundles.content.files import ModelFiles
-from bundles.durable import DISK, replacing
+from bundles.durable import DISK
 from bundles.format import manifest as manifests
-from bundles.format.container import BLOCK, ContainerWriter, open_file
+from bundles.format.container import BLOCK
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Document, File, Manifest
 from bundles.format.members import MANIFEST, OMS, REVOCATION, root_member
@@ -36,8 +34,6 @@ from bundles.trust.policy import Head
 from bundles.trust.publishers import verify_model
 from bundles.trust.roots import SITE_PUBLISHER, Root, parse
 from bundles.trust.signers import Signer
-
-_COPY = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def sign(path: Path, signing: Signing, *, bases: Sequence[Path] = (), report: Re
     if path.is_dir():
         _write_folder(path, signed, documents)
     else:
-        _write_file(path, signed, {d.member: documents[d.member] for d in manifest.documents}, payload_at)
+        rewrite(path, signed, {d.member: documents[d.member] for d in manifest.documents}, payload_at)
     return tuple(signature.keyid for signature in dsse.parse(signed.envelope, "the manifest").signatures)
 
 
@@ -252,43 +248,6 @@ def _roots(head: Head, roots: Sequence[Root]) -> tuple[bytes, ...]:
     """The bundle's chain with `roots` in it, oldest first."""
     chain = {parse(raw).version: raw for raw in head.roots} | {root.version: root.raw for root in roots}
     return tuple(chain[version] for version in sorted(chain))
-
-
-def _write_file(path: Path, head: Head, documents: Mapping[str, bytes], payload_at: int) -> None:
-    """The first volume anew: its head, then its chunks and end as they were."""
-    fd = open_file(path)
-    with open(fd, "rb") as old, replacing(path) as new:
-        write_head(_Beginning(new), head, documents)
-        _copy_rest(old, new, payload_at)
-
-
-class _Beginning(ContainerWriter):
-    """Members at the beginning of a container whose rest is copied; each is padded at once."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._to = stream
-        super().__init__(stream)
-
-    def add(self, name: str, content: bytes) -> None:
-        """See `ContainerWriter`."""
-        self.begin(name, len(content))
-        self.write(content)
-        self._end_member()
-
-    def abandon(self) -> None:
-        """Nothing is open but the stream, which is another's."""
-
-
-def _copy_rest(old: BinaryIO, new: BinaryIO, at: int) -> None:
-    """Append what `old` has from `at` on; within one file system without passing through this process."""
-    new.flush()
-    end = os.fstat(old.fileno()).st_size
-    os.lseek(old.fileno(), at, os.SEEK_SET)
-    while at < end:
-        count = os.sendfile(new.fileno(), old.fileno(), at, min(_COPY, end - at))
-        if not count:
-            raise BundleError("SOURCE_CHANGED", "the bundle became shorter while it was signed; repeat")
-        at += count
 
 
 def _write_folder(path: Path, head: Head, documents: Mapping[str, bytes]) -> None:

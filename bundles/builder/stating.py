@@ -19,7 +19,7 @@ from bundles.format import manifest as manifests
 from bundles.format.chunks import extents
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Canary, Document, File, Licence, Manifest, Model, Resources
-from bundles.format.members import MAX_HEADER
+from bundles.format.members import MAX_HEADER, MAX_REVOCATION
 from bundles.trust import dsse, oms
 from bundles.trust.policy import ENGINE_VERSION
 
@@ -121,7 +121,8 @@ def make_manifest(
     if output.volume_size is not None:
         head = _head_size(manifest, parts.signature, output.signature_room)
         lengths = [length for _, length in carried_chunks(manifest, base.chunks)]
-        manifest = manifest.model_copy(update={"volumes": plan_volumes(lengths, head, output.volume_size)})
+        volumes = plan_volumes(lengths, head, output.volume_size, member_size(MAX_REVOCATION))
+        manifest = manifest.model_copy(update={"volumes": volumes})
     # What it is decides its name: equal bundles have equal ids, and no other bundle has this one.
     named = manifest.model_copy(update={"bundle_id": hashlib.sha256(manifest.encode()).hexdigest()[:32]})
     return manifests.parse(named.encode())
@@ -157,6 +158,15 @@ def _fields(release: Release, base: Base, parts: Parts, attestations: Sequence[D
         "canary_pass_percent": parts.canaries[1],
         "critical": (),
     }
+
+
+def stated_volume_size(statement: bytes) -> int | None:
+    """Bytes that no volume exceeds, as the provenance made here says; None where it says nothing of that."""
+    try:
+        stated = json.loads(statement)["predicate"]["buildDefinition"]["externalParameters"]["volumeSize"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return stated if type(stated) is int else None
 
 
 def _head_size(manifest: Manifest, signature: bytes | None, room: int) -> int:

@@ -16,13 +16,14 @@ def member_size(size: int) -> int:
     return BLOCK + size + -size % BLOCK
 
 
-def plan_volumes(lengths: Sequence[int], head: int, limit: int) -> tuple[Volume, ...]:
+def plan_volumes(lengths: Sequence[int], head: int, limit: int, spare: int = 0) -> tuple[Volume, ...]:
     """The volumes of a bundle; none where one is enough.
 
     Args:
         lengths: bytes of each chunk that is carried, in order.
         head: bytes in the first volume that are no chunks, with room for what signing adds.
         limit: bytes that no volume exceeds.
+        spare: bytes of the first volume that stay free beside these, as far as it has them.
 
     Raises:
         BundleError: RELEASE_INVALID, the head or a chunk does not fit, or there are too many volumes.
@@ -34,7 +35,7 @@ def plan_volumes(lengths: Sequence[int], head: int, limit: int) -> tuple[Volume,
         raise BundleError(
             "RELEASE_INVALID", f"volumes of {limit} bytes are too small; at least {least} are needed"
         )
-    counts, used = [0], head
+    counts, used = [0], min(head + spare, room)
     for length in lengths:
         if used + member_size(length) > room:
             counts.append(0)

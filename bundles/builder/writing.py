@@ -215,16 +215,21 @@ def writing(out: Path, manifest: Manifest, carried: int, *, directory: bool) -> 
 
 def write_head(writer: Writer, head: Head, documents: Mapping[str, bytes]) -> None:
     """The members before the chunks, in order."""
-    writer.add(HEADER, head.header)
+    for name, content in head_members(head, documents):
+        writer.add(name, content)
+
+
+def head_members(head: Head, documents: Mapping[str, bytes]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of each member before the chunks, in order."""
+    yield HEADER, head.header
     for raw in head.roots:
-        writer.add(root_member(parse(raw).version), raw)
+        yield root_member(parse(raw).version), raw
     if head.revocation is not None:
-        writer.add(REVOCATION, head.revocation)
-    writer.add(MANIFEST, head.envelope)
+        yield REVOCATION, head.revocation
+    yield MANIFEST, head.envelope
     if head.oms is not None:
-        writer.add(OMS, head.oms)
-    for member, content in documents.items():
-        writer.add(member, content)
+        yield OMS, head.oms
+    yield from documents.items()
 
 
 def _remove(path: Path) -> None:

@@ -1,8 +1,10 @@
 """One release in every form: the same bytes each time, in volumes, as a folder, as a delta, as an adapter."""
 
+import errno
 import os
 import resource
 import shutil
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,10 +14,13 @@ from bundles.builder import Output, Signing, build, sign, written
 from bundles.format.chunks import BUFFER_SIZE
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Manifest, Requirement
+from bundles.format.members import MAX_REVOCATION
 from bundles.pipeline import Progress
-from bundles.trust.signers import PrivateSigner
+from bundles.trust import dsse
+from bundles.trust.signers import PrivateSigner, new_signer
 from bundles.verify import inspect, verify
 from tests.bundles.making import CHUNK, INSPECTOR, Trust, make_model, make_release, members_of, safetensors
+from tests.bundles.trusting import RELEASE_KEY, REVOCATION_KEY, revocations, root_of
 
 ISSUED = datetime(2026, 11, 20, tzinfo=UTC)
 VOLUMES = Output(volume_size=56 * 1024, signature_room=16 * 1024)
@@ -81,6 +86,75 @@ def test_volumes_have_room_for_signatures_and_signing_rewrites_only_the_first(
     assert {path for path in paths if (path.stat().st_ino, path.read_bytes()) != before[path]} == {paths[0]}
     assert all(path.stat().st_size <= VOLUMES.volume_size for path in paths)
     assert verify(paths[0], trust.root, inspector=INSPECTOR).manifest.bundle_id == manifest.bundle_id
+
+
+def _largest_revocation() -> bytes:
+    """A signed revocation document of as many bytes as one may have."""
+    envelope = dsse.parse(revocations().raw, "it")
+    missing = MAX_REVOCATION - len(envelope.encode())
+    longer = replace(
+        envelope, payload=envelope.payload.ljust(len(envelope.payload) + missing // 4 * 3), signatures=()
+    )
+    raw = longer.signed_by(REVOCATION_KEY).encode()
+    assert MAX_REVOCATION - 16 < len(raw) <= MAX_REVOCATION
+    return raw
+
+
+def _signing_with(revocation: bytes) -> Signing:
+    publisher = new_signer("ecdsa-sha2-nistp256")
+    return Signing(root_of({"publisher": [publisher.key]}), (RELEASE_KEY,), publisher, revocation=revocation)
+
+
+def test_the_largest_revocation_document_fits_the_first_volume(tmp_path: Path) -> None:
+    model, output = _model(tmp_path / "m"), Output(volume_size=6 * 2**20)
+    data = b"".join(i.to_bytes(4, "little") for i in range(2**19))
+    (model / "more.safetensors").write_bytes(safetensors({"w": ("U8", [len(data)], [0, len(data)])}, data))
+    manifest = _build(model, tmp_path / "b", output)
+    assert len(manifest.volumes) == 2
+    first, _ = written(tmp_path / "b", manifest)
+    signing = _signing_with(_largest_revocation())
+    sign(first, signing)
+    sign(first, replace(signing, publisher_key=None))
+    assert output.volume_size is not None
+    assert MAX_REVOCATION < first.stat().st_size <= output.volume_size
+    assert verify(first, signing.root, inspector=INSPECTOR).revocations is not None
+
+
+def test_signing_never_makes_a_volume_larger_than_it_was_built_to_be(tmp_path: Path) -> None:
+    first, *_ = written(tmp_path / "b", _build(_model(tmp_path / "m"), tmp_path / "b", VOLUMES))
+    before = _bytes_of(first)
+    with pytest.raises(BundleError, match="RELEASE_INVALID: signed so, the first volume would have"):
+        sign(first, _signing_with(_largest_revocation()))
+    assert _bytes_of(first) == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_chunks_that_are_not_at_the_beginning_of_a_block_may_be_shared_by_the_signed_file(
+    tmp_path: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    """Whole blocks at whole blocks, as FICLONERANGE wants them; of a disk that cannot, all is copied."""
+    path, real = tmp_path / "b", os.copy_file_range
+    _build(_model(tmp_path / "m"), path)
+    asked: list[tuple[int, int]] = []
+
+    def share(source: int, to: int, count: int, at: int, begin: int) -> int:
+        asked.append((at, begin))
+        if not shares:
+            raise OSError(errno.EXDEV, "not here")
+        return real(source, to, min(count, 8192), at, begin)
+
+    monkeypatch.setattr(os, "copy_file_range", share)
+    for signing in (trust.signing(), replace(trust.signing(), publisher_key=None)):
+        before = members_of(path)
+        sign(path, signing)
+        after = members_of(path)
+        assert [member for member in after if member[0].startswith("c/")] == [
+            member for member in before if member[0].startswith("c/")
+        ]
+    assert all(at % 4096 == begin % 4096 == 0 for at, begin in asked)
+    assert len(asked) > 2 if shares else len(asked) == 2
+    assert verify(path, trust.root, inspector=INSPECTOR).signers
 
 
 def test_a_volume_too_small_for_a_chunk_or_the_head_is_bad_usage(tmp_path: Path) -> None:

@@ -88,12 +88,12 @@ def test_a_bundle_in_volumes_is_built_signed_verified_and_inspected_by_its_first
     tmp_path: Path, keys: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "b"
-    words = (*_words(_large(tmp_path / "m"), out), "--volume-size", "1500KiB")
+    words = (*_words(_large(tmp_path / "m"), out), "--volume-size", "2MiB")
     built = _json(capsys, *words)
     volumes = [Path(str(path)) for path in built["volumes"]]  # type: ignore[attr-defined]  # JSON
     assert [path.name for path in volumes] == ["b.001", "b.002"]
     assert built["bundle"] == str(volumes[0])
-    assert max(path.stat().st_size for path in volumes) <= 1500 * 1024
+    assert max(path.stat().st_size for path in volumes) <= 2 * 1024 * 1024
     assert _run("bundle", "sign", volumes[0], *_signing(keys)) == 0
     assert _run("bundle", "verify", volumes[0], "--root", keys / "root.json") == 0
     assert _run("bundle", "inspect", volumes[0]) == 0
