@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import cycle
 from typing import NamedTuple
 
+from bundles.direct import aligned_buffer
 from bundles.format.chunks import Extent
 from bundles.format.errors import BundleError
 
@@ -47,7 +48,7 @@ class Ring:
     """
 
     def __init__(self, size: int, lanes: Sequence[ThreadPoolExecutor]) -> None:
-        self._buffers = [memoryview(bytearray(size)) for _ in range(RING_BUFFERS)]
+        self._buffers = [aligned_buffer(size) for _ in range(RING_BUFFERS)]
         self._pending: list[list[Future[None]]] = [[] for _ in range(RING_BUFFERS)]
         self._turn = cycle(range(RING_BUFFERS))
         self._chunk_lane, self._file_lane, self._sink_lane, self._sync_lane = lanes

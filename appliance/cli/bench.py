@@ -55,24 +55,26 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _page(outcome: "Outcome") -> str:
-    def rate(name: str) -> str:
-        each = "  ".join(f"{getattr(found, name) / 1e6:8.0f}" for found in outcome.rounds)
-        return f"{outcome.middle(name) / 1e6:8.0f}   {each}"
+    def rate(name: str, part: int = 1) -> str:
+        each = "  ".join(f"{getattr(found, name) / part / 1e6:8.0f}" for found in outcome.rounds)
+        return f"{outcome.middle(name) / part / 1e6:8.0f}   {each}"
 
     middle = outcome.middle
-    twice = f"{middle('hashing') * outcome.cores / 2 / 1e6:8.0f}"
-    cached, later = (f"{middle(name):.0%} of it in memory before" for name in ("cached", "cached_before_import"))
+    cached = f"{middle('cached'):.0%} of it in memory before"
     summary = (
-        f"import: {outcome.share():.0%} of its round's ceiling, {outcome.bundle_bytes / 1e6:.0f} MB each time"
+        f"import: {outcome.share():.0%} of its round's ceiling, {outcome.share('streamed'):.0%} while it streams, "
+        f"{outcome.bundle_bytes / 1e6:.0f} MB each time"
     )
+    halved = f"SHA-256, {outcome.cores} threads, half of it"
     lines = [
         f"{'MB/s':<34}  {'median':>8}   each round",
         f"{'reading the bundle':<34}  {rate('read')}   {cached}",
         f"{'writing as much, durably':<34}  {rate('write')}",
+        *([f"{'both at once, for it is one disk':<34}  {rate('copy')}"] if outcome.one_disk else []),
         f"{'SHA-256, one thread':<34}  {rate('hashing')}",
-        f"{f'SHA-256, {outcome.cores} cores, each byte twice':<34}  {twice}",
+        f"{halved:<34}  {rate('hashing_all', 2)}   a byte is hashed twice",
         f"{'ceiling: the least, round by round':<34}  {outcome.ceiling / 1e6:8.0f}",
-        f"{'import, to the commit':<34}  {rate('imported')}   {later}",
+        f"{'import, to the commit':<34}  {rate('imported')}",
         f"{'import, the stream alone':<34}  {rate('streamed')}",
         "",
         f"{summary}, {middle('rss_peak') / 2**20:.0f} MiB of memory at most",

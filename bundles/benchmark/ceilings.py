@@ -5,58 +5,99 @@ import hashlib
 import mmap
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from bundles import direct
 from bundles.benchmark.model import random_blocks
 
 _BLOCK = 8 * 1024 * 1024
 _HASHED = 512 * 1024 * 1024
-_WRITES = 3
 
 
 def read_rate(path: Path) -> float:
-    """Bytes per second of reading a file once, as `dd if=FILE of=/dev/null bs=8M` does."""
-    buffer = memoryview(bytearray(_BLOCK))
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        size, position = os.fstat(fd).st_size, 0
+    """Bytes per second of reading a file once, as `dd bs=8M` does: with iflag=direct or not, the faster way."""
+    rates = []
+    for past_cache in (False, True):
+        drop_cache(path)
         began = time.perf_counter()
-        while position < size:
-            position += os.preadv(fd, [buffer], position)
-        return size / (time.perf_counter() - began)
-    finally:
-        os.close(fd)
+        size = _read(path, past_cache=past_cache)
+        rates.append(size / (time.perf_counter() - began))
+    return max(rates)
 
 
 def write_rate(folder: Path, size: int) -> float:
-    """Bytes per second of writing a file durably, as `dd conv=fdatasync bs=8M` does; the best of three.
+    """Bytes per second of writing a file durably, as `dd conv=fdatasync bs=8M` does: with oflag=direct or without.
 
-    A disk that is thinly provisioned is several times slower where it has never been written to.
+    The first is not counted: a disk that is thinly provisioned is several times slower where it has never been
+    written to.
     """
-    return max(_write_once(folder / "written", size) for _ in range(_WRITES))
+    rates = []
+    for past_cache in (True, False, True):
+        began = time.perf_counter()
+        _write(folder / "written", size, past_cache=past_cache)
+        rates.append(size / (time.perf_counter() - began))
+    return max(rates[1:])
 
 
-def _write_once(path: Path, size: int) -> float:
-    (block,) = random_blocks(_BLOCK)
+def copy_rate(path: Path, folder: Path) -> float:
+    """Bytes per second of reading a file while as much is written: what one disk, asked for both, has for each."""
+    drop_cache(path)
+    size = path.stat().st_size
+    began = time.perf_counter()
+    with ThreadPoolExecutor(2) as threads:
+        both = (
+            threads.submit(_read, path, past_cache=True),
+            threads.submit(_write, folder / "written", size, past_cache=True),
+        )
+        for one in both:
+            one.result()
+    return size / (time.perf_counter() - began)
+
+
+def hash_rate(threads: int) -> float:
+    """Bytes per second of SHA-256 on so many threads at once, together, from memory."""
+    with ThreadPoolExecutor(threads) as pool:
+        blocks = [next(random_blocks(_BLOCK)) for _ in range(threads)]
+        began = time.perf_counter()
+        list(pool.map(_hash, blocks))
+        return threads * _HASHED / (time.perf_counter() - began)
+
+
+def _hash(block: bytes) -> None:
+    digest = hashlib.sha256()
+    for _ in range(_HASHED // _BLOCK):
+        digest.update(block)
+
+
+def _read(path: Path, *, past_cache: bool) -> int:
+    """Read a file to its end; its size."""
+    buffer = direct.aligned_buffer(_BLOCK)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        disk = direct.reading(fd, able=past_cache)
+        position = 0
+        while count := disk.transfer(buffer, position):
+            position += count
+        return position
+    finally:
+        os.close(fd)
+
+
+def _write(path: Path, size: int, *, past_cache: bool) -> None:
+    """Write so many bytes durably, and remove them."""
+    block = direct.aligned_buffer(_BLOCK)
+    block[:] = next(random_blocks(_BLOCK))
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        began, written = time.perf_counter(), 0
+        disk = direct.writing(fd, os.pwrite, able=past_cache)
+        written = 0
         while written < size:
-            written += os.write(fd, block[: size - written])
+            written += disk.transfer(block[: size - written], written)
         os.fdatasync(fd)
-        return size / (time.perf_counter() - began)
     finally:
         os.close(fd)
         path.unlink()
-
-
-def hash_rate() -> float:
-    """Bytes per second of SHA-256 on one thread, from memory."""
-    (block,) = random_blocks(_BLOCK)
-    digest, began = hashlib.sha256(), time.perf_counter()
-    for _ in range(_HASHED // _BLOCK):
-        digest.update(block)
-    return _HASHED / (time.perf_counter() - began)
 
 
 def cores() -> int:

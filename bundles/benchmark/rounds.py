@@ -47,11 +47,12 @@ class Round:
     """One round; rates in bytes per second.
 
     Attributes:
-        cached: share of the bundle that was in memory before it was read for the first rate.
+        cached: share of the bundle that was in memory although it was to be read from its disk.
         read: reading the bundle alone.
         write: writing as many bytes, durably.
+        copy: both at once, where medium and store are on one disk; else the less of the two.
         hashing: SHA-256 on one thread.
-        cached_before_import: share of the bundle that was in memory before the import.
+        hashing_all: SHA-256 on all processors at once, together.
         imported: payload over the whole import, from opening the bundle to the commit.
         streamed: payload over the part of it that reads, hashes and writes.
         rss_peak: most bytes of memory that the importing process had.
@@ -60,8 +61,9 @@ class Round:
     cached: float
     read: float
     write: float
+    copy: float
     hashing: float
-    cached_before_import: float
+    hashing_all: float
     imported: float
     streamed: float
     rss_peak: int
@@ -74,11 +76,13 @@ class Outcome:
     Attributes:
         bundle_bytes: of the bundle's file.
         cores: processors.
+        one_disk: medium and store are on the same.
         rounds: each.
     """
 
     bundle_bytes: int
     cores: int
+    one_disk: bool
     rounds: tuple[Round, ...]
 
     def middle(self, name: str) -> float:
@@ -95,7 +99,7 @@ class Outcome:
         return float(median(getattr(found, name) / self._ceiling(found) for found in self.rounds))
 
     def _ceiling(self, found: Round) -> float:
-        return min(found.read, found.write, found.hashing * self.cores / 2)
+        return min(found.read, found.write, found.copy, found.hashing_all / 2)
 
     def as_dict(self) -> dict[str, object]:
         """For programs."""
@@ -103,6 +107,7 @@ class Outcome:
         return {
             "bundle_bytes": self.bundle_bytes,
             "cores": self.cores,
+            "one_disk": self.one_disk,
             "medians": medians,
             "ceiling": self.ceiling,
             "share_of_ceiling": self.share(),
@@ -131,23 +136,23 @@ def measure(options: Options, say: Say) -> Outcome:
         for number in range(1, options.rounds + 1):
             say(f"round {number} of {options.rounds}")
             rounds.append(_round(bundle, size, root, store))
-        return Outcome(size, ceilings.cores(), tuple(rounds))
+        return Outcome(size, ceilings.cores(), _one_disk(medium, store), tuple(rounds))
 
 
 def _round(bundle: Path, size: int, root: bytes, store: Path) -> Round:
+    read, write = ceilings.read_rate(bundle), ceilings.write_rate(store, size)
+    copy = ceilings.copy_rate(bundle, store) if _one_disk(bundle, store) else min(read, write)
+    hashing, hashing_all = ceilings.hash_rate(1), ceilings.hash_rate(ceilings.cores())
     cached = ceilings.drop_cache(bundle)
-    read = ceilings.read_rate(bundle)
-    write = ceilings.write_rate(store, size)
-    hashing = ceilings.hash_rate()
-    before = ceilings.drop_cache(bundle)
     told = _import(bundle, root, store)
     seconds, until = float(told["seconds"]), told["until"]
     return Round(
         cached,
         read,
         write,
+        copy,
         hashing,
-        before,
+        hashing_all,
         told["bytes"] / seconds,
         told["bytes"] / (until["content"] - until["streaming"]),
         told["rss_peak"],
@@ -188,8 +193,8 @@ def _make_bundle(folder: Path, size: int) -> tuple[bytes, Path]:
 
 def _check_space(options: Options) -> None:
     """Both folders may be on one disk: of the model, the bundle and its signed copy two are there at once."""
-    same = options.medium.stat().st_dev == options.store.stat().st_dev
-    needs = ((options.medium, (3 if same else 2) * options.size), (options.store, options.size))
+    factor = 3 if _one_disk(options.medium, options.store) else 2
+    needs = ((options.medium, factor * options.size), (options.store, options.size))
     for folder, needed in needs:
         free = shutil.disk_usage(folder).free
         if free < needed + _SPARE:
@@ -197,6 +202,10 @@ def _check_space(options: Options) -> None:
                 "STORE_SPACE",
                 f"{folder} has {free} bytes free, {needed + _SPARE} are needed; give a smaller --size",
             )
+
+
+def _one_disk(one: Path, other: Path) -> bool:
+    return one.stat().st_dev == other.stat().st_dev
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
+from bundles import direct
 from bundles.format.errors import BundleError
 
 BLOCK = 512
@@ -182,6 +183,7 @@ class ContainerReader:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._size = os.fstat(fd).st_size
+        self._disk = direct.reading(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self.bytes_read = 0
         self.rewind()
@@ -295,7 +297,7 @@ class ContainerReader:
         done, start = 0, self._at
         while done < len(buffer):
             try:
-                count = os.preadv(self._fd, [buffer[done:]], self._at)
+                count = self._disk.transfer(buffer[done:], self._at)
             except OSError as error:
                 raise BundleError("SOURCE_UNREADABLE", f"the medium cannot be read: {error.strerror}") from None
             if count == 0:

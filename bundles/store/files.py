@@ -3,6 +3,7 @@
     sha256/ab/HEX              a file, complete and named by what it is
     models/NAME/SEQUENCE.json  a committed version, for people; store.db decides
     staging/MODEL_DIGEST/N     files of an import that runs or was interrupted
+    staging/MODEL_DIGEST/head  its bundle's head, to go on without the first volume
 
 Nothing appears under its final name before its bytes are on the disk.
 """
@@ -15,10 +16,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from bundles import direct
 from bundles.durable import DISK, Fs
 from bundles.format.errors import BundleError
 
 CHANGED, ABSENT, UNREADABLE = "changed", "absent", "unreadable"
+HEAD = "head"
+"""In a staging folder: a copy of the bundle's head."""
 _BLOCK = 4 * 1024 * 1024
 _SPARE = 64 * 1024 * 1024
 
@@ -49,6 +53,10 @@ class Store:
     def path_of(self, digest: str) -> Path:
         """Where the file with this SHA-256 is or would be."""
         return self.root / "sha256" / digest[:2] / digest
+
+    def staging(self, model_digest: str) -> Path:
+        """The folder of what is staged of a model."""
+        return self.root / "staging" / model_digest
 
     def has(self, digest: str, size: int) -> bool:
         """Whether there is a file under this digest, and of this size; its content is another question."""
@@ -165,6 +173,8 @@ class Store:
         """
         for path in (self.root / "staging" / model_digest).glob("*"):
             size = recorded.get(int(path.name)) if path.name.isdecimal() else None
+            if path.name == HEAD:
+                continue
             if size is None:
                 self.fs.unlink(path)
             elif path.lstat().st_nlink == 1 and path.lstat().st_size > size:
@@ -238,10 +248,10 @@ def _finding(path: Path, digest: str, read: Callable[[int], None]) -> str:
         return UNREADABLE
     content, position = hashlib.sha256(), 0
     try:
-        buffer = memoryview(bytearray(min(_BLOCK, os.fstat(fd).st_size + 1)))
+        buffer, disk = direct.aligned_buffer(min(_BLOCK, os.fstat(fd).st_size + 1)), direct.reading(fd)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        while count := _read_at(fd, buffer, position):
+        while count := disk.transfer(buffer, position):
             content.update(buffer[:count])
             os.posix_fadvise(fd, position, count, os.POSIX_FADV_DONTNEED)
             position += count
@@ -251,7 +261,3 @@ def _finding(path: Path, digest: str, read: Callable[[int], None]) -> str:
     finally:
         os.close(fd)
     return "" if content.hexdigest() == digest else CHANGED
-
-
-def _read_at(fd: int, buffer: memoryview, position: int) -> int:
-    return os.preadv(fd, [buffer], position)

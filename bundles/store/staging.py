@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+from bundles import direct
 from bundles.content.files import FolderFiles, ModelFiles
 from bundles.format.errors import BundleError
 from bundles.format.manifest import File, Manifest
@@ -57,6 +58,7 @@ class Staging(Sink):
         self._pending: dict[int, int] = {}
         self._grown = 0
         self._fd, self._synced = -1, 0
+        self._disk: direct.Direct | None = None
         self._syncing: set[int] = set()
         self._digests: dict[Path, str] = {}
         self._believed: dict[Path, int] = {}
@@ -104,6 +106,7 @@ class Staging(Sink):
         else:
             self._clear(path)
             self._fd = self._fs.create(path)
+        self._disk = direct.writing(self._fd, self._fs.pwrite)
         return held
 
     def held(self, offset: int, buffer: memoryview) -> int:
@@ -112,7 +115,11 @@ class Staging(Sink):
 
     def write(self, offset: int, block: memoryview) -> None:
         """See `pipeline.Sink`."""
-        self._fs.write(self._fd, block, offset)
+        if self._disk is None:
+            raise RuntimeError("no file has begun")
+        done = 0
+        while done < len(block):
+            done += self._disk.transfer(block[done:], offset + done)
 
     def checkpoint(self, size: int, *, pause: bool) -> Callable[[], None] | None:
         """See `pipeline.Sink`."""
