@@ -12,7 +12,7 @@ same, and taken once.
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -186,6 +186,7 @@ class Terms:
         base: finds the model that a delta builds on.
         revocations: in force here.
         revocation_floor: the highest sequence of revocations that was ever in force here.
+        keep: is given the head and the documents by member name, before a byte of payload is read.
     """
 
     pinned: Root
@@ -195,6 +196,7 @@ class Terms:
     base: Callable[[Manifest], Base] = no_base
     revocations: Revocations | None = None
     revocation_floor: int = 0
+    keep: Callable[[Head, Mapping[str, bytes]], None] = lambda head, documents: None
 
 
 def read_bundle(reader: BundleReader, terms: Terms, sink: Sink, report: Report) -> Accepted | Verified:
@@ -224,8 +226,10 @@ def read_bundle(reader: BundleReader, terms: Terms, sink: Sink, report: Report) 
     base = terms.base(manifest) if manifest.base is not None else None
     report(replace(at, state=State.POLICY))
     reader.expect(manifest, base.chunks if base else frozenset())
+    documents = {document.member: reader.read_document(document) for document in manifest.documents}
     for document in manifest.documents:
-        sink.keep(document.sha256, reader.read_document(document))
+        sink.keep(document.sha256, documents[document.member])
+    terms.keep(head, documents)
     at = stream_payload(reader, manifest, sink, replace(at, state=State.STREAMING), report, base)
     reader.read_end()
     report(replace(at, state=State.CONTENT, file=""))

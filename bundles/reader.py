@@ -6,12 +6,14 @@
     ...                                # read_document, open_chunk and read_into, or skip_chunk, in manifest order
     reader.read_end()
 
-Sources are one volume's file or one folder each; this reader knows no difference between them.
+Sources are one volume's file or one folder each; this reader knows no difference between them. A volume is opened
+for the first chunk that is wanted of it: one whose chunks are all skipped is never asked for.
 """
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
 from bundles.format import members, strict_json
@@ -34,12 +36,13 @@ class BundleReader:
     Args:
         volumes: opens a volume by its number, from 1; asked for the next one when the one before is at its end and
             closed. It may wait for a medium, and raise.
+        head: what was kept of the first volume, up to its first chunk; without it the first volume is opened now.
     """
 
-    def __init__(self, volumes: Callable[[int], Source]) -> None:
+    def __init__(self, volumes: Callable[[int], Source], head: Source | None = None) -> None:
         self._volumes = volumes
-        self._volume = 1
-        self._source = volumes(1)
+        self._volume = 0 if head else 1
+        self._source = head or volumes(1)
         self._read_before = 0
         self._ahead: Member | None = None
         self._seen: set[str] = set()
@@ -47,7 +50,9 @@ class BundleReader:
         self._listed = FIXED
         self._carried: frozenset[str] = frozenset()
         self._plan: tuple[Volume, ...] = ()
-        self._chunks_left = 0
+        self._ends: tuple[int, ...] = ()
+        self._next = 0
+        self._unopened: list[tuple[str, int]] = []
         self._kind = ""
         self.header = b""
 
@@ -132,8 +137,9 @@ class BundleReader:
                 "MANIFEST_VOLUMES", f"the volumes do not carry {chunks} chunks, which the base lacks"
             )
         self._manifest, self._plan = manifest, plan
+        self._ends = tuple(accumulate(volume.chunks for volume in plan))
         self._listed = FIXED | {document.member for document in manifest.documents}
-        self._arrange([document.member for document in manifest.documents])
+        self._arrange([document.member for document in manifest.documents], 1)
 
     def expect_documents(self, manifest: Manifest) -> None:
         """Take a manifest, verified or not, to read the documents and nothing behind them; a delta needs no base.
@@ -164,15 +170,20 @@ class BundleReader:
         return content
 
     def open_chunk(self, digest: str, length: int) -> None:
-        """Step to a chunk, in the next volume where this one has no more; its bytes come from `read_into`.
+        """Step to a chunk, in the volume that has it; its bytes come from `read_into`.
 
         Raises:
             BundleError: the CONTAINER and VOLUME codes, and what the next volume's opening raises.
         """
-        while self._chunks_left == 0 and self._volume < len(self._plan):
-            self._next_volume()
-        self._open(members.chunk_member(digest), length)
-        self._chunks_left -= 1
+        volume = self._volume_of_next()
+        if volume != self._volume:
+            self._enter(volume)
+            for skipped in self._unopened:
+                self._open_chunk(*skipped)
+                self._source.skip()
+            self._unopened.clear()
+        self._open_chunk(digest, length)
+        self._next += 1
 
     def read_into(self, buffer: memoryview) -> int:
         """Fill `buffer` from the chunk; how many bytes it got, fewer only at the chunk's end.
@@ -183,32 +194,66 @@ class BundleReader:
         return self._source.read_into(buffer)
 
     def skip_chunk(self, digest: str, length: int) -> None:
-        """Step over a chunk that is not needed any more; its bytes are not read.
+        """Step over a chunk that is not needed any more; its bytes are not read, nor its volume opened for it.
 
         Raises:
             BundleError: as `open_chunk`.
         """
-        self.open_chunk(digest, length)
-        self._source.skip()
+        if self._volume_of_next() == self._volume:
+            self.open_chunk(digest, length)
+            self._source.skip()
+            return
+        self._unopened.append((digest, length))
+        self._next += 1
 
     def read_end(self) -> None:
-        """The last member and the end of the last volume.
+        """The last member and the end of the last volume that was opened.
 
         Raises:
             BundleError: BUNDLE_MIXED, VOLUME_MIXED, the CONTAINER and JSON codes.
         """
-        self._end_volume()
+        if self._volume:
+            self._end_volume()
 
-    def _next_volume(self) -> None:
-        """Close this volume, once it is known to end as it must, and open the next."""
-        self._end_volume()
+    def _volume_of_next(self) -> int:
+        """Which volume carries the next chunk."""
+        volume = min(bisect_right(self._ends, self._next) + 1, len(self._plan))
+        if self._next == self._begin_of(volume):
+            self._unopened.clear()  # they were in a volume before, of which nothing was wanted
+        return volume
+
+    def _begin_of(self, volume: int) -> int:
+        """The place of a volume's first chunk among all that are carried."""
+        return self._ends[volume - 1] - self._plan[volume - 1].chunks
+
+    def _open_chunk(self, digest: str, length: int) -> None:
+        self._open(members.chunk_member(digest), length)
+
+    def _enter(self, volume: int) -> None:
+        """Close the volume that is open, once it is known to end as it must, and open this one, at its chunks."""
+        if self._volume:
+            self._end_volume()
         self._source.close()
         self._read_before += self._source.bytes_read
-        self._source, self._volume = self._volumes(self._volume + 1), self._volume + 1
+        self._source, self._volume = self._volumes(volume), volume
         self._ahead = None
         self._seen = set()
-        members.check_volume(self._read(members.HEADER, MAX_HEADER), self._known, self._volume)
-        self._arrange([])
+        members.check_volume(self._read(members.HEADER, MAX_HEADER), self._known, volume)
+        documents = self._known.documents if volume == 1 else ()
+        if volume == 1:  # its head was believed already, from where it was kept
+            self._pass_head()
+        self._arrange([document.member for document in documents], volume)
+        for document in documents:
+            self.read_document(document)
+
+    def _pass_head(self) -> None:
+        """What stands between header and documents, in its order; whoever opened the volume compared it."""
+        for _ in self._roots():
+            pass
+        self._revocation()
+        self._read(members.MANIFEST, members.MAX_ENVELOPE)
+        if self._peek() == members.OMS:
+            self._read(members.OMS, MAX_SIGNATURE)
 
     def _end_volume(self) -> None:
         expected = members.end_document(self._known, self._plan[self._volume - 1].chunks, self._volume)
@@ -230,12 +275,10 @@ class BundleReader:
                 "BUNDLE_MIXED", f"{members.HEADER} and the signed manifest belong to different bundles"
             )
 
-    def _arrange(self, documents: list[str]) -> None:
-        """Tell the volume which members follow, and count its chunks."""
-        before = sum(volume.chunks for volume in self._plan[: self._volume - 1])
-        self._chunks_left = self._plan[self._volume - 1].chunks
+    def _arrange(self, documents: list[str], volume: int) -> None:
+        """Tell the source which members of a volume follow."""
         carried = (d for file in self._known.files for d in file.chunks if d in self._carried)
-        chunks = islice(carried, before, before + self._chunks_left)
+        chunks = islice(carried, self._begin_of(volume), self._ends[volume - 1])
         names = chain(documents, map(members.chunk_member, chunks))  # a file asks for none of them
         self._ahead = self._source.arrange(names, self._ahead)
 

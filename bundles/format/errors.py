@@ -19,6 +19,7 @@ _FAILED = frozenset(
         "SCRUB_FAILED",
         "LEDGER_NEWER",
         "INTERRUPTED",
+        "STOPPING",
         "IMPORT_CANCELLED",
         "IMPORT_RUNNING",
         "IMPORTS_TOO_MANY",

@@ -104,7 +104,7 @@ def check_volume(raw: bytes, manifest: Manifest, wanted: int) -> None:
         BundleError: VOLUME_ORDER, VOLUME_MIXED, HEADER_FORMAT, the JSON codes.
     """
     hints, right = read_hints(raw), header_hints(manifest, wanted)
-    label = f"volume {wanted} of {len(manifest.volumes)} of {manifest.reference} is wanted"
+    label = f"volume {wanted} of {max(1, len(manifest.volumes))} of {manifest.reference} is wanted"
     if hints.get("bundle_id") != manifest.bundle_id:
         raise BundleError("VOLUME_MIXED", f"{label}; this belongs to another bundle, {hints.get('name')!a}")
     if hints.get("volume") != wanted:

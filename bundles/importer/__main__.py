@@ -27,6 +27,7 @@ async def serve(process: Process, home: Path, allowed: Allowed, pace: Pace) -> N
     service = ImporterService(jobs, place, scrubber, process.stopping)
     importer_pb2_grpc.add_ImporterServiceServicer_to_server(service, server)
     process.listen(server, home / "run" / "importer.sock")
+    jobs.take_up()
     await server.start()
     process.ready()
     scrubber.start()

@@ -15,11 +15,12 @@ from typing import Any
 from bundles.durable import DISK, Fs
 from bundles.format.errors import BundleError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE import(
   import_id TEXT PRIMARY KEY, path TEXT NOT NULL, state TEXT NOT NULL, progress TEXT NOT NULL,
-  started_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL
+  started_ns INTEGER NOT NULL, changed_ns INTEGER NOT NULL,
+  working INTEGER NOT NULL DEFAULT 0, deaths INTEGER NOT NULL DEFAULT 0
 ) STRICT;
 CREATE TABLE model_version(
   id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL, version TEXT NOT NULL, sequence INTEGER NOT NULL,
@@ -46,6 +47,11 @@ CREATE TABLE outbox(
   utc_ns INTEGER NOT NULL
 ) STRICT;
 """
+_FROM_2 = """
+ALTER TABLE import ADD COLUMN working INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE import ADD COLUMN deaths INTEGER NOT NULL DEFAULT 0;
+"""
+_STEPS = {0: _SCHEMA, 2: _FROM_2}  # each from its version to the present one
 
 
 class Database:
@@ -66,8 +72,10 @@ class Database:
         for pragma in ("journal_mode=WAL", "synchronous=FULL", "trusted_schema=OFF", "cell_size_check=ON"):
             self._db.execute(f"PRAGMA {pragma}")
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;")
+        if version in _STEPS:
+            self._db.executescript(
+                f"BEGIN IMMEDIATE; {_STEPS[version]} PRAGMA user_version={SCHEMA_VERSION}; COMMIT;"
+            )
         elif version != SCHEMA_VERSION:
             self._db.close()
             raise BundleError("LEDGER_NEWER", f"{path} has schema {version}, this version reads {SCHEMA_VERSION}")

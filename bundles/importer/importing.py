@@ -2,17 +2,18 @@
 
 Order of durability: staged files with a record of each, their links under their digests, new trust, the version's
 record, one transaction in store.db (this is the commit), the floors, the end of the staging. A crash before the
-transaction leaves the old state and what is staged, so that the next import of the same bundle goes on; after it,
-the new state, and starting again completes the rest.
+transaction leaves the old state, what is staged, and the import as it was recorded last, which the next importer
+takes up; after it, the new state, and starting again completes the rest.
 """
 
 import errno
 import hashlib
 import logging
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from bundles.format import manifest as manifests
@@ -21,9 +22,10 @@ from bundles.format.manifest import Manifest
 from bundles.format.members import TRUST
 from bundles.importer import floors
 from bundles.importer.floors import Floors
+from bundles.importer.kept import keep, open_kept
 from bundles.importer.rate import Rate
-from bundles.importer.records import ModelVersion
-from bundles.importer.steering import Steering, Volumes
+from bundles.importer.records import Import, ModelVersion
+from bundles.importer.steering import Steering, StoppingError, Volumes
 from bundles.importer.workplace import Workplace
 from bundles.pipeline import Accepted, Base, Progress, Report, State, Terms, no_base, read_bundle
 from bundles.reader import BundleReader
@@ -35,6 +37,7 @@ from bundles.trust.roots import Root
 
 MANIFEST, OMS = "manifest.dsse.json", "oms.sig"
 _FINAL = (State.COMMITTED, State.REJECTED)
+_ORDER = tuple(State)
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +55,33 @@ def import_bundle(
         steering: how it is told to end, and where it gets the volumes that do not lie beside the first.
     """
     place.ledger.begin(import_id, path)
-    run = _Import(place, import_id, report, steering or Steering())
+    return _carry_out(_Import(place, import_id, report, steering or Steering()), path)
+
+
+def take_up(place: Workplace, left: Import, report: Report, steering: Steering | None = None) -> Progress:
+    """Go on with an import that an importer left which died or stopped; as `import_bundle`.
+
+    Everything is verified again, and against the trust and the clock of now; no state is recorded a second time.
+    Where the bundle's head was kept, the first volume is opened only if one of its chunks is wanted. A volume that
+    is not where it was is waited for, the first as well.
+
+    Args:
+        place: where.
+        left: as it was recorded last.
+        report: as in `import_bundle`.
+        steering: as in `import_bundle`.
+    """
+    run = _Import(place, left.import_id, report, steering or Steering(), left.progress)
+    return _carry_out(run, Path(left.path))
+
+
+def _carry_out(run: "_Import", path: Path) -> Progress:
+    """To the end of an import, whatever that is; where the importer stops, as far as it came."""
+    import_id = run.import_id
     try:
         return run.tell(run.carry_out(path))
+    except StoppingError:
+        return run.leave()
     except BundleError as error:
         return run.reject(error)
     except OSError as error:
@@ -72,33 +99,52 @@ def import_bundle(
 class _Import:
     """The progress of one import, recorded where it changes."""
 
-    def __init__(self, place: Workplace, import_id: str, report: Report, steering: Steering) -> None:
+    def __init__(
+        self,
+        place: Workplace,
+        import_id: str,
+        report: Report,
+        steering: Steering,
+        left: Progress | None = None,
+    ) -> None:
+        self.import_id = import_id
         self._place = place
-        self._import_id = import_id
         self._report = report
         self._steering = steering
+        self._left = left and replace(left, bytes_done=sum(place.ledger.staged(left.model_digest).values()))
         self._at = Progress(State.QUARANTINE)
+        self._recorded = left.state if left else State.QUARANTINE
         self._rate = Rate(place.clock)
         self._staging = Staging(place.store, place.ledger, place.interval)
         self._held = ExitStack()
         self._manifest: Manifest | None = None
 
     def carry_out(self, path: Path) -> Progress:
-        desk, check = self._place.desk, self._steering.check
-        with desk.turn(check) as ticket, self._held:
+        place, check = self._place, self._steering.check
+        digest = self._left.model_digest if self._left else ""
+        with place.desk.turn(check) as ticket, self._held:
             check()
-            volumes = Volumes(path, self._steering, lambda: self._aside(ticket), self._want)
-            with closing(BundleReader(volumes)) as reader:
+            place.ledger.works(self.import_id, True)
+            patient = self._left is not None
+            aside = partial(self._aside, ticket)
+            volumes = Volumes(path, self._steering, aside, self._want, digest, patient=patient)
+            head = open_kept(place.store.fs, place.store.staging(digest), digest) if digest else None
+            with closing(BundleReader(volumes, head)) as reader:
                 if reader.read_header() == TRUST:
                     return self._import_trust(reader)
                 return self._import_model(reader, volumes)
+
+    def leave(self) -> Progress:
+        """The importer stops: nothing of this import ends; its progress so far."""
+        self._place.ledger.works(self.import_id, False)
+        return self._shown
 
     def reject(self, error: BundleError) -> Progress:
         """Record the refusal, unless the import is committed: then nothing takes that back."""
         if self._at.state is State.COMMITTED:
             return self.tell(self._at)
         rejected = replace(
-            self._at,
+            self._shown,
             state=State.REJECTED,
             reason=error.code,
             message=error.message,
@@ -106,7 +152,7 @@ class _Import:
             volume_refused="",
             bytes_per_second=0,
         )
-        self._place.ledger.change(self._import_id, rejected)
+        self._place.ledger.change(self.import_id, rejected)
         return self.tell(rejected)
 
     def tell(self, ended: Progress) -> Progress:
@@ -118,12 +164,19 @@ class _Import:
         place = self._place
 
         def gate(verified: Verified) -> bool:
-            volumes.manifest = verified.manifest
+            volumes.manifest, volumes.model_digest = verified.manifest, verified.model_digest
             return self._gate(verified)
 
         root = place.pinned()
         terms = Terms(
-            root, place.now(), gate, place.inspector, self._base, place.revocations(), place.revocation_floor(root)
+            root,
+            place.now(),
+            gate,
+            place.inspector,
+            self._base,
+            place.revocations(),
+            place.revocation_floor(root),
+            self._keep_head,
         )
         try:
             with self._forgetting():
@@ -149,24 +202,43 @@ class _Import:
     def _advance(self, progress: Progress) -> None:
         if progress.state not in _FINAL:
             self._steering.check()
-        if progress.state is not self._at.state:
-            self._place.ledger.change(self._import_id, progress)
+        if _ORDER.index(progress.state) > _ORDER.index(self._recorded):
+            self._place.ledger.change(self.import_id, progress)
+            self._recorded = progress.state
         self._at = replace(progress, bytes_per_second=self._rate(progress.bytes_hashed))
-        self._report(self._at)
+        self._report(self._shown)
+
+    @property
+    def _shown(self) -> Progress:
+        """Where it is; one that was taken up does not go back while all is verified again."""
+        at = self._at
+        if self._left is not None and at.state is State.QUARANTINE:
+            at = replace(
+                self._left,
+                volumes=max(at.volumes, self._left.volumes),
+                volume_wanted=at.volume_wanted,
+                volume_refused=at.volume_refused,
+            )
+        return replace(at, state=max(at.state, self._recorded, key=_ORDER.index))
 
     def _want(self, index: int, refused: str) -> None:
         """Tell that a volume is waited for."""
         self._rate.pause()
-        self._at = replace(self._at, volume_wanted=index, volume_refused=refused, bytes_per_second=0)
-        self._report(self._at)
+        volumes = max(self._at.volumes, 1)
+        self._at = replace(
+            self._at, volumes=volumes, volume_wanted=index, volume_refused=refused, bytes_per_second=0
+        )
+        self._report(self._shown)
 
     @contextmanager
     def _aside(self, ticket: object) -> Iterator[None]:
         """Let other imports work while this one waits for a person; what it has is recorded first."""
         self._staging.record()
         self._promise()
+        self._place.ledger.works(self.import_id, False)
         with self._place.desk.aside(ticket, self._steering.check):
             yield
+        self._place.ledger.works(self.import_id, True)
         self._rate.pause()
         self._advance(replace(self._at, volume_wanted=0, volume_refused=""))
 
@@ -222,7 +294,7 @@ class _Import:
             self._at = at
             return False
         for digest in version.digests():
-            self._place.ledger.repaired(digest, self._import_id)
+            self._place.ledger.repaired(digest, self.import_id)
         return True
 
     def _base(self, manifest: Manifest) -> Base:
@@ -261,7 +333,7 @@ class _Import:
             except (OSError, BundleError):
                 self._withdraw(version)
                 raise
-            place.ledger.commit(self._import_id, committed, version, place.trust_in_force(), verified.revocations)
+            place.ledger.commit(self.import_id, committed, version, place.trust_in_force(), verified.revocations)
         self._at = committed
         self._close_books(floors.of_trust(verified.root, verified.revocations))
         return committed
@@ -295,16 +367,21 @@ class _Import:
             self._place.raise_floors(raised)
             self._staging.discard()
         except (OSError, BundleError) as error:
-            log.error("an import is not tidied up", extra={"import_id": self._import_id, "error": str(error)})
+            log.error("an import is not tidied up", extra={"import_id": self.import_id, "error": str(error)})
 
     def _done(self) -> Progress:
         """Nothing was to do: the same bundle is in the store. The payload offered now was not read."""
         committed = replace(self._at, state=State.COMMITTED, bytes_done=0, file="", bytes_per_second=0)
-        self._place.ledger.change(self._import_id, committed)
+        self._place.ledger.change(self.import_id, committed)
         self._at = committed
         with suppress(OSError):
             self._place.discard_staging(committed.model_digest)
         return committed
+
+    def _keep_head(self, head: Head, documents: Mapping[str, bytes]) -> None:
+        """Who takes this import up shall not need the first volume for it."""
+        place = self._place
+        keep(place.store.fs, place.store.staging(self._at.model_digest), head, documents)
 
     def _keep_evidence(self, accepted: Accepted) -> dict[str, str]:
         """The signed documents themselves, byte for byte, for whoever verifies again."""
@@ -322,13 +399,13 @@ class _Import:
         with suppress(OSError):
             self._staging.trim()
             self._staging.record()
-            if not self._place.ledger.staged(digest):
+            if not (self._place.ledger.staged(digest) or self._steering.stopping):
                 self._staging.discard()
 
     def _import_trust(self, reader: BundleReader) -> Progress:
         """A few kilobytes: roots and revocations, each proved, none older than what is in force."""
         place = self._place
-        self._report(self._at)
+        self._report(self._shown)
         head = reader.read_trust()
         pinned = place.pinned()
         trust = verify_trust(
@@ -346,7 +423,7 @@ class _Import:
         self._advance(replace(at, state=State.POLICY))
         place.keep_trust(trust.new_roots, trust.revocations)
         committed = replace(at, state=State.COMMITTED)
-        place.ledger.commit_trust(self._import_id, committed, place.trust_in_force())
+        place.ledger.commit_trust(self.import_id, committed, place.trust_in_force())
         self._at = committed
         self._close_books(floors.of_trust(trust.root, trust.revocations))
         return committed

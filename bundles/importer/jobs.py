@@ -7,12 +7,13 @@ import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from bundles.format.errors import BundleError
-from bundles.importer.importing import import_bundle
+from bundles.importer.importing import import_bundle, take_up
 from bundles.importer.records import Import
-from bundles.importer.steering import Steering
+from bundles.importer.steering import Steering, StoppingError
 from bundles.importer.workplace import Workplace
 from bundles.pipeline import Progress, State
 
@@ -25,15 +26,23 @@ log = logging.getLogger(__name__)
 
 
 class Job:
-    """One import and what was said of it: the last progress of every state it was in."""
+    """One import and what was said of it: the last progress of every state it was in.
 
-    def __init__(self, path: Path) -> None:
-        self.import_id = secrets.token_hex(8)
+    Args:
+        path: of the bundle.
+        left: what an importer that died or stopped left of it; None of a new one.
+    """
+
+    def __init__(self, path: Path, left: Import | None = None) -> None:
+        self.import_id = left.import_id if left else secrets.token_hex(8)
         self.path = path
+        self.left = left
         self.steering = Steering()
-        self._history: list[Progress] = [Progress(State.QUARANTINE)]
+        self._history: list[Progress] = [left.progress if left else Progress(State.QUARANTINE)]
         self._changed = asyncio.Event()
-        self._started_ns = self._changed_ns = time.time_ns()
+        self._changed_ns = time.time_ns()
+        self._started_ns = left.started_ns if left else self._changed_ns
+        self._stopped = False
 
     @property
     def ended(self) -> bool:
@@ -52,11 +61,23 @@ class Job:
         else:
             self._history.append(progress)
         self._changed_ns = time.time_ns()
+        self._wake()
+
+    def stop(self) -> None:
+        """Tell the watchers that no more comes: the importer stops, and the next one goes on."""
+        self._stopped = True
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def watch(self) -> AsyncIterator[Progress]:
-        """Every state from the first, and the newest progress in the present one, until the end."""
+        """Every state from the first, and the newest progress in the present one, until the end.
+
+        Raises:
+            BundleError: STOPPING, the importer stops before that.
+        """
         position, last = 0, None
         while last is None or last.state not in _FINAL:
             changed = self._changed
@@ -65,6 +86,8 @@ class Job:
                 yield last
             elif position + 1 < len(self._history):
                 position += 1
+            elif self._stopped:
+                raise StoppingError
             else:
                 await changed.wait()
 
@@ -98,8 +121,24 @@ class Jobs:
                 raise BundleError(
                     "IMPORTS_TOO_MANY", f"{MOST_IMPORTS} imports run or wait; let one end, or cancel it"
                 )
-            job = self._running[path] = Job(path)
-            self._tasks[job.import_id] = asyncio.create_task(self._run(job))
+            job = self._begin(Job(path))
+        return job
+
+    def take_up(self) -> None:
+        """Go on with the imports that an importer left which died or stopped, in the order in which they came."""
+        for left in self._place.ledger.unfinished():
+            self._begin(Job(Path(left.path), left))
+
+    async def look_again(self, job: Job) -> None:
+        """Where a job waits for a volume, look once more where that would lie by itself."""
+        taken = await asyncio.to_thread(job.steering.look_again)
+        latest = job.latest.progress
+        if taken and latest.volume_wanted == taken and latest.state not in _FINAL:
+            job.publish(replace(latest, volume_wanted=0, volume_refused=""))
+
+    def _begin(self, job: Job) -> Job:
+        self._running[job.path] = job
+        self._tasks[job.import_id] = asyncio.create_task(self._run(job))
         return job
 
     def running(self) -> list[Import]:
@@ -126,11 +165,9 @@ class Jobs:
         await asyncio.gather(*filter(None, [self._tasks.get(import_id)]), return_exceptions=True)
 
     async def stop(self) -> None:
-        """End all imports, each at its next chunk or where it waits; all are recorded as interrupted."""
+        """Leave all imports, each at its next chunk or where it waits, for the next importer to take up."""
         for job in self._running.values():
-            job.steering.end(
-                BundleError("INTERRUPTED", "the importer is stopping; import the bundle again, and it goes on")
-            )
+            job.steering.end(StoppingError())
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
         self._threads.shutdown()
 
@@ -151,17 +188,22 @@ class Jobs:
         def told(progress: Progress) -> None:
             loop.call_soon_threadsafe(self._publish, job, progress)
 
+        def carry_out() -> Progress:
+            if job.left is not None:
+                return take_up(self._place, job.left, told, job.steering)
+            return import_bundle(self._place, job.import_id, job.path, told, job.steering)
+
         try:
-            await loop.run_in_executor(
-                self._threads, import_bundle, self._place, job.import_id, job.path, told, job.steering
-            )
+            await loop.run_in_executor(self._threads, carry_out)
+        except sqlite3.Error:
+            log.exception("an import cannot be recorded", extra={"import_id": job.import_id})
+            self._ledger_failed()
         except Exception as error:
             log.exception("import failed", extra={"import_id": job.import_id})
             reason = Progress(State.REJECTED, reason="INTERNAL", message=f"a defect: {type(error).__name__}")
             job.publish(reason)
-            if isinstance(error, sqlite3.Error):
-                self._ledger_failed()
         finally:
+            job.stop()
             if self._running.get(job.path) is job:
                 del self._running[job.path]
             self._tasks.pop(job.import_id, None)

@@ -21,6 +21,8 @@ from bundles.trust.policy import Floor, floor_in_force
 from bundles.trust.revocation import Revocations
 
 KEPT_IMPORTS = 100
+MOST_DEATHS = 3
+"""Deaths of the importer while one import worked, after which that one does not go on by itself."""
 _FINAL = (State.COMMITTED, State.REJECTED)
 
 
@@ -51,7 +53,7 @@ class Ledger:
         now = self._now_ns()
         with self._db.transaction():
             self._db.execute(
-                "INSERT INTO import VALUES(?,?,?,?,?,?)",
+                "INSERT INTO import(import_id,path,state,progress,started_ns,changed_ns) VALUES(?,?,?,?,?,?)",
                 (import_id, str(path), State.QUARANTINE, _encode(Progress(State.QUARANTINE)), now, now),
             )
             self._db.execute(
@@ -69,6 +71,22 @@ class Ledger:
                 (progress.state, _encode(progress), self._now_ns(), import_id),
             )
             self._append("import", import_id=import_id, progress=progress)
+
+    def works(self, import_id: str, working: bool) -> None:
+        """An import works from now on, or waits for a person: the process's death is its doing, or is not."""
+        with self._db.transaction():
+            self._db.execute("UPDATE import SET working=? WHERE import_id=?", (working, import_id))
+
+    def bury(self) -> frozenset[str]:
+        """Count the death of the process that was here before; ids of those imports that it died of too often."""
+        with self._db.transaction():
+            self._db.execute(
+                "UPDATE import SET deaths=deaths+1, working=0 WHERE working AND state NOT IN (?,?)", _FINAL
+            )
+            rows = self._db.rows(
+                "SELECT import_id FROM import WHERE deaths>=? AND state NOT IN (?,?)", (MOST_DEATHS, *_FINAL)
+            )
+            return frozenset(import_id for (import_id,) in rows)
 
     def commit(
         self,

@@ -58,16 +58,17 @@ class ImporterService(importer_pb2_grpc.ImporterServiceServicer):
     async def ImportBundle(  # noqa: N802  # named by the protocol
         self, request: pb.ImportBundleRequest, context: Context
     ) -> AsyncIterator[pb.ImportBundleResponse]:
-        """Progress of one import until its end; INVALID_ARGUMENT for a relative path."""
+        """Progress of one import until its end; INVALID_ARGUMENT for a relative path, UNAVAILABLE on a stop."""
         try:
             path = _absolute(request.path)
             if self._stopping.is_set():
                 raise BundleError("STOPPING", "the importer is stopping")
             job = self._jobs.start(path)
+            await self._jobs.look_again(job)
+            async for progress in job.watch():
+                yield views.progress_view(job.import_id, progress)
         except BundleError as error:
             await _refuse(context, error)
-        async for progress in job.watch():
-            yield views.progress_view(job.import_id, progress)
 
     async def OfferVolume(  # noqa: N802  # named by the protocol
         self, request: pb.OfferVolumeRequest, context: Context

@@ -1,17 +1,41 @@
 """How an import that runs is told from outside: it is to end, or here is the next volume."""
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Manifest
 from bundles.format.source import Source, open_source, sibling
+from bundles.importer.kept import open_first
 from bundles.reader import open_volume
 
 _LOOK_S = 0.2
+
+
+class StoppingError(BundleError):
+    """The importer stops; the import is left as it is, and the next importer goes on with it."""
+
+    def __init__(self) -> None:
+        super().__init__("STOPPING", "the importer is stopping; the import goes on by itself once it is back")
+
+
+class Wanted(NamedTuple):
+    """A volume that an import waits for.
+
+    Attributes:
+        number: of the volume.
+        open: what is at a path, if it is that volume; else it raises BundleError.
+        place: where it would lie by itself; BundleError VOLUME_MISSING where nothing is there.
+    """
+
+    number: int
+    open: Callable[[Path], Source]
+    place: Callable[[], Path]
 
 
 class Steering:
@@ -20,7 +44,7 @@ class Steering:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._end: BundleError | None = None
-        self._wanted: tuple[int, Manifest] | None = None
+        self._wanted: Wanted | None = None
         self._offered: Source | None = None
         self._opening = False
         self._refused = ""
@@ -30,6 +54,11 @@ class Steering:
         with self._changed:
             self._end = self._end or reason
             self._changed.notify_all()
+
+    @property
+    def stopping(self) -> bool:
+        """It ends because the importer does."""
+        return isinstance(self._end, StoppingError)
 
     def check(self) -> None:
         """Called by the import.
@@ -50,11 +79,11 @@ class Steering:
         with self._changed:
             if self._wanted is None or self._offered is not None or self._opening:
                 raise BundleError("VOLUME_NOT_WANTED", "the import waits for no volume now")
-            (index, manifest), self._opening = self._wanted, True
+            wanted, self._opening = self._wanted, True
         source: Source | None = None
         refused = ""
         try:
-            source = open_volume(path, manifest, index)  # not under the lock: a medium may hang
+            source = wanted.open(path)  # not under the lock: a medium may hang
         except BundleError as error:
             refused = f"{error.code}: {error.message}"
             raise
@@ -67,20 +96,31 @@ class Steering:
             if source is not None:
                 source.close()  # the import ended meanwhile
 
-    def wait_for_volume(self, index: int, manifest: Manifest, tell: Callable[[str], None], refused: str) -> Source:
+    def look_again(self) -> int:
+        """Look once more where the wanted volume lies by itself; its number if it is there now, else 0."""
+        with self._changed:
+            wanted = self._wanted
+        try:
+            if wanted is not None:
+                self.offer(wanted.place())
+                return wanted.number
+        except BundleError:
+            pass  # the import tells what is wrong with it
+        return 0
+
+    def wait_for_volume(self, wanted: Wanted, tell: Callable[[str], None], refused: str) -> Source:
         """The volume, once it is offered.
 
         Args:
-            index: of the volume.
-            manifest: of the bundle.
+            wanted: the volume.
             tell: is told why the last offer was not taken, empty at first; at the start and at every refusal.
-            refused: why what lies beside the first volume is not it.
+            refused: why what lies where it should is not it.
 
         Raises:
             BundleError: the import is to end.
         """
         with self._changed:
-            self._wanted, self._refused = (index, manifest), refused
+            self._wanted, self._refused = wanted, refused
             told: str | None = None
             try:
                 while self._offered is None:
@@ -136,7 +176,9 @@ class Desk:
         with self._changed:
             if model_digest in self._claims:
                 raise BundleError(
-                    "IMPORT_RUNNING", "another import of the same bundle runs or waits; see it, or cancel it first"
+                    "IMPORT_RUNNING",
+                    "another import of the same bundle runs or waits (cloister bundle imports); hand it what it "
+                    "waits for by naming its path, with --volume where that is elsewhere now, or cancel it",
                 )
             self._claims[model_digest] = 0
         try:
@@ -177,6 +219,12 @@ class Volumes:
         steering: hears offers.
         aside: lets other imports work while this one waits.
         tell: is told the volume wanted and why the last one was refused.
+        model_digest: of the bundle's manifest, where an import is taken up again that had verified it.
+        patient: volume 1 is waited for like the others.
+
+    Attributes:
+        manifest: of the bundle, once it is verified.
+        model_digest: of that.
     """
 
     def __init__(
@@ -185,34 +233,47 @@ class Volumes:
         steering: Steering,
         aside: Callable[[], AbstractContextManager[None]],
         tell: Callable[[int, str], None],
+        model_digest: str = "",
+        *,
+        patient: bool = False,
     ) -> None:
         self._first, self._steering, self._aside, self._tell = first, steering, aside, tell
+        self._patient = patient
         self.manifest: Manifest | None = None
-        """Of the bundle, once it is verified."""
+        self.model_digest = model_digest
 
     def __call__(self, index: int) -> Source:
         """See `reader.BundleReader`."""
-        if index == 1 or self.manifest is None:
+        if not (self._patient or self.manifest):
             return open_source(self._first)
+        wanted = Wanted(index, lambda path: self._open(path, index), lambda: self._place(index))
         refused = ""
         try:
-            return self._beside(index, self.manifest)
+            return wanted.open(wanted.place())
         except BundleError as error:
             if error.code != "VOLUME_MISSING":
                 refused = f"{error.code}: {error.message}"
         with ExitStack() as unless_taken:
             with self._aside():
-                source = self._steering.wait_for_volume(
-                    index, self.manifest, lambda reason: self._tell(index, reason), refused
-                )
+                source = self._steering.wait_for_volume(wanted, lambda reason: self._tell(index, reason), refused)
                 unless_taken.callback(source.close)
             unless_taken.pop_all()
             return source
 
-    def _beside(self, index: int, manifest: Manifest) -> Source:
-        """The volume that lies beside the first.
+    def _open(self, path: Path, index: int) -> Source:
+        """What is at `path`, if it is this volume."""
+        if self.manifest is not None and index > 1:
+            return open_volume(path, self.manifest, index)
+        return open_first(path, self.model_digest)
+
+    def _place(self, index: int) -> Path:
+        """Where a volume lies by itself.
 
         Raises:
-            BundleError: VOLUME_MISSING; what is there is another.
+            BundleError: VOLUME_MISSING.
         """
-        return open_volume(sibling(self._first, index), manifest, index)
+        if index > 1:
+            return sibling(self._first, index)
+        if not os.path.lexists(self._first):
+            raise BundleError("VOLUME_MISSING", f"volume 1 is wanted and {self._first} does not exist")
+        return self._first

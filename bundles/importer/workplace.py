@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -13,10 +13,10 @@ from bundles.durable import DISK, Fs, is_temporary
 from bundles.format.errors import BundleError
 from bundles.importer import floors
 from bundles.importer.floors import Floors
-from bundles.importer.ledger import Ledger
+from bundles.importer.ledger import MOST_DEATHS, Ledger
 from bundles.importer.records import ModelVersion
 from bundles.importer.steering import Desk
-from bundles.pipeline import Progress, State
+from bundles.pipeline import State
 from bundles.store.files import Store
 from bundles.store.staging import SYNC_INTERVAL
 from bundles.trust import revocation, roots
@@ -175,8 +175,9 @@ class Workplace:
     def discard_expired(self) -> None:
         """Throw away staging that nobody came back for in 30 days; not that of an import which waits so long."""
         oldest = time.time_ns() - STAGING_KEPT_S * 10**9
+        awaited = self._unfinished()
         for model_digest, changed_ns in self.ledger.stagings().items():
-            if changed_ns < oldest:
+            if changed_ns < oldest and model_digest not in awaited:
                 with suppress(BundleError), self.desk.claim(model_digest):  # IMPORT_RUNNING
                     self.discard_staging(model_digest)
 
@@ -186,12 +187,17 @@ class Workplace:
             if is_temporary(path):
                 self.store.fs.unlink(path)
         staged = frozenset(self.ledger.stagings())
-        for model_digest in staged:
+        awaited = staged | self._unfinished()
+        for model_digest in awaited:
             self.store.trim(model_digest, self.ledger.staged(model_digest))
         kept = [*self.ledger.versions(), *self._lost(staged)]
         listed = frozenset(digest for version in kept for digest in version.digests())
-        self.store.sweep(listed, [(version.name, version.sequence) for version in kept], staged)
+        self.store.sweep(listed, [(version.name, version.sequence) for version in kept], awaited)
         self.discard_expired()
+
+    def _unfinished(self) -> frozenset[str]:
+        """Digests of the models whose imports are under way, as far as these are known."""
+        return frozenset(left.progress.model_digest for left in self.ledger.unfinished()) - {""}
 
     def _lost(self, staged: Collection[str]) -> Iterator[ModelVersion]:
         """Versions whose records are here and that store.db does not know: it was lost, or an older one restored.
@@ -213,18 +219,22 @@ class Workplace:
                 yield version
 
     def _settle(self) -> None:
-        """Close what a process that died left open; room first, where the disk is full."""
+        """Close what a process that died left open; room first, where the disk is full.
+
+        Its imports are taken up by whoever serves this workplace, but for those that it died of again and again.
+        """
         self.sweep()
+        deadly = self.ledger.bury()
         for left in self.ledger.unfinished():
-            stopped = Progress(
-                State.REJECTED,
-                kind=left.progress.kind,
-                model_version=left.progress.model_version,
-                model_digest=left.progress.model_digest,
-                reason="INTERRUPTED",
-                message="the importer stopped; import it again, and it goes on where it was",
-            )
-            self.ledger.change(left.import_id, stopped)
+            if left.import_id in deadly:
+                stopped = replace(
+                    left.progress,
+                    state=State.REJECTED,
+                    reason="INTERRUPTED",
+                    message=f"the importer died {MOST_DEATHS} times while it was at this import; look at its log, "
+                    "then import the bundle again: it goes on where it was",
+                )
+                self.ledger.change(left.import_id, stopped)
         for version in self.ledger.versions():
             if not self.store.record_path(version.name, version.sequence).exists():
                 self.store.write_record(version.name, version.sequence, version.as_dict())

@@ -14,8 +14,8 @@ from bundles.content.inspector import Inspector, Verdict
 from bundles.durable import DISK, Fs
 from bundles.format.manifest import Kind
 from bundles.format.source import Source, open_source
-from bundles.importer import steering
-from bundles.importer.importing import import_bundle
+from bundles.importer import kept, steering
+from bundles.importer.importing import import_bundle, take_up
 from bundles.importer.steering import Steering
 from bundles.importer.workplace import Allowed, Workplace
 from bundles.pipeline import Progress
@@ -50,6 +50,12 @@ def bring(
     """Import."""
     report = (told if told is not None else []).append
     return import_bundle(place, secrets.token_hex(4), path, report, steering)
+
+
+def go_on(place: Workplace, told: list[Progress] | None = None) -> list[Progress]:
+    """Take up every import that a process left, as the next one does; how they end."""
+    report = (told if told is not None else []).append
+    return [take_up(place, left, report) for left in place.ledger.unfinished()]
 
 
 def stored(place: Workplace) -> dict[str, bytes]:
@@ -93,12 +99,12 @@ class Media:
 
 @contextmanager
 def counted() -> Iterator[Media]:
-    """Notes what imports read from the first volume or the whole bundle."""
+    """Notes what imports read from the first volume or the whole bundle; later volumes are not counted."""
     media = Media()
 
     def opened(path: Path) -> Source:
         media.sources.append(open_source(path))
         return media.sources[-1]
 
-    with mock.patch.object(steering, "open_source", opened):
+    with mock.patch.object(steering, "open_source", opened), mock.patch.object(kept, "open_source", opened):
         yield media

@@ -3,7 +3,9 @@
 import json
 import os
 import secrets
+import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -309,23 +311,42 @@ def test_a_newer_root_is_kept_once_its_bundle_is_committed(place: Workplace, tmp
     assert _import(place, old_keys).reason == "SIGNATURE_UNKNOWN_KEY"
 
 
-def test_an_interrupted_import_is_closed_and_swept_at_the_next_start(place: Workplace, home: Path) -> None:
+def test_what_an_import_that_died_left_is_swept_but_for_what_it_goes_on_from(place: Workplace, home: Path) -> None:
     place.ledger.begin("dead", Path("/x"))
-    (home / "store" / "staging" / "dead").mkdir()
-    (home / "store" / "staging" / "dead" / "0").write_bytes(b"half")
+    place.ledger.change("dead", Progress(State.SIGNED, model_digest="known"))
+    for name in ("dead", "known"):
+        (home / "store" / "staging" / name).mkdir()
+        (home / "store" / "staging" / name / "0").write_bytes(b"half")
+        (home / "store" / "staging" / name / "head").write_bytes(b"kept")
     (home / "store" / "models" / "ghost").mkdir()
     (home / "store" / "models" / "ghost" / "1.json").write_text("{}")
     place.ledger.close()
     again = Workplace.open(home, INSPECTOR)
-    assert again.ledger.outbox(0)[-1].reason == "INTERRUPTED"
-    assert list((home / "store" / "staging").iterdir()) == []
+    assert [left.import_id for left in again.ledger.unfinished()] == ["dead"]
+    assert [entry.state for entry in again.ledger.outbox(0)] == [State.QUARANTINE, State.SIGNED]
+    assert list((home / "store" / "staging").rglob("*")) == [
+        home / "store" / "staging" / "known",
+        home / "store" / "staging" / "known" / "head",
+    ]
     assert list((home / "store" / "models").glob("*/*")) == []
     again.ledger.close()
 
 
-def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
-    import sqlite3
+def test_a_database_of_the_version_before_is_read_on(place: Workplace, home: Path, bundle: Path) -> None:
+    _import(place, bundle)
+    place.ledger.begin("left", bundle)
+    place.ledger.close()
+    with closing(sqlite3.connect(home / "store" / "store.db")) as before:
+        before.executescript(
+            "ALTER TABLE import DROP COLUMN working; ALTER TABLE import DROP COLUMN deaths; PRAGMA user_version=2"
+        )
+    again = Workplace.open(home, INSPECTOR)
+    assert [version.sequence for version in again.ledger.versions()] == [1]
+    assert [left.import_id for left in again.ledger.unfinished()] == ["left"]
+    again.ledger.close()
 
+
+def test_a_database_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / "db").execute("PRAGMA user_version=99").connection.close()
     with pytest.raises(BundleError, match="LEDGER_NEWER"):
         Ledger(tmp_path / "db")

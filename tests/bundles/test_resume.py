@@ -275,7 +275,7 @@ def test_cancelled_while_it_waits_it_goes_on_from_the_volume_it_had(
 ) -> None:
     first, second, third = _volumes(tmp_path, trust)
     thread, _, steering = in_background(place, first)
-    steering.end(BundleError("INTERRUPTED", "the importer is stopping"))
+    steering.end(BundleError("IMPORT_CANCELLED", "an operator ended it"))
     thread.join(60)
     place.ledger.close()
     again = open_place(tmp_path / "home")
