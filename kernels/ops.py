@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
+Matrix: TypeAlias = Any  # a weight matrix as its file has it: a Tensor [out, in], or `kernels.packed.Packed`
 Linear: TypeAlias = Any  # a weight matrix, or several stacked, in the backend's layout
+Experts: TypeAlias = Any  # the matrices of all experts of one layer
 Vector: TypeAlias = Any  # the weight of a norm
 Table: TypeAlias = Any  # an embedding table
 Rope: TypeAlias = Any  # cosines and sines of every position
@@ -48,6 +50,57 @@ class Heads(NamedTuple):
     query: int
     kv: int
     dim: int
+
+
+class QkNorm(NamedTuple):
+    """RMS norms of queries and keys, before they are rotated.
+
+    Attributes:
+        query: weight [dim], or [query·dim] where `whole`.
+        key: weight [dim], or [kv·dim] where `whole`.
+        eps: added under the root.
+        whole: over all heads of a token at once (OLMo 2), not over each head (Qwen 3, Gemma 3).
+    """
+
+    query: Vector
+    key: Vector
+    eps: float
+    whole: bool = False
+
+
+class Attending(NamedTuple):
+    """How the tokens of one layer attend.
+
+    Attributes:
+        scale: factor of q·k.
+        window: a token sees this many last ones, itself included; 0: all.
+        softcap: scores become softcap · tanh(score / softcap) (Gemma 2); 0: they stay.
+        sinks: float [query]: one more score per head, which takes its share of the softmax and adds nothing
+            (gpt-oss); None: none.
+    """
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Vector | None = None
+
+
+class Routing(NamedTuple):
+    """How a router's scores choose experts.
+
+    Attributes:
+        top_k: experts for each token; of equal scores the lower expert goes first.
+        normalise: their weights are the softmax over the chosen scores; else their share of the softmax over all.
+    """
+
+    top_k: int
+    normalise: bool
+
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "clamped_swiglu")
+"""silu(x) = x·sigmoid(x); gelu with erf; gelu_tanh its approximation (Hendrycks and Gimpel, 2016). Gated, a layer
+computes act(gate) · up; clamped_swiglu, of gpt-oss, is g·sigmoid(1.702·g)·(u + 1) for g = min(gate, 7) and
+u = clamp(up, -7, 7)."""
 
 
 class Rows(NamedTuple):
@@ -132,11 +185,20 @@ class Logprobs(NamedTuple):
 class Backend(Protocol):
     """What a model needs of a device."""
 
-    def prepare_linear(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> Linear:
+    def prepare_linear(self, weights: Sequence[Matrix], biases: Sequence[Tensor] = ()) -> Linear:
         """Stack matrices [out_i, in] into one that maps `in` numbers to sum(out_i); a bias for each, or none."""
 
-    def prepare_vector(self, weight: Tensor) -> Vector:
-        """The weight [n] of a norm."""
+    def prepare_experts(
+        self,
+        gate_up: Sequence[Sequence[Matrix]],
+        down: Sequence[Matrix],
+        gate_up_biases: Sequence[Sequence[Tensor]] = (),
+        down_biases: Sequence[Tensor] = (),
+    ) -> Experts:
+        """The gated MLPs of a mixture, one entry per expert: its gate and up matrices, and its down matrix."""
+
+    def prepare_vector(self, weight: Tensor, offset: float = 0.0) -> Vector:
+        """A vector [n], such as the weight of a norm; an offset (Gemma's 1) is added exactly, in float32."""
 
     def prepare_table(self, weight: Tensor) -> Table:
         """An embedding table [vocabulary, hidden]."""
@@ -144,8 +206,11 @@ class Backend(Protocol):
     def tied_head(self, table: Table) -> Linear:
         """The table as the matrix that makes logits; one copy serves both."""
 
-    def prepare_rope(self, inv_freq: Sequence[float], max_positions: int) -> Rope:
-        """Rotary tables of positions 0 .. max_positions - 1 for frequencies [head_dim / 2], in radians a token.
+    def prepare_rope(self, inv_freq: Sequence[float], max_positions: int, scale: float = 1.0) -> Rope:
+        """Rotary tables of positions 0 .. max_positions - 1 for frequencies [n], in radians a token.
+
+        The first 2·n numbers of a head are rotated, number i with number n + i; the rest stay as they are. Cosines
+        and sines are multiplied by `scale` (YaRN, LongRoPE).
 
         An angle is the float32 product of float32 position and frequency, as transformers computes it and models
         are trained: at position 4000 it is off the exact one by up to 1e-4, and so would the logits be.
@@ -163,31 +228,53 @@ class Backend(Protocol):
         So a stale page is never read, not even multiplied by zero.
         """
 
-    def embed(self, batch: Batch, table: Table) -> Hidden:
-        """Embeddings [T, hidden] of the step's tokens."""
+    def embed(self, batch: Batch, table: Table, scale: float = 1.0) -> Hidden:
+        """Embeddings [T, hidden] of the step's tokens, times `scale`."""
 
     def rms_norm(self, x: Hidden, weight: Vector, eps: float) -> Hidden:
         """x / sqrt(mean(x²) + eps) · weight, over the last dimension."""
 
-    def add_rms_norm(self, x: Hidden, residual: Hidden, weight: Vector, eps: float) -> tuple[Hidden, Hidden]:
-        """The norm of x + residual, and x + residual."""
+    def add_rms_norm(
+        self, x: Hidden, residual: Hidden, weight: Vector, eps: float, scale: float = 1.0
+    ) -> tuple[Hidden, Hidden]:
+        """The norm of x·scale + residual, and x·scale + residual."""
+
+    def add(self, x: Hidden, residual: Hidden, scale: float = 1.0) -> Hidden:
+        """x·scale + residual."""
 
     def linear(self, x: Hidden, weight: Linear) -> Hidden:
         """x · weightᵀ + bias."""
 
     def rope_and_write_kv(
-        self, qkv: Hidden, heads: Heads, rope: Rope, kv: KvCache, layer: int, batch: Batch
+        self,
+        qkv: Hidden,
+        heads: Heads,
+        rope: Rope,
+        kv: KvCache,
+        layer: int,
+        batch: Batch,
+        norms: QkNorm | None = None,
     ) -> Hidden:
-        """Rotate queries and keys [T, (query + 2·kv)·dim], store keys and values; the queries [T, query·dim]."""
+        """Norm and rotate queries and keys of [T, (query + 2·kv)·dim], store keys and values; the queries."""
 
-    def paged_attention(self, q: Hidden, heads: Heads, kv: KvCache, layer: int, batch: Batch) -> Hidden:
-        """softmax(q·kᵀ / sqrt(dim)) · v of each token over its row's tokens up to itself; [T, query·dim]."""
+    def paged_attention(
+        self, q: Hidden, heads: Heads, attending: Attending, kv: KvCache, layer: int, batch: Batch
+    ) -> Hidden:
+        """softmax(q·kᵀ · scale) · v of each token over its row's tokens up to itself; [T, query·dim]."""
 
-    def gated_silu(self, gate_up: Hidden) -> Hidden:
-        """silu(gate) · up of [T, 2·n], gate first; [T, n]."""
+    def gated(self, gate_up: Hidden, activation: str) -> Hidden:
+        """act(gate) · up of [T, 2·n], gate first; [T, n]. One of ACTIVATIONS."""
 
-    def logits(self, x: Hidden, head: Linear, tokens: Sequence[int]) -> Tensor:
-        """Logits [len(tokens), vocabulary] of some of the step's T tokens, float32 or wider."""
+    def mixture(self, x: Hidden, router: Linear, experts: Experts, routing: Routing, activation: str) -> Hidden:
+        """The chosen experts' answers to each token of x [T, hidden], weighted and added in the experts' order."""
+
+    def logits(
+        self, x: Hidden, head: Linear, tokens: Sequence[int], scale: float = 1.0, softcap: float = 0.0
+    ) -> Tensor:
+        """Logits [len(tokens), vocabulary] of some of the step's T tokens, float32 or wider.
+
+        They are multiplied by `scale`, and then softcap · tanh(logit / softcap) where softcap is not 0.
+        """
 
     def sample(self, logits: Tensor, sampling: Sampling) -> Draw:
         """One token for each row of logits, whatever the other rows are."""
