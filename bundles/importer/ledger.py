@@ -6,11 +6,12 @@ happen.
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bundles.durable import DISK, Fs
 from bundles.importer.database import Database
@@ -24,6 +25,16 @@ KEPT_IMPORTS = 100
 MOST_DEATHS = 3
 """Deaths of the importer while one import worked, after which that one does not go on by itself."""
 _FINAL = (State.COMMITTED, State.REJECTED)
+
+
+class Owner(NamedTuple):
+    """A version as events name it: name@version, and the digest of its manifest."""
+
+    reference: str
+    model_digest: str
+
+
+_NOBODY = Owner("", "")
 
 
 class Ledger:
@@ -41,6 +52,8 @@ class Ledger:
     def __init__(self, path: Path, now_ns: Callable[[], int] = time.time_ns, fs: Fs = DISK) -> None:
         self._now_ns = now_ns
         self._db = Database(path, fs)
+        self._changes = 0
+        self._owned: tuple[int, dict[str, Owner]] = (-1, {})
 
     def close(self) -> None:
         """Close the connection."""
@@ -107,7 +120,7 @@ class Ledger:
         """
         held = self.floors().models.get(version.name)
         is_void = held is not None and floor_in_force(version.name, held, revocations) is None
-        with self._db.transaction():
+        with self._versions_change():
             self._db.execute(
                 "INSERT INTO model_version(name,version,sequence,model_digest,record) VALUES(?,?,?,?,?)"
                 " ON CONFLICT(model_digest) DO UPDATE SET record=excluded.record",
@@ -157,22 +170,30 @@ class Ledger:
 
     def find(self, reference: str) -> ModelVersion | None:
         """The version called name@version, the newest of a name, or the one with a digest."""
-        found = [v for v in self.versions() if reference in (v.reference, v.model_digest, v.name)]
-        return max(found, key=lambda v: v.sequence, default=None)
+        rows = self._db.rows(
+            "SELECT record FROM model_version WHERE ? IN (model_digest, name, name || '@' || version)"
+            " ORDER BY sequence DESC, id LIMIT 1",
+            (reference,),
+        )
+        return ModelVersion.from_json(rows[0][0]) if rows else None
+
+    def names(self) -> tuple[tuple[str, str], ...]:
+        """Name and model digest of every committed version, oldest first."""
+        return tuple(self._db.rows("SELECT name, model_digest FROM model_version ORDER BY id"))
 
     def listed(self) -> frozenset[str]:
         """SHA-256 of every file that any version has."""
-        return frozenset(digest for version in self.versions() for digest in version.digests())
+        return frozenset(self._owners())
 
     def remove(self, version: ModelVersion) -> frozenset[str]:
         """Forget a version; the digests that nothing lists any more. Its floor stays."""
-        with self._db.transaction():
+        with self._versions_change():
             self._db.execute("DELETE FROM model_version WHERE model_digest=?", (version.model_digest,))
             self._db.execute("DELETE FROM staged WHERE model_digest=?", (version.model_digest,))
             unlisted = frozenset(version.digests()) - self.listed()
             for digest in unlisted:
                 self._db.execute("DELETE FROM damage WHERE sha256=?", (digest,))
-            self._append("removal", version=version)
+            self._append("removal", named=Owner(version.reference, version.model_digest))
             return unlisted
 
     def floors(self) -> Floors:
@@ -246,15 +267,16 @@ class Ledger:
         with self._db.transaction():
             if not finding:
                 self.repaired(digest)
-            elif Damage(digest, finding) not in self.damaged() and digest in self.listed():
+            elif (owner := self._owners().get(digest)) and self._finding(digest) != finding:
                 self._db.execute("INSERT OR REPLACE INTO damage VALUES(?,?)", (digest, finding))
-                self._append("damage", detail=f"{digest} {finding}", version=self._owner(digest))
+                self._append("damage", detail=f"{digest} {finding}", named=owner)
 
     def repaired(self, digest: str, import_id: str = "") -> None:
         """A file is what its name says; an event where it was not."""
         with self._db.transaction():
             if self._db.execute("DELETE FROM damage WHERE sha256=?", (digest,)):
-                self._append("repair", import_id=import_id, detail=digest, version=self._owner(digest))
+                named = self._owners().get(digest, _NOBODY)
+                self._append("repair", import_id=import_id, detail=digest, named=named)
 
     def scrub(self) -> Scrub:
         """Where the last scrub is or ended."""
@@ -269,9 +291,32 @@ class Ledger:
                 (scrub.position, scrub.started, scrub.ended, scrub.bytes_done),
             )
 
-    def _owner(self, digest: str) -> ModelVersion | None:
-        """The oldest version that lists a file, for whoever reads the event."""
-        return next((version for version in self.versions() if digest in version.digests()), None)
+    def _finding(self, digest: str) -> str:
+        rows = self._db.rows("SELECT finding FROM damage WHERE sha256=?", (digest,))
+        return str(rows[0][0]) if rows else ""
+
+    def _owners(self) -> Mapping[str, Owner]:
+        """By digest, the oldest version that lists the file; read once, until the versions change.
+
+        A record of 100 000 files takes a second to read, and a store that was lost asks for each of them.
+        """
+        changes, owned = self._owned
+        if changes != self._changes:
+            changes, owned = self._changes, {}
+            for version in reversed(self.versions()):
+                owned.update(dict.fromkeys(version.digests(), Owner(version.reference, version.model_digest)))
+            self._owned = changes, owned
+        return owned
+
+    @contextmanager
+    def _versions_change(self) -> Iterator[None]:
+        """A transaction that changes the versions: what is known of them in it or before it holds no longer."""
+        with self._db.transaction():
+            self._changes += 1
+            try:
+                yield
+            finally:
+                self._changes += 1
 
     # The outbox.
 
@@ -291,14 +336,11 @@ class Ledger:
         *,
         import_id: str = "",
         progress: Progress | None = None,
-        version: ModelVersion | None = None,
+        named: Owner = _NOBODY,
         detail: str = "",
     ) -> None:
-        names = ("", "")
         if progress is not None:
-            names = (progress.model_version, progress.model_digest)
-        elif version is not None:
-            names = (version.reference, version.model_digest)
+            named = Owner(progress.model_version, progress.model_digest)
         self._db.execute(
             "INSERT INTO outbox(event,import_id,state,reason,model_version,model_digest,detail,utc_ns)"
             " VALUES(?,?,?,?,?,?,?,?)",
@@ -307,7 +349,7 @@ class Ledger:
                 import_id,
                 progress.state if progress else "",
                 progress.reason if progress else "",
-                *names,
+                *named,
                 detail,
                 self._now_ns(),
             ),

@@ -213,9 +213,11 @@ class Scrubber:
                 raise StoppedError
 
     def _tell(self, sweep: Sweep) -> None:
+        due = self._clock() - self._told >= _TOLD_S
+        damaged = self._place.ledger.damaged() if due else self._sweep.damaged
         with self._wake:
-            self._sweep = replace(sweep, damaged=self._place.ledger.damaged())
-        if self._clock() - self._told >= _TOLD_S:
+            self._sweep = replace(sweep, damaged=damaged)
+        if due:
             self._told = self._clock()
             self.changed()
 

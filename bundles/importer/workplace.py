@@ -161,7 +161,7 @@ class Workplace:
             clock_floor(held.clock, revocations),
             tuple(held.models.items()),
             self.appliance,
-            tuple((version.name, version.model_digest) for version in self.ledger.versions()),
+            self.ledger.names(),
             self.licences,
         )
 
