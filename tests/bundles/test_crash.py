@@ -15,11 +15,11 @@ import pytest
 
 from bundles.format.errors import BundleError
 from bundles.importer.removal import remove_version
-from bundles.importer.steering import Steering
+from bundles.importer.steering import Steering, StoppingError
 from bundles.importer.workplace import Workplace
 from bundles.pipeline import State
 from tests.bundles.dying import Died, DyingFs, PowerCutFs
-from tests.bundles.making import Trust, make_bundle
+from tests.bundles.making import Trust, make_bundle, split
 from tests.bundles.stores import bring, damaged_names, go_on, make_home, open_place, snapshot, spoil, stored
 
 
@@ -66,14 +66,34 @@ def _scene(name: str, folder: Path, trust: Trust) -> Scene:
         assert place.ledger.stagings()
     if name == "repair":
         spoil(place.store.path_of(str(place.ledger.versions()[0].files[-1]["sha256"])))
+    if name == "taken up":
+        _left(place, second, trust)
     place.ledger.close()
     return {
         "first import": Scene(home, lambda place: bring(place, first), (), (1,)),
         "next import": Scene(home, lambda place: bring(place, second), (1,), (1, 2)),
         "resumed import": Scene(home, lambda place: bring(place, second), (1,), (1, 2)),
+        "taken up": Scene(home, go_on, (1,), (1, 2)),
         "removal": Scene(home, _remove_first, (1, 2), (2,)),
         "repair": Scene(home, lambda place: bring(place, first), (1,), (1,)),
     }[name]
+
+
+def _left(place: Workplace, path: Path, trust: Trust) -> None:
+    """A bundle in volumes, left by a process that stopped when the second was wanted; it lies there now."""
+    first = split(path, trust, 5)
+    second = first.with_suffix(".002").rename(first.with_name("second"))
+    steering = Steering()
+
+    class Stopping(list):  # type: ignore[type-arg]  # a list that looks at what it gets
+        def append(self, progress: object) -> None:
+            if getattr(progress, "volume_wanted", 0):
+                steering.end(StoppingError())
+
+    bring(place, first, Stopping(), steering)
+    assert place.ledger.unfinished()
+    second.rename(first.with_suffix(".002"))
+    first.unlink()
 
 
 def _remove_first(place: Workplace) -> None:
@@ -81,7 +101,14 @@ def _remove_first(place: Workplace) -> None:
         remove_version(place, "tiny@1.0.1")
 
 
-SCENES = {"first import": 9, "next import": 11, "resumed import": 11, "removal": 1, "repair": 9}
+SCENES = {
+    "first import": 9,
+    "next import": 11,
+    "resumed import": 11,
+    "taken up": 11,
+    "removal": 1,
+    "repair": 9,
+}
 
 
 @pytest.mark.parametrize(
