@@ -62,7 +62,9 @@ class _Task:
 class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     TASK_GENERATE: _Task.ValueType  # 0
-    """Tokens after the prompt."""
+    """Tokens after the prompt; what a Submit without a task has always meant.
+    buf:lint:ignore ENUM_ZERO_VALUE_SUFFIX
+    """
     TASK_EMBED: _Task.ValueType  # 1
     """One vector of the prompt."""
     TASK_SCORE: _Task.ValueType  # 2
@@ -72,7 +74,9 @@ class Task(_Task, metaclass=_TaskEnumTypeWrapper):
     """What is wanted of a request."""
 
 TASK_GENERATE: Task.ValueType  # 0
-"""Tokens after the prompt."""
+"""Tokens after the prompt; what a Submit without a task has always meant.
+buf:lint:ignore ENUM_ZERO_VALUE_SUFFIX
+"""
 TASK_EMBED: Task.ValueType  # 1
 """One vector of the prompt."""
 TASK_SCORE: Task.ValueType  # 2
