@@ -49,7 +49,7 @@ class Import:
         asked: the instant of the newest status; beside `now` it tells how long nothing moved.
         lost: why the console no longer hears of it; the importer goes on.
         refused: it was refused at the door, so nothing goes on.
-        elsewhere: somebody else began it, and this console only knows that it runs.
+        elsewhere: this console only knows that it runs: somebody else began it, or the importer was started anew.
     """
 
     path: str
@@ -291,10 +291,13 @@ def _sampled(samples: Mapping[str, tuple[Sample, ...]], event: StatusRead) -> di
 
 
 def _elsewhere(before: Import | None, imports: tuple[admin_pb2.Import, ...]) -> Import | None:
-    """The import to show: the console's own, else the newest that runs without it."""
-    if before is not None and not before.elsewhere:
-        return before
+    """The import to show: the console's own, else the newest that runs without it; so its own, once out of sight."""
     running = [found for found in imports if found.progress.state not in _ENDED]
+    if before is not None and not before.elsewhere:
+        own = before.progress.import_id if before.progress and before.lost else ""
+        running = [found for found in running if found.progress.import_id == own]
+        if not (own and running):
+            return before
     return Import(running[0].path, 0.0, running[0].progress, elsewhere=True) if running else None
 
 

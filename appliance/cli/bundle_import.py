@@ -21,7 +21,9 @@ from bundles.format.errors import BundleError
 _INTERRUPTED = 130
 _SUFFIX_DIGITS = 3
 _LINE_EVERY_S = 1.0
-_NOT_ASKED_AGAIN = {"VOLUME_NOT_WANTED", "IMPORT_NOT_FOUND"}
+_GONE = "IMPORTER_UNAVAILABLE"
+_BACK_WITHIN_S, _LOOK_EVERY_S = 60.0, 0.5
+_NOT_ASKED_AGAIN = {"VOLUME_NOT_WANTED", "IMPORT_NOT_FOUND", _GONE}
 """Somebody else handed the volume over, or the import has ended: its progress tells."""
 
 
@@ -95,9 +97,7 @@ class Watch:
             CloisterError: VOLUME_WANTED, nobody is here to name the next volume; the import waits on.
         """
         last = admin_pb2.ImportBundleResponse()
-        stream: Iterator[admin_pb2.ImportBundleResponse]
-        stream = self._admin.models.ImportBundle(admin_pb2.ImportBundleRequest(path=self._path))
-        for last in stream:
+        for last in self._told():
             self._show(last)
             if last.volume_wanted and last.volume_wanted != self._asked:
                 self._asked = last.volume_wanted
@@ -105,6 +105,49 @@ class Watch:
             elif not last.volume_wanted:
                 self._asked = 0
         return last
+
+    def _told(self) -> Iterator[admin_pb2.ImportBundleResponse]:
+        """What the importer tells. One that dies or stops is waited for: the next goes on with the same import."""
+        import_id = ""
+        while True:
+            stream: Iterator[admin_pb2.ImportBundleResponse]
+            stream = self._admin.models.ImportBundle(admin_pb2.ImportBundleRequest(path=self._path))
+            try:
+                for told in stream:
+                    import_id = told.import_id
+                    yield told
+                return
+            except CloisterError as lost:
+                if not import_id or lost.code != _GONE:
+                    raise
+                found = self._find_again(import_id, lost)
+            self._asked = 0
+            if found.state in bundle_store.ENDED:
+                yield found
+                return
+
+    def _find_again(self, import_id: str, lost: CloisterError) -> admin_pb2.ImportBundleResponse:
+        """Where the import is, once the importer is back.
+
+        Raises:
+            CloisterError: `lost`, it is not back in time, or does not know the import.
+        """
+        self.bar.close()
+        print("the importer is away; the import goes on once it is back", file=sys.stderr)
+        deadline = time.monotonic() + _BACK_WITHIN_S
+        while time.monotonic() < deadline:
+            time.sleep(_LOOK_EVERY_S)
+            try:
+                listed = self._admin.models.ListImports(admin_pb2.ListImportsRequest()).imports
+            except CloisterError as still:
+                if still.code != _GONE:
+                    raise
+                continue
+            for one in listed:
+                if one.progress.import_id == import_id:
+                    return one.progress
+            break
+        raise lost
 
     def _show(self, told: admin_pb2.ImportBundleResponse) -> None:
         state = f"volume {told.volume_wanted}?" if told.volume_wanted else told.state
@@ -120,7 +163,10 @@ class Watch:
     def _hand_over(self, told: admin_pb2.ImportBundleResponse) -> None:
         """Offer volumes until one is taken: first those named already, then what the operator names."""
         for volume in list(self._volumes):
-            if not self._offer(told.import_id, volume, quiet=True):
+            refused = self._offer(told.import_id, volume, quiet=True)
+            if refused == _GONE:
+                return
+            if not refused:
                 self._volumes.remove(volume)
                 return
         if self._args.json or not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -140,6 +186,8 @@ class Watch:
         try:
             self._admin.models.OfferVolume(admin_pb2.OfferVolumeRequest(import_id=import_id, path=volume))
         except CloisterError as error:
+            if error.code == _GONE:  # the import's own stream ends as well, and waits for the next importer
+                return _GONE
             if error.status is grpc.StatusCode.UNAVAILABLE:
                 raise
             if not (quiet and error.code == "VOLUME_ORDER"):
@@ -173,7 +221,9 @@ def _ask(told: admin_pb2.ImportBundleResponse, path: str, stream: TextIO | None 
 
 
 def _likely(path: str, volume: int) -> str:
-    """`X.bundle.001` as volume 2: `X.bundle.002`; empty where the name tells nothing."""
+    """`X.bundle.001` as volume 2: `X.bundle.002`, as volume 1 itself; empty where the name tells nothing."""
+    if volume == 1:
+        return path
     stem, dot, digits = path.rpartition(".")
     numbered = dot and len(digits) >= _SUFFIX_DIGITS and digits.isdecimal()
     return f"{stem}.{volume:0{len(digits)}d}" if numbered else ""

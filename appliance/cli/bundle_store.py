@@ -16,7 +16,8 @@ Verbs = argparse._SubParsersAction  # the type of what add_subparsers returns ha
 
 _DIGEST_SHOWN = 12
 _ID_SHOWN = 8
-_ENDED = ("committed", "rejected")
+ENDED = ("committed", "rejected")
+"""States of an import that are its last."""
 _REPAIR = "importing the same bundle again repairs it"
 
 
@@ -89,7 +90,7 @@ def _standing(told: admin_pb2.ImportBundleResponse) -> str:
     """Where an import is, in one line."""
     what = printable(told.model_version) or told.kind
     parts = [told.state, f"{100 * told.bytes_done // told.bytes_total}%" if told.bytes_total else "", what]
-    if told.state not in _ENDED and told.bytes_per_second:
+    if told.state not in ENDED and told.bytes_per_second:
         parts.append(f"{size(told.bytes_per_second)}/s")
     if told.volume_wanted:
         parts.append(f"waits for volume {told.volume_wanted} of {told.volumes}")
@@ -113,7 +114,7 @@ def _named(imports: Iterable[admin_pb2.Import], name: str) -> str:
     Raises:
         CloisterError: IMPORT_NOT_FOUND, there is none, or several.
     """
-    running = [one for one in imports if one.progress.state not in _ENDED]
+    running = [one for one in imports if one.progress.state not in ENDED]
     path = str(Path(name).expanduser().absolute())
     meant = [o.progress.import_id for o in running if o.path == path or o.progress.import_id.startswith(name)]
     if len(meant) != 1:

@@ -92,6 +92,25 @@ def test_an_import_that_ended_no_longer_runs_and_goes_once_it_was_seen(end: Even
     assert reduce(state, ImportSeen()).importing is None
 
 
+def test_an_import_out_of_sight_is_shown_again_once_the_next_importer_goes_on_with_it() -> None:
+    progress = admin_pb2.ImportBundleResponse(import_id="i1", state="streaming")
+    other = admin_pb2.ImportBundleResponse(import_id="i2", state="streaming")
+    state = after(ImportBegan("/m", 0), ImportTold(progress, 1), ImportLost(GONE))
+    elsewhere = admin_pb2.Import(path="/n", progress=other)
+    unknown = reduce(state, ModelsRead((), (), (elsewhere,))).importing
+    assert unknown is not None
+    assert unknown.lost
+    found = reduce(
+        state, ModelsRead((), (), (elsewhere, admin_pb2.Import(path="/m", progress=progress)))
+    ).importing
+    assert found is not None
+    assert (found.path, found.elsewhere, found.lost) == ("/m", True, "")
+    assert (
+        reduce(after(ImportBegan("/m", 0)), ModelsRead((), (), (elsewhere,))).importing
+        == after(ImportBegan("/m", 0)).importing
+    )
+
+
 def test_progress_of_nothing_is_no_import() -> None:
     assert after(told(1, "streaming")).importing is None
 

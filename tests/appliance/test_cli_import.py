@@ -185,6 +185,46 @@ async def test_ctrl_c_leaves_the_import_running_and_says_how_to_see_it_again(hou
     assert house.importer.cancelled == []
 
 
+class Dying(Split):
+    """One that dies while a volume is wanted; the next waits for it still, and its first answers fail."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.died = False
+        self.silent = 3
+
+    async def ImportBundle(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        if not self.died:
+            yield self._progress(bytes_done=50)
+            self.died = True
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "STOPPING: the importer is stopping")
+        async for told in super().ImportBundle(request, context):
+            yield told
+
+    async def ListImports(self, request: Any, context: Any) -> importer_pb2.ListImportsResponse:
+        self.silent -= 1
+        if self.silent > 0:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no importer")
+        progress = self._progress(volume_wanted=2)
+        if self.wanted > 3:
+            progress = self._progress(state=importer_pb2.IMPORT_STATE_COMMITTED, bytes_done=300)
+        return importer_pb2.ListImportsResponse(imports=[importer_pb2.Import(path="/m/v1", progress=progress)])
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_an_importer_that_dies_is_waited_for_and_the_same_import_watched_on(ended: bool) -> None:
+    home, importer = make_home(), Dying()
+    importer.wanted = 4 if ended else 2
+    try:
+        async with running(home, House(home, importer=importer)) as house:
+            done = await run(house, "bundle", "import", "/m/v1", "--volume", "/b/v2", "--volume", "/c/v3")
+    finally:
+        shutil.rmtree(home.root.parent)
+    assert (done.status, "the importer is away" in done.err) == (0, True)
+    assert "notes@1" in done.out
+    assert importer.offered == ([] if ended else [("import-1", "/b/v2"), ("import-1", "/c/v3")])
+
+
 async def test_imports_are_listed_and_ended_by_the_beginning_of_their_id_or_their_path(house: House) -> None:
     listed = await run(house, "bundle", "imports")
     assert "waits for volume 2 of 3" in listed.out
