@@ -775,8 +775,16 @@ class PrepareRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     CONVERSATION_FIELD_NUMBER: _builtins.int
     PAIR_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    TRUNCATE_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Tokenised with the usual special tokens."""
+    task: Global___Task.ValueType
+    """What the tokens are for: an answer needs room in the model's context behind them, a vector or a score none."""
+    truncate: _builtins.bool
+    """Cut at its end what the model cannot take, of a pair the longer text first; without, it is refused. Not of a
+    conversation.
+    """
     @_builtins.property
     def token_ids(self) -> Global___TokenIds:
         """Checked against the vocabulary."""
@@ -796,10 +804,12 @@ class PrepareRequest(_message.Message):
         token_ids: Global___TokenIds | None = ...,
         conversation: Global___Conversation | None = ...,
         pair: Global___Pair | None = ...,
+        task: Global___Task.ValueType = ...,
+        truncate: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "pair", b"pair", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "pair", b"pair", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conversation", b"conversation", "input", b"input", "pair", b"pair", "task", b"task", "text", b"text", "token_ids", b"token_ids", "truncate", b"truncate"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["text", "token_ids", "conversation", "pair"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -815,6 +825,9 @@ class PrepareResponse(_message.Message):
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TYPE_IDS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    truncated: _builtins.bool
+    """An end was left out."""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Never empty."""
@@ -828,10 +841,11 @@ class PrepareResponse(_message.Message):
         *,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         type_ids: _abc.Iterable[_builtins.int] | None = ...,
+        truncated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids", "type_ids", b"type_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["token_ids", b"token_ids", "truncated", b"truncated", "type_ids", b"type_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
