@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 from torch import Tensor
 
+from kernels.encoding import EncoderOps
 from kernels.logprobs import logprobs
 from kernels.ops import Draw, Heads, KvSpec, Logprobs, Rows, Sampling
 from kernels.sampling import sample
@@ -52,7 +53,7 @@ class _Batch(NamedTuple):
     groups: list[_Group]
 
 
-class CpuBackend:
+class CpuBackend(EncoderOps):
     """Torch on the CPU.
 
     Args:
