@@ -1,4 +1,4 @@
-"""The checks that are not tests: style, types, imports, protos, shell, size, suppressions, keys, documentation.
+"""The checks that are not tests: style, types, imports, protos, shell, size, suppressions, keys, documentation, clock.
 
 python .ci/gates.py          runs all; exits 1 and shows what each failing one found
 python .ci/gates.py NAME...  runs these
@@ -12,13 +12,16 @@ import sys
 import time
 import tokenize
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
+MAX_CLOCK_FLOOR_DAYS = 200
 
+_BUILT_AT = re.compile(r'^BUILT_AT = parse_time\("(\S+)Z"\)', re.M)
 _GENERATED = re.compile(r"(_pb2(_grpc)?\.pyi?|/migrations/versions/\w+\.py)$")
 _IGNORE = re.compile(r"#\s*type:\s*ignore(?!\[[\w, -]+\]\s+#\s*\S)")
 # A header and enough base64 behind it; the header alone may stand in a program.
@@ -119,6 +122,31 @@ def _test_functions(path: Path) -> set[str]:
     return {node.name for node in functions if node.name.startswith("test_")}
 
 
+def wrong_clock_floor(source: str, committed: datetime) -> Iterator[str]:
+    """A clock floor of the distribution that lies after its last commit, or so long before that it says little.
+
+    Args:
+        source: of the module that states it, as `BUILT_AT`.
+        committed: when the last commit was made.
+    """
+    found = _BUILT_AT.search(source)
+    if found is None:
+        yield "BUILT_AT is not stated as parse_time(...)"
+        return
+    age = committed - datetime.fromisoformat(found[1]).replace(tzinfo=UTC)
+    if not timedelta(0) <= age <= timedelta(days=MAX_CLOCK_FLOOR_DAYS):
+        yield f"BUILT_AT is {age.days} days before the last commit; make it 0 to {MAX_CLOCK_FLOOR_DAYS}"
+
+
+def _clock_floor() -> list[str]:
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%cI"]
+    committed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    policy = ROOT / "bundles" / "trust" / "policy.py"
+    return [
+        f"{policy}: {found}" for found in wrong_clock_floor(policy.read_text(), datetime.fromisoformat(committed))
+    ]
+
+
 def _documentation() -> list[str]:
     return [finding for page in tracked(ROOT, ".md") for finding in (*unresolved(page, ROOT), *unshown(page))]
 
@@ -166,6 +194,7 @@ GATES: dict[str, Callable[[], list[str]]] = {
     "house": _house_rules,
     "keys": _key_scan,
     "docs": _documentation,
+    "clock": _clock_floor,
 }
 
 

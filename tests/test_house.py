@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 
@@ -103,6 +104,20 @@ def test_a_table_of_tests_names_one_in_every_row(tmp_path: Path, row: str, findi
 
 def test_no_private_key_is_in_the_repository() -> None:
     assert [found for path in gates.tracked(ROOT) for found in gates.private_keys(path)] == []
+
+
+@pytest.mark.parametrize(
+    ("stated", "findings"),
+    [
+        ('BUILT_AT = parse_time("2026-06-01T00:00:00Z")', 0),
+        ('BUILT_AT = parse_time("2026-06-02T00:00:01Z")  # after the commit', 1),
+        ('BUILT_AT = parse_time("2025-11-13T00:00:00Z")  # 201 days before', 1),
+        ("BUILT_AT = somewhere()", 1),
+    ],
+)
+def test_the_clock_floor_is_not_after_the_last_commit_and_not_long_before(stated: str, findings: int) -> None:
+    committed = datetime(2026, 6, 2, tzinfo=UTC)
+    assert len(list(gates.wrong_clock_floor(f"X = 1\n{stated}\n", committed))) == findings
 
 
 def test_a_skip_is_allowed_by_its_node_id_or_the_beginning_of_it() -> None:
