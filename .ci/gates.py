@@ -1,4 +1,4 @@
-"""The checks that are not tests: style, types, imports, protos, shell, size, suppressions, keys, documentation, clock.
+"""The checks that are not tests: style, types, imports, protos, shell, size, suppressions, keys, documents, clock.
 
 python .ci/gates.py          runs all; exits 1 and shows what each failing one found
 python .ci/gates.py NAME...  runs these
