@@ -291,7 +291,7 @@ def _sampled(samples: Mapping[str, tuple[Sample, ...]], event: StatusRead) -> di
 
 
 def _elsewhere(before: Import | None, imports: tuple[admin_pb2.Import, ...]) -> Import | None:
-    """The import to show: the console's own, else the newest that runs without it; so its own, once out of sight."""
+    """The import to show: the console's own while it is in sight, else the newest that runs without it."""
     running = [found for found in imports if found.progress.state not in _ENDED]
     if before is not None and not before.elsewhere:
         own = before.progress.import_id if before.progress and before.lost else ""

@@ -1,9 +1,12 @@
 """The demo's operator: bundles offered to the appliance, refused or taken in, approved, put behind an alias."""
 
 import os
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from demo.machine import CommandError
 from demo.release import release_expired
@@ -42,8 +45,15 @@ def bring_in_large(demo: Demo) -> None:
         demo.page.command(("cloister", "bundle", "import", first))
         waiting = demo.machine.run(("bundle", "import", first), expect=3)
         demo.page.paragraph(waiting.stderr.strip().splitlines()[-1])
+        before = _waiting(demo)
         kill_importer(demo)
-    with demo.page.step("Go on: what is on the disk is not read from the medium again"):
+    with demo.page.step("It goes on by itself, and does not ask for the first medium again"):
+        shutil.move(demo.machine.folder / "medium-1", demo.machine.folder / "medium-1-taken-out")
+        after = _waiting(demo)
+        if after["import_id"] != before["import_id"] or after["volume_wanted"] != before["volume_wanted"]:
+            raise CommandError("the import that was under way did not go on by itself")
+        percent = 100 * int(after["bytes_done"]) // int(after["bytes_total"])
+        demo.page.good(f"import {after['import_id'][:8]}, {percent} % on the disk, waits for volume 2 as before")
         demo.page.block(demo.cloister("bundle", "import", first, "--volume", second, live=True))
     with demo.page.step("Approve it, and let it take the other's place; clients notice nothing"):
         _approve(demo, LARGE)
@@ -54,12 +64,28 @@ def kill_importer(demo: Demo) -> None:
     """SIGKILL to the importer, and a wait until another one answers."""
     (before,) = (pid for pid, what in demo.machine.processes().items() if what == _IMPORTER)
     os.kill(before, signal.SIGKILL)
-    deadline = time.monotonic() + _RESTART_LIMIT_S
-    while not _answers(demo, before):
-        if time.monotonic() > deadline:
-            raise CommandError("the importer that was killed was not started again")
-        time.sleep(0.1)
+    _until(lambda: _answers(demo, before), "the importer that was killed was not started again")
     demo.page.good(f"kill -9 {before}; another importer is up by itself")
+
+
+def _waiting(demo: Demo) -> dict[str, Any]:
+    """The one import that is under way, once it waits for a volume."""
+    found: list[dict[str, Any]] = []
+
+    def waits() -> bool:
+        found[:] = [told for one in demo.facts("bundle", "imports") if (told := one["progress"])["volume_wanted"]]
+        return bool(found)
+
+    _until(waits, "no import waits for a volume")
+    return found[0]
+
+
+def _until(done: Callable[[], bool], failure: str) -> None:
+    deadline = time.monotonic() + _RESTART_LIMIT_S
+    while not done():
+        if time.monotonic() > deadline:
+            raise CommandError(failure)
+        time.sleep(0.1)
 
 
 def _answers(demo: Demo, before: int) -> bool:

@@ -9,6 +9,7 @@ takes up; after it, the new state, and starting again completes the rest.
 import errno
 import hashlib
 import logging
+import os
 import sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -121,18 +122,24 @@ class _Import:
 
     def carry_out(self, path: Path) -> Progress:
         place, check = self._place, self._steering.check
-        digest = self._left.model_digest if self._left else ""
         with place.desk.turn(check) as ticket, self._held:
             check()
             place.ledger.works(self.import_id, True)
-            patient = self._left is not None
-            aside = partial(self._aside, ticket)
-            volumes = Volumes(path, self._steering, aside, self._want, digest, patient=patient)
+            digest = self._left.model_digest if self._left else self._known_as(path)
             head = open_kept(place.store.fs, place.store.staging(digest), digest) if digest else None
+            aside, patient = partial(self._aside, ticket), bool(self._left or head)
+            volumes = Volumes(path, self._steering, aside, self._want, digest, patient=patient)
             with closing(BundleReader(volumes, head)) as reader:
                 if reader.read_header() == TRUST:
                     return self._import_trust(reader)
                 return self._import_model(reader, volumes)
+
+    def _known_as(self, path: Path) -> str:
+        """The model that an earlier import found at a path where nothing lies now; empty where none did."""
+        if os.path.lexists(path):
+            return ""
+        earlier = (held.progress.model_digest for held in self._place.ledger.ended() if held.path == str(path))
+        return next(earlier, "")
 
     def leave(self) -> Progress:
         """The importer stops: nothing of this import ends; its progress so far."""

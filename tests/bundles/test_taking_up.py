@@ -319,6 +319,27 @@ def test_an_import_that_was_cancelled_or_refused_is_not_taken_up(
     again.ledger.close()
 
 
+def test_whoever_imports_a_cancelled_bundle_again_need_not_show_its_first_volume_either(
+    place: Workplace, tmp_path: Path, trust: Trust
+) -> None:
+    first, second = media(tmp_path, trust, 5)
+    left = leave(place, first)
+    with taken_up(place) as (told, steering):
+        told.wanted(2)
+        steering.end(BundleError("IMPORT_CANCELLED", "an operator ended it"))
+    assert (told[-1].reason, told[-1].model_version) == ("IMPORT_CANCELLED", "tiny@1.0.1")
+    unplugged(first)
+    assert bring(place, first.with_name("another")).reason == "SOURCE_UNREADABLE"
+    again, steering = Told(), Steering()
+    thread = threading.Thread(target=bring, args=(place, first, again, steering))
+    thread.start()
+    again.wanted(2)
+    steering.offer(second)
+    thread.join(60)
+    assert (again[-1].state, again[-1].model_digest) == (State.COMMITTED, left.progress.model_digest)
+    assert bring(place, first).reason == "SOURCE_UNREADABLE", "nothing is staged of it any more"
+
+
 def test_a_trust_bundle_is_taken_up(place: Workplace, tmp_path: Path, trust: Trust) -> None:
     path = tmp_path / "trust.bundle"
     keys = {"root": [trust.root_key], "release": [trust.release_key], "publisher": [trust.publisher_key]}
