@@ -125,7 +125,7 @@ class ImportBundleResponse(_message.Message):
     model_digest: _builtins.str
     """SHA-256 of the signed manifest, hex, once verified."""
     volume_wanted: _builtins.int
-    """The volume it waits for; 0 while it waits for none."""
+    """The volume it waits for, the first only after a new start; 0 while it waits for none."""
     volumes: _builtins.int
     """Volumes of the bundle; 1 where it is whole, 0 until the manifest is verified."""
     bytes_per_second: _builtins.int

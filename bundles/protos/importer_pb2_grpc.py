@@ -107,7 +107,8 @@ class ImporterServiceServicer(object):
     """
 
     def ImportBundle(self, request, context):
-        """Imports one bundle. The import runs on when the caller goes away; calling again with its path joins it.
+        """Imports one bundle. The import runs on when the caller goes away, and when the importer is started anew; calling
+        again with its path joins it, and has it look again for a volume that was not beside the first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,9 @@ class ImporterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ImporterServiceAsyncStub: ...
     ImportBundle: _grpc.UnaryStreamMultiCallable[_importer_pb2.ImportBundleRequest, _importer_pb2.ImportBundleResponse]
-    """Imports one bundle. The import runs on when the caller goes away; calling again with its path joins it."""
+    """Imports one bundle. The import runs on when the caller goes away, and when the importer is started anew; calling
+    again with its path joins it, and has it look again for a volume that was not beside the first.
+    """
     OfferVolume: _grpc.UnaryUnaryMultiCallable[_importer_pb2.OfferVolumeRequest, _importer_pb2.OfferVolumeResponse]
     """Hands the next volume to an import that waits for it; a wrong one is refused and the import waits on."""
     ListImports: _grpc.UnaryUnaryMultiCallable[_importer_pb2.ListImportsRequest, _importer_pb2.ListImportsResponse]
@@ -66,7 +68,9 @@ class ImporterServiceAsyncStub(ImporterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ImportBundle: _aio.UnaryStreamMultiCallable[_importer_pb2.ImportBundleRequest, _importer_pb2.ImportBundleResponse]  # type: ignore[assignment]
-    """Imports one bundle. The import runs on when the caller goes away; calling again with its path joins it."""
+    """Imports one bundle. The import runs on when the caller goes away, and when the importer is started anew; calling
+    again with its path joins it, and has it look again for a volume that was not beside the first.
+    """
     OfferVolume: _aio.UnaryUnaryMultiCallable[_importer_pb2.OfferVolumeRequest, _importer_pb2.OfferVolumeResponse]  # type: ignore[assignment]
     """Hands the next volume to an import that waits for it; a wrong one is refused and the import waits on."""
     ListImports: _aio.UnaryUnaryMultiCallable[_importer_pb2.ListImportsRequest, _importer_pb2.ListImportsResponse]  # type: ignore[assignment]
@@ -101,7 +105,9 @@ class ImporterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _importer_pb2.ImportBundleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_importer_pb2.ImportBundleResponse], _abc.AsyncIterator[_importer_pb2.ImportBundleResponse]]:
-        """Imports one bundle. The import runs on when the caller goes away; calling again with its path joins it."""
+        """Imports one bundle. The import runs on when the caller goes away, and when the importer is started anew; calling
+        again with its path joins it, and has it look again for a volume that was not beside the first.
+        """
 
     @_abc_1.abstractmethod
     def OfferVolume(
