@@ -4,9 +4,11 @@ The signed bytes are parsed strictly, after their signatures hold; there is no c
 reader may skip. Sizes are bytes, digests are SHA-256 in lower-case hex, times are UTC to the second.
 """
 
+import hashlib
 import json
 from datetime import UTC, datetime
 from typing import Annotated, Literal
+from weakref import WeakValueDictionary
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -203,23 +205,29 @@ class Manifest(_Strict):
         return self.model_dump_json(by_alias=True, indent=1).encode()
 
 
+_HELD: WeakValueDictionary[bytes, Manifest] = WeakValueDictionary()  # by SHA-256; one of 100 000 files has 60 MB
+
+
 def parse(raw: bytes) -> Manifest:
-    """The manifest in `raw`, complete and consistent in itself.
+    """The manifest in `raw`, complete and consistent in itself; the same one while somebody holds it.
 
     Raises:
         BundleError: MANIFEST_TOO_LARGE, MANIFEST_SCHEMA, MANIFEST_CRITICAL, MANIFEST_FILES, MANIFEST_SIZES,
             MANIFEST_DOCUMENTS, MANIFEST_REQUIRES, MANIFEST_VOLUMES, LICENCE_MISSING; the JSON and PATH codes.
     """
+    digest = hashlib.sha256(raw).digest()
+    held = _HELD.get(digest)
+    if held is None:
+        _HELD[digest] = held = _parse(raw)
+    return held
+
+
+def _parse(raw: bytes) -> Manifest:
     if len(raw) > MAX_MANIFEST:
         raise BundleError("MANIFEST_TOO_LARGE", f"the manifest has {len(raw)} bytes, over {MAX_MANIFEST}")
-    value = strict_json.parse_object(raw, "the manifest")
-    if value.get("critical"):
-        raise BundleError("MANIFEST_CRITICAL", "the manifest needs a newer Cloister: it has critical extensions")
-    files = value.get("files")
-    if isinstance(files, list) and len(files) > MAX_FILES:
-        raise BundleError("MANIFEST_FILES", f"the manifest lists over {MAX_FILES} files")
+    text = _strict(raw)
     try:
-        manifest = Manifest.model_validate_json(json.dumps(value))
+        manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
         raise BundleError("MANIFEST_SCHEMA", f"the manifest's {fault_of(error)}") from None
     _check_kind(manifest)
@@ -227,6 +235,17 @@ def parse(raw: bytes) -> Manifest:
     _check_volumes(manifest)
     _check_documents(manifest)
     return manifest
+
+
+def _strict(raw: bytes) -> str:
+    """The document as JSON that has one reading only; the tree of 100 000 files is gone before they are made."""
+    value = strict_json.parse_object(raw, "the manifest")
+    if value.get("critical"):
+        raise BundleError("MANIFEST_CRITICAL", "the manifest needs a newer Cloister: it has critical extensions")
+    files = value.get("files")
+    if isinstance(files, list) and len(files) > MAX_FILES:
+        raise BundleError("MANIFEST_FILES", f"the manifest lists over {MAX_FILES} files")
+    return json.dumps(value)
 
 
 def fault_of(error: ValidationError) -> str:

@@ -1,5 +1,6 @@
 """What an appliance does with a version costs as much per file whether it has few of them or many."""
 
+import gc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from bundles.format import manifest as manifests
 from bundles.importer import views
 from bundles.importer.ledger import Ledger
 from bundles.importer.records import ModelVersion
@@ -84,3 +86,20 @@ def test_no_record_is_read_for_each_of_its_files(tmp_path: Path, trust: Trust, c
         lives.append(_life(tmp_path / f"{count}", bundle, trust, calls))
     assert lives[0] == lives[1]
     assert sum(lives[1]["scrubbed"].values()) < 10
+
+
+def test_a_manifest_is_parsed_once_while_somebody_holds_it(
+    tmp_path: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An import verifies its head twice, the second time under the trust of its end."""
+    bundle = make_bundle(tmp_path / "b", trust, sequence=77)
+    before = set(manifests._HELD)
+    parsed: list[int] = []
+    real = manifests._parse
+    monkeypatch.setattr(manifests, "_parse", lambda raw: parsed.append(len(raw)) or real(raw))
+    place = open_place(make_home(tmp_path / "home", trust))
+    bring(place, bundle)
+    assert len(parsed) == 1
+    gc.collect()
+    assert set(manifests._HELD) <= before, "nothing of it stays"
+    place.ledger.close()
