@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import CpuBackend
-from kernels.ops import Backend, Heads, KvSpec, Rows
+from kernels.ops import Attending, Backend, Heads, KvSpec, Rows
 from kernels.reference import ReferenceBackend
 
 BACKENDS: dict[str, Backend] = {
@@ -16,6 +16,7 @@ BACKENDS: dict[str, Backend] = {
 }
 backends = pytest.mark.parametrize("ops", BACKENDS.values(), ids=BACKENDS.keys())
 HEADS = Heads(query=6, kv=2, dim=8)
+ATTENDING = Attending(8**-0.5)
 SPEC = KvSpec(num_layers=2, num_blocks=40, block_size=4, num_kv_heads=2, head_dim=8)
 INV_FREQ = [1.0, 0.3, 0.05, 0.004]
 
@@ -56,8 +57,9 @@ def attend(qkv: Tensor) -> Tensor:
 
 def padded(ops: Backend, x: Tensor) -> Tensor:
     """As a backend pads a step: to whole tiles of 16 in the deterministic CPU backend."""
-    wide = x.double() if getattr(ops, "dtype", None) == torch.float64 else x
-    return torch.nn.functional.pad(wide, (0, 0, 0, -len(x) % 16)) if getattr(ops, "deterministic", False) else wide
+    if isinstance(ops, CpuBackend):
+        return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16)) if ops.deterministic else x
+    return x.to(ops.dtype) if isinstance(ops, ReferenceBackend) else x
 
 
 @backends
@@ -85,7 +87,7 @@ def test_norms_divide_by_the_root_of_the_mean_square(ops: Backend) -> None:
 @backends
 def test_the_gate_comes_first_and_goes_through_silu(ops: Backend) -> None:
     gate, up = noise(16, 10) * 5, noise(16, 10, seed=1)
-    close(ops.gated_silu(padded(ops, torch.cat([gate, up], -1))), gate * torch.sigmoid(gate) * up)
+    close(ops.gated(padded(ops, torch.cat([gate, up], -1)), "silu"), gate * torch.sigmoid(gate) * up)
 
 
 @backends
@@ -117,7 +119,7 @@ def test_attention_over_scattered_pages_equals_attention_over_the_whole_sequence
         batch = ops.begin(rows_of(*((start, count, tables[i]) for i, start, count in step)), kv)
         qkv = padded(ops, torch.cat([sequences[i][start : start + count] for i, start, count in step]))
         q = ops.rope_and_write_kv(qkv, HEADS, rope, kv, 1, batch)
-        out = ops.paged_attention(q, HEADS, kv, 1, batch)
+        out = ops.paged_attention(q, HEADS, ATTENDING, kv, 1, batch)
         for (i, _, _), part in zip(
             step, torch.split(out[: sum(s[2] for s in step)], [s[2] for s in step]), strict=True
         ):
@@ -135,7 +137,7 @@ def test_what_a_former_owner_left_in_a_page_reaches_nobody(ops: Backend) -> None
         page_content[:, :, :30] = float("nan")
     batch = ops.begin(rows_of((0, 6, (7, 3))), kv)
     q = ops.rope_and_write_kv(padded(ops, qkv), HEADS, rope, kv, 0, batch)
-    close(ops.paged_attention(q, HEADS, kv, 0, batch)[:6], attend(qkv))
+    close(ops.paged_attention(q, HEADS, ATTENDING, kv, 0, batch)[:6], attend(qkv))
 
 
 @backends

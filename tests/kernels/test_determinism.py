@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import CpuBackend
-from kernels.ops import Backend, Heads, KvSpec, Rows
+from kernels.ops import Attending, Backend, Heads, KvSpec, Rows
 from kernels.reference import ReferenceBackend
 
 SHAPES = [(48, 80), (192, 320), (192, 1280), (512, 192), (100, 60), (256, 688), (2048, 2048), (2048, 5632)]
@@ -71,12 +71,12 @@ def test_norm_and_gate_give_a_row_the_same_bits_wherever_it_lies() -> None:
     for ops in backends():
         dtype = getattr(ops, "dtype", torch.float32)
         row, weight = noise(1, 3000, seed=1).to(dtype), ops.prepare_vector(noise(3000, seed=2))
-        norm, gate = ops.rms_norm(row.repeat(16, 1), weight, 1e-5)[0], ops.gated_silu(row.repeat(16, 1))[0]
+        norm, gate = ops.rms_norm(row.repeat(16, 1), weight, 1e-5)[0], ops.gated(row.repeat(16, 1), "silu")[0]
         for position in (0, 13, 41, 79):  # enough rows that torch would share them out among its threads
             x = noise(80, 3000, seed=position).to(dtype)
             x[position] = row
             assert torch.equal(ops.rms_norm(x, weight, 1e-5)[position], norm)
-            assert torch.equal(ops.gated_silu(x)[position], gate)
+            assert torch.equal(ops.gated(x, "silu")[position], gate)
 
 
 @pytest.mark.parametrize("block_size", [4, 16, 24, 80])
@@ -90,7 +90,7 @@ def test_attention_gives_a_sequence_the_same_bits_in_any_chunks_beside_any_rows(
         whole = attend(ops, heads, qkv, block_size, cuts=[length], beside=[])
         cuts = [block_size, 2 * block_size, length - 3, length - 2, length - 1, length]
         with monkeypatch.context() as patch:
-            patch.setattr("kernels.cpu._MAX_COPY", 1)  # tile by tile
+            patch.setattr("kernels.cpu_attention._MAX_COPY", 1)  # tile by tile
             pieces = attend(ops, heads, qkv, block_size, cuts, beside=[1, 1, 30, 90])
         assert torch.equal(whole, pieces)
 
@@ -132,5 +132,7 @@ def attend(ops: Backend, heads: Heads, qkv: Tensor, block_size: int, cuts: list[
         batch = ops.begin(Rows([0] * total, starts, counts, blocks), kv)
         fit = x if isinstance(ops, CpuBackend) else x[:total]
         q = ops.rope_and_write_kv(fit.to(dtype), heads, rope, kv, 0, batch)
-        parts.append(ops.paged_attention(q, heads, kv, 0, batch)[first : first + end - start])
+        parts.append(
+            ops.paged_attention(q, heads, Attending(heads.dim**-0.5), kv, 0, batch)[first : first + end - start]
+        )
     return torch.cat(parts)
