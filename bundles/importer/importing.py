@@ -314,7 +314,8 @@ class _Import:
             envelope = place.store.path_of(version.evidence[MANIFEST]).read_bytes()
             payload = dsse.parse(envelope, "the base's manifest").payload
             if hashlib.sha256(payload).hexdigest() == manifest.base:
-                return StoredBase(manifests.parse(payload), place.store.path_of)
+                base = StoredBase(manifests.parse(payload), place.store.path_of)
+                return self._held.enter_context(closing(base))
         except (OSError, BundleError):
             pass
         raise BundleError(

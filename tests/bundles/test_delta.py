@@ -1,12 +1,15 @@
 """A delta: a bundle without the chunks of its base, which only the base can complete."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from bundles.format.chunks import extents
 from bundles.format.errors import BundleError
 from bundles.format.source import beside
 from bundles.reader import BundleReader
+from bundles.store.base import StoredBase
 from bundles.verify import inspect, verify
 from tests.bundles.making import (
     INSPECTOR,
@@ -16,9 +19,11 @@ from tests.bundles.making import (
     make_delta,
     manifest_of,
     members_of,
+    sha256,
     split,
     write_members,
 )
+from tests.bundles.stores import bring, make_home, open_place
 
 
 @pytest.fixture
@@ -120,3 +125,30 @@ def test_a_delta_may_be_in_volumes_that_carry_what_the_base_lacks(
     assert _refusal(first, trust, bundle) == "MANIFEST_VOLUMES", (
         "fewer than the files have, more than it leaves out"
     )
+
+
+def test_a_stored_base_opens_each_of_its_files_once_and_closes_them(
+    tmp_path: Path, bundle: Path, trust: Trust
+) -> None:
+    place = open_place(make_home(tmp_path / "home", trust))
+    bring(place, bundle)
+    place.ledger.close()
+    manifest = manifest_of(bundle)
+    opened: list[str] = []
+
+    def path_of(digest: str) -> Path:
+        opened.append(digest)
+        return place.store.path_of(digest)
+
+    before = os.listdir("/proc/self/fd")
+    base = StoredBase(manifest, path_of)
+    for file in manifest.files:
+        for extent, digest in zip(extents(file.size, manifest.chunk_size), file.chunks, strict=True):
+            read_into, content = base.open(digest), b""
+            while got := read_into(buffer := memoryview(bytearray(1000))):
+                content += buffer[:got]
+            assert (len(content), sha256(content)) == (extent.length, digest)
+    base.close()
+    assert max(len(file.chunks) for file in manifest.files) > 2
+    assert opened == [file.sha256 for file in manifest.files if file.size]
+    assert os.listdir("/proc/self/fd") == before
