@@ -189,7 +189,23 @@ def _path(
     try:
         return verifier.verify(chain[0], list(chain[1:])).chain
     except (verification.VerificationError, UnsupportedAlgorithm, ValueError):
-        raise _untrusted("no chain leads from it to a certificate authority of the trust root") from None
+        raise _no_path(chain, authorities, now) from None
+
+
+def _no_path(
+    chain: Sequence[x509.Certificate], authorities: Sequence[x509.Certificate], now: datetime
+) -> BundleError:
+    """Why no authority vouches for a chain: the one that it names may have expired, and no newer one is there."""
+    issuers = {certificate.issuer for certificate in chain}
+    named = [authority for authority in authorities if authority.subject in issuers]
+    if named and all(now >= authority.not_valid_after_utc for authority in named):
+        name = named[0].subject.rfc4514_string()[:80]
+        return BundleError(
+            "CERTIFICATE_EXPIRED",
+            f"the certificate authority {name!a} of the trust root has expired; a new root must name its renewed "
+            "certificate (cloister trust rotate --authority)",
+        )
+    return _untrusted("no chain leads from it to a certificate authority of the trust root")
 
 
 def _check_revocation(

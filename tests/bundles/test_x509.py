@@ -59,6 +59,17 @@ def test_a_chain_leads_through_authorities_between() -> None:
     assert _refusal([between.leaf(PUBLISHER.key)]) == "CERTIFICATE_UNTRUSTED"
 
 
+def test_an_authority_of_the_root_that_has_expired_is_said_to_have() -> None:
+    expired, other = Authority.new("Ward CA", ends=NOW - DAY), Authority.new("Other CA", ends=NOW - DAY)
+    leaf = expired.leaf(PUBLISHER.key)
+    with pytest.raises(
+        BundleError, match="CERTIFICATE_EXPIRED: the certificate authority 'CN=Ward CA' of the trust"
+    ):
+        _verify([leaf], root_of({}, extension=certified(expired)))
+    for named in ((expired, CA), (other,)):  # one of its name that is in force, and one that did not issue it
+        assert _refusal([leaf], root_of({}, extension=certified(*named))) == "CERTIFICATE_UNTRUSTED"
+
+
 def test_an_authority_that_is_limited_to_purposes_is_limited_to_signing_code() -> None:
     code, client = ExtendedKeyUsageOID.CODE_SIGNING, ExtendedKeyUsageOID.CLIENT_AUTH
     for purposes in ([code], [ExtendedKeyUsageOID.ANY_EXTENDED_KEY_USAGE], [client, code]):
