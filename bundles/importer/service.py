@@ -22,6 +22,7 @@ from bundles.protos import importer_pb2 as pb
 from bundles.protos import importer_pb2_grpc
 from bundles.trust.approval import Approval, verify_approval
 
+LOOKING_S = 5.0
 Context = grpc.aio.ServicerContext[Any, Any]
 Found = TypeVar("Found")
 _STATUS = {
@@ -64,7 +65,8 @@ class ImporterService(importer_pb2_grpc.ImporterServiceServicer):
             if self._stopping.is_set():
                 raise BundleError("STOPPING", "the importer is stopping")
             job = self._jobs.start(path)
-            await self._jobs.look_again(job)
+            looking = asyncio.ensure_future(self._jobs.look_again(job))
+            await asyncio.wait({looking}, timeout=LOOKING_S)  # a medium may hang; it is looked at all the same
             async for progress in job.watch():
                 yield views.progress_view(job.import_id, progress)
         except BundleError as error:

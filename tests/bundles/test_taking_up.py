@@ -20,7 +20,7 @@ from bundles.pipeline import Progress, State
 from bundles.trust import revocation
 from bundles.trust.bundle import write_trust_bundle
 from bundles.trust.signers import new_signer
-from tests.bundles.making import CHUNK, Trust, make_bundle, make_root, members_of, split, unpack
+from tests.bundles.making import CHUNK, Trust, make_bundle, make_delta, make_root, members_of, split, unpack
 from tests.bundles.stores import bring, counted, damaged_names, go_on, make_home, open_place, spoil, stored
 
 
@@ -219,6 +219,22 @@ def test_another_bundle_at_the_path_is_not_taken_for_the_one_that_was_left(
 def test_a_folder_is_taken_up_like_a_file(place: Workplace, bundle: Path, tmp_path: Path) -> None:
     leave(place, unpack(bundle, tmp_path / "folder"), 9000)
     assert [ended.state for ended in go_on(place)] == [State.COMMITTED]
+    assert damaged_names(place) == []
+
+
+def test_a_delta_is_taken_up_with_its_base_from_the_store(
+    place: Workplace, bundle: Path, tmp_path: Path, trust: Trust
+) -> None:
+    assert bring(place, bundle).state is State.COMMITTED
+    whole = make_bundle(tmp_path / "whole", trust, sequence=2)
+    first = split(make_delta(whole, bundle, trust), trust, 2)
+    second = unplugged(first.with_suffix(".002"))
+    leave(place, first)
+    unplugged(first)
+    with taken_up(place) as (told, steering):
+        told.wanted(2)
+        steering.offer(second)
+    assert told[-1].state is State.COMMITTED
     assert damaged_names(place) == []
 
 

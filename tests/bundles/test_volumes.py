@@ -210,6 +210,44 @@ def test_a_medium_is_asked_for_when_the_one_before_is_read_to_its_end_and_closed
     assert asked == [(1, True), (3, True)], "of the second nothing was wanted"
 
 
+@pytest.mark.parametrize("kept", [False, True])
+def test_whatever_is_wanted_only_the_volumes_that_have_it_are_asked_for(
+    first: Path, tmp_path: Path, kept: bool
+) -> None:
+    manifest, contents = manifest_of(first), [dict(members_of(_of(first, index))) for index in (1, 2, 3)]
+    bounds = [0, 2, 5, manifest.chunk_count]
+    head = tmp_path / "head"
+    write_members(head, [member for member in members_of(first)[:-1] if not member[0].startswith("c/")])
+    places = [
+        (digest, extent.length)
+        for file in manifest.files
+        for extent, digest in zip(extents(file.size, manifest.chunk_size), file.chunks, strict=True)
+    ]
+    for wanted in range(2 ** len(places)):
+        asked: list[int] = []
+
+        def volumes(index: int, asked: list[int] = asked) -> Source:
+            asked.append(index)
+            return open_source(_of(first, index))
+
+        with closing(BundleReader(volumes, open_source(head) if kept else None)) as reader:
+            reader.read_head()
+            reader.expect(manifest)
+            for document in manifest.documents:
+                reader.read_document(document)
+            for number, (digest, length) in enumerate(places):
+                if not wanted >> number & 1:
+                    reader.skip_chunk(digest, length)
+                    continue
+                reader.open_chunk(digest, length)
+                content = bytearray(length)
+                assert reader.read_into(memoryview(content)) == length
+                assert content in [volume.get(f"c/{digest}") for volume in contents]
+            reader.read_end()
+        having = [v + 1 for v in range(3) if any(wanted >> n & 1 for n in range(bounds[v], bounds[v + 1]))]
+        assert asked == sorted({*having, *([] if kept else [1])}), f"{wanted:b}"
+
+
 def test_skipped_chunks_are_not_read_and_their_places_are_still_checked(first: Path, bundle: Path) -> None:
     manifest = manifest_of(bundle)
     with closing(BundleReader(beside(bundle))) as reader:
