@@ -76,7 +76,10 @@ def _watch(args: argparse.Namespace, steps: Iterator[admin_pb2.Activation]) -> i
         for last in steps:
             _show(args, last)
     except KeyboardInterrupt:
-        print("\nit goes on; cloister model list shows how it ends", file=sys.stderr)
+        print(
+            "\nit goes on, and ends by itself: the same command watches it again, cloister model list shows its end",
+            file=sys.stderr,
+        )
         return _INTERRUPTED
     if last.stage != "active":
         raise CloisterError(

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 
 from admin_tui.terminal import Terminal
-from appliance.cli import doctor, failure, liveness, output
+from appliance.cli import doctor, failure, liveness, model_activate, output
 from appliance.cli.doctor import CHECKS
 from appliance.cli.finding import Finding
 from appliance.cli.main import NOUNS, _noun_of, build_parser, main
@@ -466,6 +467,17 @@ def test_ctrl_c_exits_130(tmp_path: Path) -> None:
         assert process.wait(30) == 130
         assert process.stderr is not None
         assert process.stderr.read() == b""
+
+
+def test_who_leaves_an_activation_is_told_that_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def steps() -> Iterator[admin_pb2.Activation]:
+        yield admin_pb2.Activation(stage="loading", message="waits for ward-2 to be ready")
+        raise KeyboardInterrupt
+
+    assert model_activate._watch(Namespace(json=False, alias="ward"), steps()) == 130
+    said = capsys.readouterr()
+    assert said.out.startswith("loading")
+    assert "it goes on, and ends by itself: the same command watches it again" in said.err
 
 
 def _until_reading(pid: int) -> None:
