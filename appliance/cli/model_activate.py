@@ -77,7 +77,7 @@ def _watch(args: argparse.Namespace, steps: Iterator[admin_pb2.Activation]) -> i
             _show(args, last)
     except KeyboardInterrupt:
         print(
-            "\nit goes on, and ends by itself: the same command watches it again, cloister model list shows its end",
+            "\nit goes on, and ends by itself: the same command watches it again, `model list` shows its end",
             file=sys.stderr,
         )
         return _INTERRUPTED
