@@ -9,6 +9,7 @@ from engine.footprint import positions
 from engine.loop import EngineLoop
 from engine.memory import available_bytes, own_bytes
 from engine.memory_plan import PROCESS_BYTES, Model, plan_memory, read_model
+from engine.models.plain import PlainWeights
 from engine.models.registry import architecture
 from engine.options import EngineOptions
 from engine.runner import ModelRunner
@@ -38,7 +39,7 @@ def build_engine(files: FileSet, open_file: OpenFile, options: EngineOptions) ->
     vocabulary = Vocabulary(bytes(read_verified(files.get("tokenizer.json"), open_file)), config.vocab_size)
     weights = load_weights(files, open_file, known.shapes)
     ops = make_backend(options)
-    model = family.build(config, weights, ops, positions(options))
+    model = family.build(config, PlainWeights(weights), ops, positions(options), options.max_context_tokens)
     kv = KvSpec(config.num_layers, options.kv_blocks, options.block_size, config.num_kv_heads, config.head_dim)
     limits = Limits(
         options.max_step_tokens, options.max_running, options.max_context_tokens, options.deterministic

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from engine.models.blocks import Shapes
-from engine.models.config import ModelConfig
+from engine.models.spec import Mixture, ModelConfig
+from engine.models.tensors import Shapes
 from engine.options import EngineOptions
 
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -65,6 +65,11 @@ class Sizes:
         return self.config.num_heads // self.config.num_kv_heads
 
     @property
+    def intermediate(self) -> int:
+        """I, of the widest MLP."""
+        return max(layer.mlp.intermediate for layer in self.config.layers)
+
+    @property
     def step(self) -> int:
         """T, whole tiles."""
         return _up(self.options.max_step_tokens, _TILE)
@@ -99,12 +104,26 @@ def parameters(shapes: Shapes) -> int:
 
 def weights_bytes(of: Sizes) -> int:
     """Every prepared tensor: stacked matrices are as large as their parts, a tied head costs nothing."""
-    return parameters(of.shapes) * of.item + _rope_bytes(of)
+    return sum(_prepared(of).values()) + _rope_bytes(of)
+
+
+def _prepared(of: Sizes) -> dict[str, int]:
+    """Each tensor as a backend keeps it; a norm whose weight has an offset stays in float32."""
+    wide = max(of.item, _FLOAT) if of.config.norm_offset else of.item
+    return {
+        name: prod(shape) * (wide if len(shape) == 1 and name.endswith(".weight") else of.item)
+        for name, shape in of.shapes.items()
+    }
 
 
 def _rope_bytes(of: Sizes) -> int:
-    """cpu: float32 [positions, 2, 1, head_dim]; reference: two [positions, head_dim / 2]."""
-    return of.positions * of.config.head_dim * (2 * _FLOAT if of.is_cpu else of.item)
+    """cpu: float32 [positions, 2, 1, rotated]; reference: two [positions, rotated / 2]; of each embedding."""
+    return of.positions * _rotated(of) * (2 * _FLOAT if of.is_cpu else of.item)
+
+
+def _rotated(of: Sizes) -> int:
+    """Rotated numbers of a head, over all rotary embeddings."""
+    return sum(rope.rotated(of.config.head_dim) for rope in of.config.ropes)
 
 
 def block_bytes(of: Sizes) -> int:
@@ -127,21 +146,32 @@ def loading_peak(of: Sizes, stored: Mapping[str, int]) -> int:
         of: the sizes.
         stored: bytes of each tensor in its file; those that are missing count as they will be prepared.
     """
-    prepared = {name: prod(shape) * of.item for name, shape in of.shapes.items()}
+    prepared = _prepared(of)
     held = {name: stored.get(name, size) for name, size in prepared.items()}
     between = sum(max(held[name], size) for name, size in prepared.items())
     config = of.config
-    stacks = [2 * config.intermediate_size, of.query + 2 * of.kv, config.vocab_size]
+    stacks = [2 * of.intermediate, of.query + 2 * of.kv, config.vocab_size]
     stack = max(stacks) * config.hidden_size
     converts = any(held[name] != size for name, size in prepared.items())
     widest = max((held[name] // prod(shape) for name, shape in of.shapes.items()), default=of.item)
     copies = stack * max(of.item, widest) if converts else 0
-    return between + stack * of.item + copies + _rope_bytes(of) + _rope_angles(of)
+    return between + stack * of.item + copies + _experts(of, held) + _rope_bytes(of) + _rope_angles(of)
+
+
+def _experts(of: Sizes, held: Mapping[str, int]) -> int:
+    """The experts of one layer, whose parts are all there until the last is prepared."""
+    numbers = [
+        3 * layer.mlp.experts * layer.mlp.intermediate * of.config.hidden_size
+        for layer in of.config.layers
+        if isinstance(layer.mlp, Mixture)
+    ]
+    widest = max((-(-held[name] // prod(shape)) for name, shape in of.shapes.items()), default=of.item)
+    return max(numbers, default=0) * widest
 
 
 def _rope_angles(of: Sizes) -> int:
     """Angles in float32 and float64, their cosines and sines, and the joined tables before they are rounded."""
-    return of.positions * of.config.head_dim // 2 * (_FLOAT + 8 * 8)
+    return of.positions * _rotated(of) // 2 * (_FLOAT + 8 * 8)
 
 
 def activation_bytes(of: Sizes) -> int:
@@ -158,13 +188,25 @@ def activation_bytes(of: Sizes) -> int:
 
 
 def _rotation(of: Sizes) -> int:
-    """The projection (twice where its tiles are joined), and queries and keys in float32, four times."""
-    return of.step * ((of.query + 2 * of.kv) * of.item * 2 + (of.query + of.kv) * (4 * _FLOAT + 2 * of.item))
+    """The projection (twice where its tiles are joined), and queries and keys in float32, four times.
+
+    Where they are normed, they are there twice more in float32 and once in the number type.
+    """
+    turned = 4 * _FLOAT + 2 * of.item + (2 * _FLOAT + of.item if of.config.qk_norm else 0)
+    return of.step * ((of.query + 2 * of.kv) * of.item * 2 + (of.query + of.kv) * turned)
 
 
 def _mlp(of: Sizes) -> int:
-    """Gate and up (twice where tiles are joined), and four of the gate's size in float32 while it is applied."""
-    return of.step * of.config.intermediate_size * (4 * of.item + 4 * _FLOAT)
+    """Gate and up (twice where tiles are joined), and four of the gate's size in float32 while it is applied.
+
+    A mixture has one expert's at a time, for at most all tokens; beside it the sum of answers in float32, the rows
+    of an expert and its answers (each twice), and the scores of all experts.
+    """
+    gated = of.step * of.intermediate * (4 * of.item + 4 * _FLOAT)
+    experts = max((layer.mlp.experts for layer in of.config.layers if isinstance(layer.mlp, Mixture)), default=0)
+    if not experts:
+        return gated
+    return gated + of.step * (of.config.hidden_size * (4 * of.item + 4 * _FLOAT) + experts * (4 * _FLOAT + _INT))
 
 
 def _logits(of: Sizes) -> int:

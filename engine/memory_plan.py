@@ -11,9 +11,10 @@ from engine import footprint
 from engine.cores import usable_cores
 from engine.errors import EngineError
 from engine.footprint import Sizes
-from engine.models.blocks import Shapes
-from engine.models.config import ModelConfig, parse_config
+from engine.models.config import parse_config
 from engine.models.registry import architecture
+from engine.models.spec import ModelConfig
+from engine.models.tensors import Shapes
 from engine.options import EngineOptions
 from engine.weights.files import FileSet, OpenFile, read_verified
 from engine.weights.safetensors import read_stored_header

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from engine.models.blocks import Decoder
+from engine.models.decoder import Decoder
 from engine.plan import FULL, PlanRow, ResultRow, StepPlan, StepResult, TokenLogprob
 from engine.sampler import SamplerState
 from kernels.ops import Backend, KvSpec, Logprobs, Rows
@@ -55,7 +55,7 @@ class ModelRunner:
         """Logits [rows that sample, vocabulary] of the plan's last tokens, out of what the step came to."""
         ends = [first + len(row.token_ids) for row, first in zip(plan.rows, _firsts(plan), strict=True)]
         sampled = [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sampling_slot is not None]
-        return self._ops.logits(hidden, self._model.head, sampled)
+        return self._model.logits(self._ops, hidden, sampled)
 
     def _forward(self, plan: StepPlan) -> Any:
         """What the plan's tokens come to before the head; keys and values are written."""
@@ -96,7 +96,7 @@ class ModelRunner:
         for begin in range(0, len(wanted), _SCORED_AT_ONCE):
             targets = wanted[begin : begin + _SCORED_AT_ONCE]
             places = range(first + begin, first + begin + len(targets))
-            found = self._ops.logprobs(self._ops.logits(hidden, self._model.head, places), targets, top)
+            found = self._ops.logprobs(self._model.logits(self._ops, hidden, places), targets, top)
             if not all(found.finite):
                 return ResultRow(row.handle, (), "NUMERIC_FAULT")
             reports.extend(_reports(targets, found, [top] * len(targets)))

@@ -10,8 +10,9 @@ from typing import Any
 from engine.errors import EngineError
 from engine.inspect.folder import Folder
 from engine.inspect.tensors import most_common_dtype, read_tensors
-from engine.models.config import ModelConfig, parse_config
+from engine.models.config import parse_config
 from engine.models.registry import architecture
+from engine.models.spec import ModelConfig
 from engine.strict_json import load_object
 from engine.text.conversation import render_marked
 from engine.text.limits import LOAD_CPU_S, cpu_limit

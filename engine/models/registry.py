@@ -1,43 +1,66 @@
-"""The architectures this engine computes, by the name config.json gives them."""
+"""The decoders this engine computes, by the architecture config.json names."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 from engine.errors import EngineError
-from engine.models import llama
-from engine.models.blocks import Decoder, Shapes, Weights
-from engine.models.config import ModelConfig
+from engine.models import decoder, llama, tensors
+from engine.models.decoder import Decoder
+from engine.models.fields import Fields
+from engine.models.spec import ModelConfig
+from engine.models.tensors import Names, Shapes, Weights
 from kernels.ops import Backend
 
 
-class Architecture(NamedTuple):
-    """A family: the model_type that goes with its name, the tensors it needs, and how to build it."""
+class Family(NamedTuple):
+    """A family's declaration.
+
+    Attributes:
+        model_type: that goes with its architecture's name, and decides with transformers.
+        parse: reads its configuration.
+        names: what it calls its tensors.
+    """
 
     model_type: str
-    tensor_shapes: Callable[[ModelConfig], Shapes]
-    build: Callable[[ModelConfig, Weights, Backend, int], Decoder]
+    parse: Callable[[Fields], ModelConfig]
+    names: Names
+
+    def tensor_shapes(self, config: ModelConfig) -> Shapes:
+        """The tensors a model needs, unquantised."""
+        return tensors.tensor_shapes(config, self.names)
+
+    def matrices(self, config: ModelConfig) -> frozenset[str]:
+        """Those of them that may be quantised."""
+        return tensors.matrices(config, self.names)
+
+    def build(
+        self, config: ModelConfig, weights: Weights, ops: Backend, max_positions: int, context: int
+    ) -> Decoder:
+        """The model; see `engine.models.decoder.build`."""
+        return decoder.build(config, self.names, weights, ops, max_positions, context)
 
 
-ARCHITECTURES = {"LlamaForCausalLM": Architecture("llama", llama.tensor_shapes, llama.build)}
+DECODERS = {"LlamaForCausalLM": Family("llama", llama.parse, llama.NAMES)}
 
 
-def architecture(config: ModelConfig) -> Architecture:
-    """The family of `config`.
+def architecture(config: ModelConfig) -> Family:
+    """The family of `config`."""
+    return DECODERS[config.architecture]
+
+
+def find_family(name: str, model_type: str) -> Family:
+    """The family with this architecture.
 
     Raises:
-        EngineError: ARCHITECTURE_UNSUPPORTED; CONFIG_UNSUPPORTED when model_type names another family, whose
+        EngineError: ARCHITECTURE_UNSUPPORTED; CONFIG_UNSUPPORTED when `model_type` names another family, whose
             mathematics transformers would use.
     """
-    found = ARCHITECTURES.get(config.architecture)
+    found = DECODERS.get(name)
     if found is None:
-        raise EngineError(
-            "ARCHITECTURE_UNSUPPORTED",
-            f"{config.architecture} is not one of {', '.join(sorted(ARCHITECTURES))}",
-        )
-    if config.model_type != found.model_type:
+        raise EngineError("ARCHITECTURE_UNSUPPORTED", f"{name[:100]} is not one of {', '.join(sorted(DECODERS))}")
+    if model_type != found.model_type:
         raise EngineError(
             "CONFIG_UNSUPPORTED",
-            f"config.json: model_type = {config.model_type!r} beside {config.architecture}, which is "
-            f"{found.model_type!r}",
+            f"config.json: model_type = {model_type[:100]!r} beside {name}, which is {found.model_type!r}",
         )
     return found

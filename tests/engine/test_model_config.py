@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from engine.errors import EngineError
-from engine.models.config import ModelConfig, RopeConfig, parse_config
+from engine.models.config import parse_config
 from engine.models.registry import architecture
+from engine.models.spec import ModelConfig, RopeConfig
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -41,7 +42,7 @@ def parse(**changes: Any) -> ModelConfig:
 
 def test_absent_fields_take_the_defaults_of_the_family() -> None:
     config = parse(num_key_value_heads=None)
-    assert (config.num_kv_heads, config.head_dim, config.rope) == (4, 12, RopeConfig())
+    assert (config.num_kv_heads, config.head_dim, config.ropes) == (4, 12, (RopeConfig(),))
     assert (config.attention_bias, config.mlp_bias, config.tie_word_embeddings) == (False, False, False)
 
 
@@ -49,8 +50,8 @@ def test_both_layouts_of_transformers_mean_the_same() -> None:
     old = parse(rope_theta=5e5, rope_scaling=LLAMA3 | {"rope_type": "llama3"})
     new = parse(rope_parameters=LLAMA3 | {"rope_type": "llama3", "rope_theta": 5e5})
     assert old == new
-    assert new.rope == RopeConfig("llama3", 5e5, 8.0, 1.0, 4.0, 8192)
-    assert parse(rope_scaling={"type": "linear", "factor": 2.0}).rope == RopeConfig("linear", factor=2.0)
+    assert new.ropes == (RopeConfig("llama3", 5e5, 8.0, 1.0, 4.0, 8192),)
+    assert parse(rope_scaling={"type": "linear", "factor": 2.0}).ropes == (RopeConfig("linear", factor=2.0),)
 
 
 @pytest.mark.parametrize(
@@ -61,8 +62,8 @@ def test_both_layouts_of_transformers_mean_the_same() -> None:
         ({"sliding_window": 4096}, "sliding_window"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "axial"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "ntk"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_theta": 5e5}, "rope_theta"),
         ({"rope_scaling": {"rope_type": "linear", "type": "dynamic", "factor": 2.0}}, "rope_type"),

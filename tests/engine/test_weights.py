@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from engine.build import build_engine
 from engine.errors import EngineError
 from engine.memory_plan import read_config
-from engine.models import llama
+from engine.models.plain import PlainWeights
+from engine.models.registry import architecture
 from engine.options import EngineOptions
 from engine.weights.files import FileSet, read_verified
 from engine.weights.safetensors import load_weights, read_header
@@ -124,9 +125,10 @@ def test_each_tensor_has_a_buffer_of_its_own_so_that_it_can_go_alone(folder: Pat
 def test_building_a_model_takes_every_tensor_and_ties_the_head_to_the_table(tmp_path: Path) -> None:
     save_llama(tmp_path, tie_word_embeddings=True, attention_bias=True)
     config = read_config(*file_set(tmp_path))
+    family = architecture(config)
     for ops in (CpuBackend(), ReferenceBackend()):
-        weights = load_weights(*file_set(tmp_path), llama.tensor_shapes(config))
-        model = llama.build(config, weights, ops, max_positions=8)
+        weights = load_weights(*file_set(tmp_path), family.tensor_shapes(config))
+        model = family.build(config, PlainWeights(weights), ops, max_positions=8, context=8)
         assert weights == {}
         assert model.head.weight.data_ptr() == model.table.data_ptr()
 
