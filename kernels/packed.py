@@ -43,6 +43,36 @@ class Packed(NamedTuple):
         return self.codes.shape[0], self.codes.shape[1]
 
 
+class Layout(NamedTuple):
+    """What is known of a packed matrix before it is read: what its prepared form depends on beside its shape.
+
+    Attributes:
+        rows: rows that share a scale.
+        columns: columns that share a scale.
+        bits: of a code, 4 or 8.
+        kind: "int", "float8" or "table": what a code stands for.
+        zeros: it has zero points.
+        order: its columns are in an order of their own.
+    """
+
+    rows: int
+    columns: int
+    bits: int
+    kind: str = "int"
+    zeros: bool = False
+    order: bool = False
+
+
+def take_rows(matrix: Tensor | Packed, chosen: slice) -> Tensor | Packed:
+    """Some rows of a plain matrix, or of a packed one whose rows have scales of their own; a view of it."""
+    if not isinstance(matrix, Packed):
+        return matrix[chosen]
+    if matrix.rows != 1:
+        raise ValueError(f"{matrix.rows} rows share a scale and cannot be taken apart")
+    zeros = matrix.zeros[chosen] if matrix.zeros is not None else None
+    return matrix._replace(codes=matrix.codes[chosen], scales=matrix.scales[chosen], zeros=zeros)
+
+
 def dequantise(matrix: Packed) -> Tensor:
     """The plain matrix [out, in] in float32, its columns in the order of the inputs."""
     values = matrix.codes.float() if matrix.table is None else matrix.table[matrix.codes.long()]

@@ -20,8 +20,21 @@ from engine.weights.files import File, FileSet, OpenFile, verified
 if TYPE_CHECKING:
     from torch import Tensor
 
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TORCH_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I8": "int8",
+    "U8": "uint8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "uint8",  # exponents of scales, read as bytes
+}
+ITEM_BYTES = {name: {"64": 8, "32": 4, "16": 2}.get(name[-2:], 1) for name in _TORCH_NAMES}
+"""Of each number type, as safetensors calls it."""
+
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 
