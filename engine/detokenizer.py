@@ -27,14 +27,18 @@ class Vocabulary:
     """The bytes each token stands for; special tokens stand for none.
 
     Args:
-        tokenizer_json: content of the model's tokenizer.json.
+        tokenizer_json: content of the model's tokenizer.json; None for a model that writes no text, whose tokens
+            all stand for nothing.
         size: tokens of the model, which may be more than the tokenizer knows; the surplus stands for nothing.
 
     Raises:
         EngineError: TOKENIZER_UNSUPPORTED: not JSON, or a decoder other than byte-level and metaspace.
     """
 
-    def __init__(self, tokenizer_json: bytes, size: int) -> None:
+    def __init__(self, tokenizer_json: bytes | None, size: int) -> None:
+        if tokenizer_json is None:
+            self._bytes = [b""] * size
+            return
         try:
             tokenizer = Tokenizer.from_buffer(bytes(tokenizer_json))
             to_bytes = _decoder(json.loads(tokenizer_json)["decoder"])

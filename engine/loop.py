@@ -16,7 +16,7 @@ from engine.detokenizer import Detokenizer, Vocabulary
 from engine.errors import EngineError, EngineLostError, is_out_of_memory
 from engine.options import EngineOptions
 from engine.plan import PlanRow, ResultRow, StepPlan, StepResult, TokenLogprob
-from engine.request import End, EndReason, Request
+from engine.request import End, EndReason, Request, Task
 from engine.scheduler import Scheduler
 
 LOST_STEPS = 8
@@ -43,6 +43,7 @@ class StepRow(NamedTuple):
         logprobs: one for each of `token_ids`, where asked for; also where a stop cut their text off.
         prompt_logprobs: of the prompt's tokens from the second on, where asked for: in order over the rows, each
             once, all before the first token of the answer.
+        values: the vector or the score that was asked for, in the last row.
     """
 
     handle: int
@@ -51,6 +52,7 @@ class StepRow(NamedTuple):
     end: End | None
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    values: tuple[float, ...] = ()
 
 
 class EngineStatus(NamedTuple):
@@ -79,6 +81,8 @@ class EngineLoop:
         eos_ids: the model's end tokens.
         options: what it all was built with, every default filled in.
         clock: nanoseconds, monotonic.
+        tasks: what can be asked of the model.
+        num_types: segments that the model tells apart; 1: none.
     """
 
     def __init__(
@@ -89,6 +93,8 @@ class EngineLoop:
         eos_ids: Iterable[int],
         options: EngineOptions,
         clock: Callable[[], int] = time.monotonic_ns,
+        tasks: Iterable[Task] = (Task.GENERATE,),
+        num_types: int = 1,
     ) -> None:
         self.scheduler = scheduler
         self.options = options
@@ -96,6 +102,8 @@ class EngineLoop:
         self._vocabulary = vocabulary
         self._eos_ids = frozenset(eos_ids)
         self._clock = clock
+        self._tasks = frozenset(tasks)
+        self._num_types = num_types
         self._requests: dict[int, tuple[Request, Detokenizer]] = {}
         self._aborted: list[StepRow] = []
         self._generated = 0
@@ -116,20 +124,29 @@ class EngineLoop:
         """Take `request`, whose handle no request held now may have.
 
         Raises:
-            EngineError: DUPLICATE_HANDLE, TOKEN_OUT_OF_RANGE, INVALID_SAMPLING (bias of a token that the model has
-                not), CONTEXT_OVERFLOW or KV_TOO_SMALL.
+            EngineError: DUPLICATE_HANDLE, TASK_UNSUPPORTED, TOKEN_OUT_OF_RANGE, INVALID_TYPE_IDS, INVALID_SAMPLING
+                (bias of a token that the model has not), CONTEXT_OVERFLOW or KV_TOO_SMALL.
         """
         if request.handle in self._requests:
             raise EngineError("DUPLICATE_HANDLE", f"a request with handle {request.handle} is running")
+        self._check(request)
+        self.scheduler.submit(request)
+        request.submitted_ns = self._clock()
+        self._requests[request.handle] = request, Detokenizer(self._vocabulary, request.stop)
+
+    def _check(self, request: Request) -> None:
+        """Refuse what the model cannot do, or has not."""
+        if request.task not in self._tasks:
+            able = ", ".join(sorted(task.value for task in self._tasks))
+            raise EngineError("TASK_UNSUPPORTED", f"this model does not {request.task.value}; it can: {able}")
         if not 0 <= min(request.prompt) <= max(request.prompt) < len(self._vocabulary):
             raise EngineError("TOKEN_OUT_OF_RANGE", f"the model has tokens 0 to {len(self._vocabulary) - 1}")
         if any(not 0 <= token < len(self._vocabulary) for token, _ in request.sampling.logit_bias):
             raise EngineError(
                 "INVALID_SAMPLING", f"logit_bias: the model has tokens 0 to {len(self._vocabulary) - 1}"
             )
-        self.scheduler.submit(request)
-        request.submitted_ns = self._clock()
-        self._requests[request.handle] = request, Detokenizer(self._vocabulary, request.stop)
+        if request.type_ids and not 0 <= min(request.type_ids) <= max(request.type_ids) < self._num_types:
+            raise EngineError("INVALID_TYPE_IDS", f"the model has segments 0 to {self._num_types - 1}")
 
     def abort(self, handle: int) -> None:
         """End a request now: its pages are free on return, its last row comes with the next step.
@@ -247,11 +264,18 @@ class EngineLoop:
                 continue
             scored = _unreported(request, judged[done.handle], done) if done.handle in judged else ()
             request.num_scored += len(scored)
-            if done.token_ids:
+            if done.values:
+                yield self._deliver(request, done, now)
+            elif done.token_ids:
                 row = self._take(request, done, now)
                 yield row._replace(prompt_logprobs=scored) if scored else row
             elif scored:
                 yield StepRow(done.handle, (), "", None, prompt_logprobs=scored)
+
+    def _deliver(self, request: Request, done: ResultRow, now: int) -> StepRow:
+        """The vector or score of a request, which ends with it."""
+        request.first_token_ns = request.last_token_ns = now
+        return self._finish(request, (), "", End(EndReason.STOP))._replace(values=done.values)
 
     def _take(self, request: Request, done: ResultRow, now: int) -> StepRow:
         """Append new tokens to the answer, up to the one that ends it."""

@@ -38,6 +38,8 @@ class PlanRow(NamedTuple):
         prompt_logprobs: how many likeliest tokens to report for each of `targets`.
         targets: the prompt tokens that follow the scheduled positions, from the first on; none where they are not
             to be reported.
+        pooled: the step reaches the last token of a prompt whose vector or score is wanted.
+        type_ids: the segment of each scheduled token; none where all are of the first.
     """
 
     handle: int
@@ -50,6 +52,8 @@ class PlanRow(NamedTuple):
     sampling_slot: int | None
     prompt_logprobs: int = 0
     targets: tuple[int, ...] = ()
+    pooled: bool = False
+    type_ids: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -121,6 +125,7 @@ class ResultRow(NamedTuple):
         fault: stable code when its numbers were unusable, else empty.
         logprobs: one for each of `token_ids`, where asked for.
         prompt_logprobs: one for each of the row's targets.
+        values: the vector or the score of a pooled row.
     """
 
     handle: int
@@ -128,6 +133,7 @@ class ResultRow(NamedTuple):
     fault: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    values: tuple[float, ...] = ()
 
 
 class StepResult(NamedTuple):

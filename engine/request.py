@@ -94,6 +94,14 @@ class StopCriteria:
             raise EngineError("INVALID_STOP", "min_tokens must lie between 0 and max_tokens")
 
 
+class Task(enum.Enum):
+    """What is wanted of a request."""
+
+    GENERATE = "generate"
+    EMBED = "embed"
+    SCORE = "score"
+
+
 class EndReason(enum.Enum):
     """Why a request ended."""
 
@@ -116,7 +124,7 @@ class End:
         prompt_tokens: prompt tokens computed, or taken from the prefix cache.
         completion_tokens: tokens generated, an end token included.
         queue_ns: from submission to first scheduled.
-        prefill_ns: from first scheduled to first token.
+        prefill_ns: from first scheduled to first token, or to the vector or score.
         decode_ns: from first to last token.
         cached_prompt_tokens: prompt tokens taken from the prefix cache when the request was first admitted.
         recomputed_tokens: tokens computed again after the request had given up its pages.
@@ -154,8 +162,10 @@ class Request:
         prompt_logprobs: the same for each prompt token but the first.
         follows: handle of a request with the same prompt, whose pages this one shares: it is not admitted before
             that one's prompt is computed, or that one is gone.
+        task: what is wanted; of a vector or score nothing is generated, and `sampling` and `stop` say nothing.
+        type_ids: the segment of each prompt token, for an encoder; empty where all are of the first.
         tokens: prompt and generated tokens.
-        limit: most tokens to generate; the scheduler lowers it to what the context allows.
+        limit: most tokens to generate, the scheduler lowers it to what the context allows; 0 with another task.
         num_computed: tokens whose keys and values are in the KV pages.
         reached: most tokens that `num_computed` has ever been; what is computed below it is computed again.
         blocks: KV pages of the full-attention group, in token order.
@@ -164,7 +174,7 @@ class Request:
         cached_prompt_tokens, recomputed_tokens, preemptions: as in `End`.
 
     Raises:
-        EngineError: EMPTY_PROMPT, INVALID_SAMPLING (weight, logprobs).
+        EngineError: EMPTY_PROMPT, INVALID_SAMPLING (weight, logprobs), INVALID_TYPE_IDS.
     """
 
     handle: int
@@ -177,6 +187,8 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     follows: int | None = None
+    task: Task = Task.GENERATE
+    type_ids: Sequence[int] = ()
     tokens: list[int] = field(init=False)
     limit: int = field(init=False)
     num_computed: int = field(init=False, default=0)
@@ -198,8 +210,10 @@ class Request:
         _require(self.weight >= 1, "weight must be at least 1")
         for wanted in (self.logprobs, self.prompt_logprobs):
             _require(wanted is None or 0 <= wanted <= MAX_LOGPROBS, f"logprobs must lie in 0 to {MAX_LOGPROBS}")
+        if self.type_ids and len(self.type_ids) != len(self.prompt):
+            raise EngineError("INVALID_TYPE_IDS", f"{len(self.type_ids)} segments for {len(self.prompt)} tokens")
         self.tokens = list(self.prompt)
-        self.limit = self.stop.max_tokens
+        self.limit = self.stop.max_tokens if self.task is Task.GENERATE else 0
 
     @property
     def num_tokens(self) -> int:

@@ -25,7 +25,7 @@ from engine.errors import EngineError
 from engine.fair_queue import FairQueue
 from engine.lineage import Lineage
 from engine.plan import FULL, BlockTable, PlanRow, SamplerSetup, StepPlan, StepResult
-from engine.request import Request
+from engine.request import Request, Task
 
 _Span = tuple[Request, int, int]  # up to which position a step computes it, and how many pages it lacks for that
 
@@ -42,12 +42,21 @@ class Limits:
             a prompt always moves on.
         max_context_tokens: prompt and answer together.
         whole_blocks: cut prompts only at page borders, as determinism needs: rows of one tile stay together.
+        whole_prompts: a prompt is computed in one step and keeps nothing in pages, as an encoder's.
     """
 
     max_step_tokens: int
     max_running: int
     max_context_tokens: int
     whole_blocks: bool = False
+    whole_prompts: bool = False
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a request: what is computed whole must fit into a step."""
+        return (
+            min(self.max_context_tokens, self.max_step_tokens) if self.whole_prompts else self.max_context_tokens
+        )
 
 
 @dataclass(slots=True)
@@ -119,12 +128,12 @@ class Scheduler:
         Raises:
             EngineError: CONTEXT_OVERFLOW or KV_TOO_SMALL; the request can never run.
         """
-        room = self.limits.max_context_tokens - len(request.prompt)
-        if room < 1:
+        room = self.limits.context - len(request.prompt)
+        if room < min(1, request.limit):
+            answer = ", one of them for the answer" if request.limit else ""
             raise EngineError(
                 "CONTEXT_OVERFLOW",
-                f"the prompt has {len(request.prompt)} tokens; the context holds "
-                f"{self.limits.max_context_tokens}, one of them for the answer",
+                f"the prompt has {len(request.prompt)} tokens; the context holds {self.limits.context}{answer}",
             )
         request.limit = min(request.limit, room)
         if self._worst_case(request) > self.pool.num_blocks:
@@ -165,7 +174,7 @@ class Scheduler:
         """A smaller plan in place of one that ran out of memory; None when it cannot be smaller.
 
         The `fewer` requests of it that were admitted last are preempted, but for one, whose row is halved when it
-        is alone and longer than a page. Steps stay as small for a while.
+        is alone and longer than a page, and may be cut. Steps stay as small for a while.
         """
         rows = plan.rows
         if len(rows) > 1:
@@ -174,10 +183,10 @@ class Scheduler:
             for request in reversed(order[max(1, len(order) - fewer) :]):
                 self._preempt(request)
             rows = tuple(row for row in rows if row.handle in self._running)
-        elif len(rows[0].token_ids) > self.pool.block_size:
+        elif len(rows[0].token_ids) > self.pool.block_size and not self.limits.whole_prompts:
             half = self.pool.blocks_for(len(rows[0].token_ids)) // 2 * self.pool.block_size
             token_ids, targets = rows[0].token_ids[:half], rows[0].targets[:half]
-            rows = (rows[0]._replace(token_ids=token_ids, targets=targets, sampling_slot=None),)
+            rows = (rows[0]._replace(token_ids=token_ids, targets=targets, sampling_slot=None, pooled=False),)
         else:
             return None
         self._step_tokens = max(self.pool.block_size, sum(len(row.token_ids) for row in rows))
@@ -198,7 +207,7 @@ class Scheduler:
             if done.fault:
                 self.pool.discard(request.blocks)  # nobody else must meet these numbers
                 continue
-            if start // size < end // size:
+            if start // size < end // size and not self.limits.whole_prompts:
                 self._register(request, start // size)
             if start < len(request.prompt) <= end:
                 self._refused.clear()  # they may share its pages now
@@ -266,6 +275,8 @@ class Scheduler:
         What was never computed for this request itself is not skipped when each of its prompt's tokens is to be
         judged.
         """
+        if self.limits.whole_prompts:
+            return ()
         limit = request.num_tokens - 1
         if request.prompt_logprobs is not None:
             limit = min(limit, request.reached)
@@ -273,13 +284,17 @@ class Scheduler:
 
     def _promised(self, request: Request) -> int:
         """Pages that are left to `request` when others are admitted: for its tokens so far, and to grow."""
-        now = self.pool.blocks_for(request.num_tokens)
+        now = self._pages(request.num_tokens)
         growth = min(self._worst_case(request) - now, 1 << request.preemptions)
         return now - len(request.blocks) + max(0, growth)
 
     def _worst_case(self, request: Request) -> int:
         """Pages for the prompt and the longest answer; the last token's keys and values are never needed."""
-        return self.pool.blocks_for(len(request.prompt) + request.limit - 1)
+        return self._pages(len(request.prompt) + max(0, request.limit - 1))
+
+    def _pages(self, tokens: int) -> int:
+        """Pages that the first `tokens` of a request take."""
+        return 0 if self.limits.whole_prompts else self.pool.blocks_for(tokens)
 
     def _start(self, request: Request) -> None:
         """Admit the request that comes next, which owns the pages of its prefix already."""
@@ -340,16 +355,27 @@ class Scheduler:
     def _spans(self) -> Iterator[_Span]:
         """What of each request to compute, within the step's budget."""
         budget = self._step_tokens
-        for request in sorted(self._running.values(), key=lambda r: r.num_pending > 1):
+        for request in self._in_turn():
             count = self._count(request, budget)
             if count > 0:
                 budget -= count
                 end = request.num_computed + count
-                yield request, end, max(0, self.pool.blocks_for(end) - len(request.blocks))
+                yield request, end, max(0, self._pages(end) - len(request.blocks))
+
+    def _in_turn(self) -> list[Request]:
+        """Who is computed before whom: next tokens before prompts, but whole prompts as they were admitted.
+
+        So a long one, which must have a step almost to itself, is not passed over for ever.
+        """
+        running = list(self._running.values())
+        return running if self.limits.whole_prompts else sorted(running, key=lambda r: r.num_pending > 1)
 
     def _count(self, request: Request, budget: int) -> int:
         """Tokens of `request` to compute within `budget`."""
         pending = request.num_pending
+        if self.limits.whole_prompts:
+            is_first = budget == self._step_tokens  # it may be longer than what steps have shrunk to
+            return pending if pending <= budget or is_first else 0
         if pending <= budget or not self.limits.whole_blocks:
             return min(pending, budget)
         return budget - budget % self.pool.block_size
@@ -361,6 +387,7 @@ class Scheduler:
             request.blocks.extend(allocation.blocks)
             self._dirty.extend(allocation.dirty)
         judged = request.prompt_logprobs is not None
+        is_last, generates = end == request.num_tokens, request.task is Task.GENERATE
         return PlanRow(
             handle=request.handle,
             slot=request.slot,
@@ -369,9 +396,11 @@ class Scheduler:
             num_draft=0,
             block_tables=(BlockTable(FULL, tuple(request.blocks)),),
             adapter_slot=None,
-            sampling_slot=request.slot if end == request.num_tokens else None,
+            sampling_slot=request.slot if is_last and generates else None,
             prompt_logprobs=request.prompt_logprobs or 0,
             targets=tuple(request.prompt[start + 1 : end + 1]) if judged else (),
+            pooled=is_last and not generates,
+            type_ids=tuple(request.type_ids[start:end]),
         )
 
     def _advance(self, request: Request, end: int) -> None:

@@ -1,4 +1,4 @@
-"""The engine's one reader of JSON from outside: an object, read one way only, or a refusal with a code.
+"""The engine's one reader of JSON from outside: read one way only, or a refusal with a code.
 
 Two programs that read one file must not see two things in it, so what readers disagree about is refused: a name
 that occurs twice, and an encoding other than UTF-8. Numbers are for whoever uses them to check, by name.
@@ -23,15 +23,20 @@ def load_object(content: bytes, name: str, code: str) -> dict[str, Any]:
     Raises:
         EngineError: `code`; not JSON, nested too deeply, a name twice in one object, or no object.
     """
+    parsed = load_value(content, name, code)
+    if not isinstance(parsed, dict):
+        raise EngineError(code, f"{name} is not a JSON object")
+    return parsed
+
+
+def load_value(content: bytes, name: str, code: str) -> Any:
+    """The JSON value that `content` is, of whatever type; arguments and errors as `load_object`."""
     try:
-        parsed = json.loads(content.decode(), object_pairs_hook=_unique)
+        return json.loads(content.decode(), object_pairs_hook=_unique)
     except RecursionError:
         raise EngineError(code, f"{name} is nested too deeply") from None
     except ValueError as error:
         raise EngineError(code, f"{name} is not JSON, or has a name twice in one object") from error
-    if not isinstance(parsed, dict):
-        raise EngineError(code, f"{name} is not a JSON object")
-    return parsed
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

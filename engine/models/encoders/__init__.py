@@ -1,0 +1,1 @@
+"""Encoders on the op protocol: one short file per family over shared blocks, for vectors and for scores."""
