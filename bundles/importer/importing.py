@@ -72,7 +72,7 @@ def take_up(place: Workplace, left: Import, report: Report, steering: Steering |
         report: as in `import_bundle`.
         steering: as in `import_bundle`.
     """
-    run = _Import(place, left.import_id, report, steering or Steering(), left.progress)
+    run = _Import(place, left.import_id, report, steering or Steering(), left)
     return _carry_out(run, Path(left.path))
 
 
@@ -106,15 +106,19 @@ class _Import:
         import_id: str,
         report: Report,
         steering: Steering,
-        left: Progress | None = None,
+        left: Import | None = None,
     ) -> None:
         self.import_id = import_id
         self._place = place
         self._report = report
         self._steering = steering
-        self._left = left and replace(left, bytes_done=sum(place.ledger.staged(left.model_digest).values()))
+        self._left: Progress | None = None
+        self._offered = ""
+        if left is not None:
+            staged = place.ledger.staged(left.progress.model_digest)
+            self._left, self._offered = replace(left.progress, bytes_done=sum(staged.values())), left.offered
         self._at = Progress(State.QUARANTINE)
-        self._recorded = left.state if left else State.QUARANTINE
+        self._recorded = left.progress.state if left else State.QUARANTINE
         self._rate = Rate(place.clock)
         self._staging = Staging(place.store, place.ledger, place.interval)
         self._held = ExitStack()
@@ -127,8 +131,16 @@ class _Import:
             place.ledger.works(self.import_id, True)
             digest = self._left.model_digest if self._left else self._known_as(path)
             head = open_kept(place.store.fs, place.store.staging(digest), digest) if digest else None
-            aside, patient = partial(self._aside, ticket), bool(self._left or head)
-            volumes = Volumes(path, self._steering, aside, self._want, digest, patient=patient)
+            volumes = Volumes(
+                path,
+                self._steering,
+                partial(self._aside, ticket),
+                self._want,
+                partial(place.ledger.offered, self.import_id),
+                digest,
+                patient=bool(self._left or head),
+                offered=self._offered,
+            )
             with closing(BundleReader(volumes, head)) as reader:
                 if reader.read_header() == TRUST:
                     return self._import_trust(reader)

@@ -90,6 +90,11 @@ class Ledger:
         with self._db.transaction():
             self._db.execute("UPDATE import SET working=? WHERE import_id=?", (working, import_id))
 
+    def offered(self, import_id: str, path: Path) -> None:
+        """An import took a volume from here, which is not beside its first."""
+        with self._db.transaction():
+            self._db.execute("UPDATE import SET offered=? WHERE import_id=?", (str(path), import_id))
+
     def bury(self) -> frozenset[str]:
         """Count the death of the process that was here before; ids of those imports that it died of too often."""
         with self._db.transaction():
@@ -156,10 +161,10 @@ class Ledger:
 
     def _imports(self, which: str, values: tuple[object, ...]) -> tuple[Import, ...]:
         rows = self._db.rows(
-            f"SELECT import_id, path, started_ns, changed_ns, progress FROM import {which}",  # noqa: S608  # ours
+            f"SELECT import_id, path, started_ns, changed_ns, progress, offered FROM import {which}",  # noqa: S608  # ours
             values,
         )
-        return tuple(Import(row[0], row[1], row[2], row[3], _decode(row[4])) for row in rows)
+        return tuple(Import(row[0], row[1], row[2], row[3], _decode(row[4]), row[5]) for row in rows)
 
     # Versions and what the store must hold.
 

@@ -114,13 +114,14 @@ class ModelVersion:
 
 @dataclass(frozen=True)
 class Import:
-    """One import; times are nanoseconds since the epoch."""
+    """One import; times are nanoseconds since the epoch, `offered` is where it took its last volume that was."""
 
     import_id: str
     path: str
     started_ns: int
     changed_ns: int
     progress: Progress
+    offered: str = ""
 
 
 @dataclass(frozen=True)

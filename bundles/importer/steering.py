@@ -4,7 +4,8 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ class Steering:
         self._changed = threading.Condition()
         self._end: BundleError | None = None
         self._wanted: Wanted | None = None
-        self._offered: Source | None = None
+        self._offered: tuple[Source, Path] | None = None
         self._opening = False
         self._refused = ""
 
@@ -90,8 +91,9 @@ class Steering:
         finally:
             with self._changed:
                 self._opening, self._refused = False, refused
-                if self._wanted is not None:
-                    source, self._offered = None, source
+                if source is not None and self._wanted is not None:
+                    self._offered = source, path
+                    source = None
                 self._changed.notify_all()
             if source is not None:
                 source.close()  # the import ended meanwhile
@@ -108,8 +110,8 @@ class Steering:
             pass  # the import tells what is wrong with it
         return 0
 
-    def wait_for_volume(self, wanted: Wanted, tell: Callable[[str], None], refused: str) -> Source:
-        """The volume, once it is offered.
+    def wait_for_volume(self, wanted: Wanted, tell: Callable[[str], None], refused: str) -> tuple[Source, Path]:
+        """The volume, once it is offered, and where it was.
 
         Args:
             wanted: the volume.
@@ -130,8 +132,8 @@ class Steering:
                         tell(told)
                         continue
                     self._changed.wait()
-                source, self._offered = self._offered, None
-                return source
+                taken, self._offered = self._offered, None
+                return taken
             finally:
                 self._wanted = None
 
@@ -219,8 +221,10 @@ class Volumes:
         steering: hears offers.
         aside: lets other imports work while this one waits.
         tell: is told the volume wanted and why the last one was refused.
+        took: is told where a volume was that was offered.
         model_digest: of the bundle's manifest, where an import is taken up again that had verified it.
         patient: volume 1 is waited for like the others.
+        offered: where the last one was that was offered before the import was taken up.
 
     Attributes:
         manifest: of the bundle, once it is verified.
@@ -233,12 +237,14 @@ class Volumes:
         steering: Steering,
         aside: Callable[[], AbstractContextManager[None]],
         tell: Callable[[int, str], None],
+        took: Callable[[Path], None],
         model_digest: str = "",
         *,
         patient: bool = False,
+        offered: str = "",
     ) -> None:
-        self._first, self._steering, self._aside, self._tell = first, steering, aside, tell
-        self._patient = patient
+        self._first, self._steering, self._aside, self._tell, self._took = first, steering, aside, tell, took
+        self._patient, self._offered = patient, offered
         self.manifest: Manifest | None = None
         self.model_digest = model_digest
 
@@ -247,6 +253,9 @@ class Volumes:
         if not (self._patient or self.manifest):
             return open_source(self._first)
         wanted = Wanted(index, lambda path: self._open(path, index), lambda: self._place(index))
+        if self._offered:
+            with suppress(BundleError):
+                return wanted.open(Path(self._offered))
         refused = ""
         try:
             return wanted.open(wanted.place())
@@ -255,8 +264,9 @@ class Volumes:
                 refused = f"{error.code}: {error.message}"
         with ExitStack() as unless_taken:
             with self._aside():
-                source = self._steering.wait_for_volume(wanted, lambda reason: self._tell(index, reason), refused)
+                source, path = self._steering.wait_for_volume(wanted, partial(self._tell, index), refused)
                 unless_taken.callback(source.close)
+            self._took(path)
             unless_taken.pop_all()
             return source
 

@@ -338,7 +338,8 @@ def test_a_database_of_the_version_before_is_read_on(place: Workplace, home: Pat
     place.ledger.close()
     with closing(sqlite3.connect(home / "store" / "store.db")) as before:
         before.executescript(
-            "ALTER TABLE import DROP COLUMN working; ALTER TABLE import DROP COLUMN deaths; PRAGMA user_version=2"
+            "ALTER TABLE import DROP COLUMN working; ALTER TABLE import DROP COLUMN deaths;"
+            "ALTER TABLE import DROP COLUMN offered; PRAGMA user_version=2"
         )
     again = Workplace.open(home, INSPECTOR)
     assert [version.sequence for version in again.ledger.versions()] == [1]

@@ -161,6 +161,33 @@ def test_volumes_whose_chunks_are_durable_are_not_shown_again(
     assert list((place.store.root / "staging").iterdir()) == []
 
 
+def test_a_volume_that_was_handed_over_is_read_on_where_it_was(
+    place: Workplace, tmp_path: Path, trust: Trust
+) -> None:
+    first, second, third = media(tmp_path, trust, 3, 4)
+    leave(place, first)
+    unplugged(first)
+    steering, begun = Steering(), place.ledger.unfinished()[0]
+
+    def told(progress: Progress) -> None:
+        if progress.volume_wanted == 2:
+            steering.offer(second)
+        elif progress.bytes_done >= 6000 and not progress.volume_wanted:
+            steering.end(StoppingError())
+
+    assert take_up(place, begun, told, steering).bytes_done < begun.progress.bytes_total
+    place.ledger.close()
+    again = open_place(tmp_path / "home")
+    assert again.ledger.unfinished()[0].offered == str(second)
+    with taken_up(again) as (heard, steering):
+        heard.wanted(3)
+        assert {progress.volume_wanted for progress in heard} == {0, 3}
+        steering.offer(third)
+    assert heard[-1].state is State.COMMITTED
+    assert damaged_names(again) == []
+    again.ledger.close()
+
+
 def test_where_all_is_durable_no_medium_is_wanted(place: Workplace, tmp_path: Path, trust: Trust) -> None:
     first, second = media(tmp_path, trust, 3)
     leave(place, first)
