@@ -44,11 +44,24 @@ def volumes_of(site: Appliance) -> list[Path]:
     return media
 
 
+def wanted(site: Appliance) -> tuple[str, int]:
+    """The one import there is, and the volume it waits for; nothing while no importer answers."""
+    try:
+        (found,) = site.json("bundle", "imports")
+    except AssertionError:  # its exit status
+        return "", 0
+    return found["progress"]["import_id"], found["progress"]["volume_wanted"]
+
+
 def test_a_model_is_carried_in_by_volumes_approved_run_and_revoked(site: Appliance) -> None:
     first, *others = volumes_of(site)
     assert len(others) > 1
     waits = site.cloister("bundle", "import", str(first), expect=3)
     assert "error: VOLUME_WANTED" in waits.stderr
+    (begun,) = site.json("bundle", "imports")
+    os.kill(site.pid_of("importer"), signal.SIGKILL)
+    first.rename(first.with_name("in the drawer"))
+    eventually(lambda: wanted(site) == (begun["progress"]["import_id"], 2), "the import, which goes on by itself")
     named = [word for volume in reversed(others) for word in ("--volume", str(volume))]
     assert VERSION in site.cloister("bundle", "import", str(first), *named).stdout
 
