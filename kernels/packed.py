@@ -14,11 +14,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_FLOAT = 4
+_BFLOAT16 = 2
+_AT_ONCE = 2**20  # numbers that are taken to float32 at once
+_ROWS = 16
+_INT4_GROUPS = (32, 64, 128, 256)
+_INT4_ROWS = 16
+_INT8_COLUMNS = 64
+
+
 class Packed(NamedTuple):
     """A quantised matrix [out, in].
 
     Attributes:
-        codes: [out, in], one a number: uint8 or int8 integers, float8_e4m3fn numbers, or uint8 indexes of `table`.
+        codes: [out, in], one a number: int8 integers (of four bits, -8 to 7), uint8 integers where there are
+            zeros, float8_e4m3fn numbers, or uint8 indexes of `table`.
         scales: float32 [ceil(out / rows), ceil(in / columns)].
         rows: rows that share a scale.
         columns: columns that share a scale.
@@ -63,31 +73,88 @@ class Layout(NamedTuple):
     order: bool = False
 
 
-def take_rows(matrix: Tensor | Packed, chosen: slice) -> Tensor | Packed:
-    """Some rows of a plain matrix, or of a packed one whose rows have scales of their own; a view of it."""
-    if not isinstance(matrix, Packed):
-        return matrix[chosen]
-    if matrix.rows != 1:
-        raise ValueError(f"{matrix.rows} rows share a scale and cannot be taken apart")
-    zeros = matrix.zeros[chosen] if matrix.zeros is not None else None
-    return matrix._replace(codes=matrix.codes[chosen], scales=matrix.scales[chosen], zeros=zeros)
-
-
 def dequantise(matrix: Packed) -> Tensor:
     """The plain matrix [out, in] in float32, its columns in the order of the inputs."""
-    values = matrix.codes.float() if matrix.table is None else matrix.table[matrix.codes.long()]
-    scales = _spread(matrix.scales, matrix)
-    if matrix.zeros is not None:
-        values = values - _spread(matrix.zeros, matrix)
-    plain = values * scales
-    if matrix.order is None:
-        return plain
-    placed = plain.new_empty(plain.shape)
-    placed[:, matrix.order] = plain
-    return placed
-
-
-def _spread(groups: Tensor, matrix: Packed) -> Tensor:
-    """One number per group, as one per number of the matrix."""
     out, inner = matrix.shape
-    return groups.repeat_interleave(matrix.rows, 0)[:out].repeat_interleave(matrix.columns, 1)[:, :inner]
+    plain = matrix.scales.new_empty(out, inner)
+    at_once = max(1, _AT_ONCE // inner)
+    for first in range(0, out, at_once):
+        rows = range(first, min(first + at_once, out))
+        values = matrix.codes[rows.start : rows.stop]
+        some = scaled(values, matrix.scales, matrix.zeros, matrix.table, (matrix.rows, matrix.columns), rows)
+        plain[rows.start : rows.stop, slice(None) if matrix.order is None else matrix.order] = some
+    return plain
+
+
+def scaled(
+    codes: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    table: Tensor | None,
+    group: tuple[int, int],
+    rows: range,
+) -> Tensor:
+    """The numbers of some rows in float32, in the order of the codes.
+
+    Args:
+        codes: of these rows, [len(rows), in].
+        scales: of the whole matrix.
+        zeros: of the whole matrix.
+        table: as `Packed` has it.
+        group: rows and columns that share a scale.
+        rows: which rows of the matrix these are.
+    """
+    values = codes.float() if table is None else table[codes.long()]
+    if zeros is not None:
+        values.sub_(_spread(zeros, group, rows, codes.shape[1]))
+    return values.mul_(_spread(scales, group, rows, codes.shape[1]))
+
+
+def _spread(groups: Tensor, group: tuple[int, int], rows: range, inner: int) -> Tensor:
+    """One number per group, as one per number of these rows; where a row has only one, once for each row."""
+    first, last = rows.start // group[0], (rows.stop - 1) // group[0]
+    some = groups[first : last + 1]
+    if group[0] > 1:
+        skipped = rows.start - first * group[0]
+        some = some.repeat_interleave(group[0], 0)[skipped : skipped + len(rows)]
+    return some if some.shape[1] == 1 else some.repeat_interleave(group[1], 1)[:, :inner]
+
+
+def cpu_kernel(layout: Layout, shape: tuple[int, int], item: int) -> str:
+    """How the CPU backend keeps a matrix: "int4" or "int8", as torch's own kernels have it, or "codes".
+
+    The kernels take bfloat16 alone, scales for each row or for a whole number of groups, and these sizes; int8 has
+    no zero points there. Everything else is kept as codes and made plain for each product, block by block.
+
+    Args:
+        layout: of the matrix.
+        shape: [out, in].
+        item: bytes of the number type that the backend computes in.
+    """
+    out, inner = shape
+    if item != _BFLOAT16 or layout.kind != "int" or layout.rows != 1:
+        return "codes"
+    if layout.bits == 4:
+        fits = layout.columns in _INT4_GROUPS and inner % layout.columns == 0 and out % _INT4_ROWS == 0
+        return "int4" if fits else "codes"
+    return "int8" if layout.columns >= inner and not layout.zeros and inner % _INT8_COLUMNS == 0 else "codes"
+
+
+def cpu_bytes(layout: Layout, shape: tuple[int, int], item: int) -> int:
+    """Bytes of a matrix as the CPU backend keeps it; `kernels/packed_cpu.py` makes these tensors."""
+    out, inner = shape
+    scales = -(-out // layout.rows) * -(-inner // layout.columns)
+    order = 8 * inner if layout.order else 0
+    kernel = cpu_kernel(layout, shape, item)
+    if kernel == "int4":
+        return out * inner // 2 + 2 * _BFLOAT16 * scales + order
+    if kernel == "int8":
+        return out * inner + _BFLOAT16 * out + order
+    codes = out * (-(-inner // 2) if layout.bits == 4 else inner)
+    table = _FLOAT * 2**layout.bits if layout.kind == "table" else 0
+    return codes + _FLOAT * scales * (1 + layout.zeros) + table + order
+
+
+def cpu_block_rows(inner: int) -> int:
+    """Rows of a matrix that the CPU backend makes plain at once: so many that they are a megabyte or four."""
+    return max(_ROWS, _AT_ONCE // inner // _ROWS * _ROWS)

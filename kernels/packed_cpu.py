@@ -1,0 +1,162 @@
+"""Products with quantised matrices on the CPU: in torch's kernels where they fit, else made plain block by block.
+
+What `kernels.packed.cpu_kernel` says is kept is kept in the form of torch._weight_int8pack_mm or of
+torch._weight_int4pack_mm_for_cpu, which take bfloat16 and whose answers are as far from the exact product as those
+of a plain bfloat16 matrix. Of other matrices the codes are kept, in as few bits as they have, and each product
+makes a block of rows plain in the backend's number type, multiplies, and forgets it: its answers are those of the
+plain matrix, and no more than one block is ever there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own custom
+from torch import Tensor
+
+from kernels.packed import Layout, Packed, cpu_block_rows, cpu_kernel, scaled
+
+
+class _Int8(NamedTuple):
+    codes: Tensor  # int8 [out, in]
+    scales: Tensor  # bfloat16 [out]
+    order: Tensor | None  # int64 [in]
+
+
+class _Int4(NamedTuple):
+    codes: Tensor  # uint8 [out, in / 2], as torch packs them
+    scales_and_zeros: Tensor  # bfloat16 [groups, out, 2]: scale, and what code 8 stands for
+    group: int
+    order: Tensor | None  # int64 [in]
+
+
+class _Codes(NamedTuple):
+    codes: Tensor  # [out, in], or two in a byte [out, ceil(in / 2)], the lower half first
+    scales: Tensor  # as `Packed` has them, and so the rest
+    zeros: Tensor | None
+    table: Tensor | None
+    order: Tensor | None
+    group: tuple[int, int]
+    shape: tuple[int, int]
+    halves: bool
+    signed: bool
+
+
+_Part: TypeAlias = Tensor | _Int8 | _Int4 | _Codes
+
+
+class PackedLinear(NamedTuple):
+    """Matrices stacked over one input, some of them quantised, and their biases."""
+
+    parts: tuple[_Part, ...]
+    bias: Tensor | None  # [out]
+
+
+def prepare(matrices: Sequence[Tensor | Packed], biases: Sequence[Tensor], dtype: torch.dtype) -> PackedLinear:
+    """Matrices [out_i, in] over one input, in the layouts that `linear` reads; nothing of them is shared.
+
+    Args:
+        matrices: plain or quantised.
+        biases: one for each, or none.
+        dtype: that the backend computes in.
+    """
+    parts = tuple(_prepare(m, dtype) if isinstance(m, Packed) else m.to(dtype, copy=True) for m in matrices)
+    return PackedLinear(parts, torch.cat([bias.to(dtype) for bias in biases]) if biases else None)
+
+
+def linear(x: Tensor, weight: PackedLinear, tile: int = 0) -> Tensor:
+    """x · weightᵀ + bias.
+
+    Args:
+        x: [T, in], in the dtype that `weight` was prepared for.
+        weight: of `prepare`.
+        tile: rows of x that are multiplied at once, of which T is a multiple; 0: all.
+
+    Returns:
+        [T, out].
+    """
+    tiles = list(torch.split(x, tile)) if tile else [x]
+    out = torch.cat([_multiply(tiles, part) for part in weight.parts], dim=-1)
+    return out if weight.bias is None else out.add_(weight.bias)
+
+
+def layout_of(matrix: Packed) -> Layout:
+    """What was known of `matrix` before it was read."""
+    kind = "float8" if matrix.codes.dtype == torch.float8_e4m3fn else "int" if matrix.table is None else "table"
+    zeros, order = matrix.zeros is not None, matrix.order is not None
+    return Layout(matrix.rows, matrix.columns, matrix.bits, kind, zeros, order)
+
+
+def _prepare(matrix: Packed, dtype: torch.dtype) -> _Part:
+    kernel = cpu_kernel(layout_of(matrix), matrix.shape, dtype.itemsize)
+    order = None if matrix.order is None else matrix.order.clone()
+    makes: dict[str, Callable[[Packed, Tensor | None], _Part]] = {"int8": _int8, "int4": _int4, "codes": _codes}
+    return makes[kernel](matrix, order)
+
+
+def _int8(matrix: Packed, order: Tensor | None) -> _Int8:
+    scales = matrix.scales.expand(matrix.shape[0], 1).flatten()
+    return _Int8(matrix.codes.clone(), scales.bfloat16(), order)
+
+
+def _int4(matrix: Packed, order: Tensor | None) -> _Int4:
+    """torch computes (code - 8) · scale + zero, of codes 0 to 15."""
+    zeros = torch.zeros_like(matrix.scales) if matrix.zeros is None else -matrix.zeros
+    codes = matrix.codes.int()
+    if matrix.codes.dtype == torch.int8:
+        codes += 8
+    else:
+        zeros = zeros + 8
+    both = torch.stack([matrix.scales, zeros * matrix.scales], -1).transpose(0, 1).bfloat16().contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return _Int4(packed, both, matrix.columns, order)
+
+
+def _codes(matrix: Packed, order: Tensor | None) -> _Codes:
+    codes, signed = matrix.codes, matrix.codes.dtype == torch.int8
+    halves = matrix.bits == 4
+    if halves:
+        positive = F.pad((codes + 8).byte() if signed else codes, (0, codes.shape[1] % 2))
+        codes = positive[:, 0::2] | positive[:, 1::2] << 4
+    zeros, table = (None if given is None else given.clone() for given in (matrix.zeros, matrix.table))
+    group = (matrix.rows, matrix.columns)
+    return _Codes(codes.clone(), matrix.scales.clone(), zeros, table, order, group, matrix.shape, halves, signed)
+
+
+def _multiply(tiles: Sequence[Tensor], part: _Part) -> Tensor:
+    """The products of all tiles, one below the other."""
+    if isinstance(part, Tensor):
+        return torch.cat([F.linear(tile, part) for tile in tiles])
+    if part.order is not None:
+        tiles = [tile.index_select(1, part.order) for tile in tiles]
+    if isinstance(part, _Int8):
+        return torch.cat([torch.ops.aten._weight_int8pack_mm(tile, part.codes, part.scales) for tile in tiles])
+    if isinstance(part, _Int4):
+        kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
+        return torch.cat([kernel(tile, part.codes, part.group, part.scales_and_zeros) for tile in tiles])
+    return _multiply_in_blocks(tiles, part)
+
+
+def _multiply_in_blocks(tiles: Sequence[Tensor], part: _Codes) -> Tensor:
+    out, inner = part.shape
+    result = tiles[0].new_empty(sum(map(len, tiles)), out)
+    at_once = cpu_block_rows(inner)
+    for first in range(0, out, at_once):
+        rows = range(first, min(first + at_once, out))
+        plain = _plain(part, rows).to(result.dtype)
+        position = 0
+        for tile in tiles:
+            result[position : position + len(tile), rows.start : rows.stop] = F.linear(tile, plain)
+            position += len(tile)
+    return result
+
+
+def _plain(part: _Codes, rows: range) -> Tensor:
+    """Some rows in float32."""
+    codes = part.codes[rows.start : rows.stop]
+    if part.halves:
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : part.shape[1]]
+        codes = codes.char() - 8 if part.signed else codes
+    return scaled(codes, part.scales, part.zeros, part.table, part.group, rows)
