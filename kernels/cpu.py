@@ -215,7 +215,7 @@ class CpuBackend(EncoderOps):
         """
         chosen, weights = _route(self.linear(x, router).float(), routing)
         out = torch.zeros_like(x, dtype=torch.float32)
-        for expert in chosen.unique().tolist():
+        for expert in sorted(set(chosen.flatten().tolist())):
             tokens, place = torch.where(chosen == expert)
             rows = self._whole_tiles(x.index_select(0, tokens))
             inner = self.gated(self.linear(rows, experts.gate_up[expert]), activation)

@@ -1,65 +1,19 @@
-"""Both backends compute the textbook equations: compared op by op, and with float64 written out here."""
+"""Both backends compute the textbook equations: compared op by op with float64 written out here."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.cpu import CpuBackend
-from kernels.ops import Attending, Backend, Heads, KvSpec, Rows
+from kernels.ops import ACTIVATIONS, Attending, Backend, Heads, KvSpec, Rows
+from kernels.packed import Packed
 from kernels.reference import ReferenceBackend
+from tests.kernels.textbook import BACKENDS, Layer, Pages, Piece, attend, close, held, noise, padded
 
-BACKENDS: dict[str, Backend] = {
-    "reference": ReferenceBackend(),
-    "reference, float64": ReferenceBackend(torch.float64),
-    "cpu": CpuBackend(),
-    "cpu, deterministic": CpuBackend(deterministic=True),
-}
 backends = pytest.mark.parametrize("ops", BACKENDS.values(), ids=BACKENDS.keys())
-HEADS = Heads(query=6, kv=2, dim=8)
-ATTENDING = Attending(8**-0.5)
 SPEC = KvSpec(num_layers=2, num_blocks=40, block_size=4, num_kv_heads=2, head_dim=8)
-INV_FREQ = [1.0, 0.3, 0.05, 0.004]
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=2e-5)
-
-
-def rows_of(*rows: tuple[int, int, tuple[int, ...]]) -> Rows:
-    """Rows of (start, count, pages)."""
-    starts, counts, tables = zip(*rows, strict=True)
-    return Rows([0] * sum(counts), starts, counts, tables)
-
-
-def rotate(x: Tensor, positions: list[int]) -> Tensor:
-    """x [tokens, heads, dim] as complex numbers, each pair turned by its angle."""
-    half = x.shape[-1] // 2
-    angles = torch.outer(torch.tensor(positions).double(), torch.tensor(INV_FREQ, dtype=torch.float64))
-    turned = torch.complex(x[..., :half], x[..., half:]) * torch.polar(torch.ones_like(angles), angles)[:, None]
-    return torch.cat([turned.real, turned.imag], -1)
-
-
-def attend(qkv: Tensor) -> Tensor:
-    """Causal attention of one sequence from position 0, in float64, a token and a head at a time."""
-    q, k, v = qkv.double().view(len(qkv), -1, HEADS.dim).split([HEADS.query, HEADS.kv, HEADS.kv], 1)  # type: ignore[no-untyped-call]  # torch's
-    q, k = rotate(q, list(range(len(q)))), rotate(k, list(range(len(k))))
-    out = torch.empty_like(q)
-    for t in range(len(q)):
-        for h in range(HEADS.query):
-            g = h // (HEADS.query // HEADS.kv)
-            out[t, h] = torch.softmax(k[: t + 1, g] @ q[t, h] / HEADS.dim**0.5, 0) @ v[: t + 1, g]
-    return out.flatten(1)
-
-
-def padded(ops: Backend, x: Tensor) -> Tensor:
-    """As a backend pads a step: to whole tiles of 16 in the deterministic CPU backend."""
-    if isinstance(ops, CpuBackend):
-        return torch.nn.functional.pad(x, (0, 0, 0, -len(x) % 16)) if ops.deterministic else x
-    return x.to(ops.dtype) if isinstance(ops, ReferenceBackend) else x
 
 
 @backends
@@ -71,23 +25,77 @@ def test_a_linear_stacks_its_matrices_and_adds_their_biases(ops: Backend) -> Non
 
 
 @backends
-def test_norms_divide_by_the_root_of_the_mean_square(ops: Backend) -> None:
-    x, residual, weight = noise(16, 24), noise(16, 24, seed=1), noise(24, seed=2)
-    prepared = ops.prepare_vector(weight)
+def test_a_quantised_matrix_is_the_plain_one_it_stands_for_beside_others(ops: Backend) -> None:
+    codes = torch.randint(0, 16, (6, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    scales, zeros = noise(3, 3, seed=2), torch.tensor([[8.0, 7.0, 1.0]] * 3)
+    packed = Packed(codes, scales, rows=2, columns=4, bits=4, zeros=zeros)
+    plain = torch.empty(6, 12, dtype=torch.float64)
+    for i in range(6):
+        for j in range(12):
+            plain[i, j] = (float(codes[i, j]) - float(zeros[i // 2, j // 4])) * float(scales[i // 2, j // 4])
+    x, other = noise(16, 12, seed=3), noise(5, 12, seed=4)
+    weight = ops.prepare_linear([other, packed], [noise(5, seed=5), noise(6, seed=6)])
+    expected = [x.double() @ other.double().T + noise(5, seed=5), x.double() @ plain.T + noise(6, seed=6)]
+    close(ops.linear(padded(ops, x), weight), torch.cat(expected, -1))
 
-    def norm(y: Tensor) -> Tensor:
-        return y / (y.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
-    close(ops.rms_norm(padded(ops, x), prepared, 1e-5), norm(x))
-    normed, total = ops.add_rms_norm(padded(ops, x), padded(ops, residual), prepared, 1e-5)
-    close(normed, norm(x + residual))
-    close(total, x + residual)
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    wide = x.double()
+    return wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
 
 
 @backends
-def test_the_gate_comes_first_and_goes_through_silu(ops: Backend) -> None:
-    gate, up = noise(16, 10) * 5, noise(16, 10, seed=1)
-    close(ops.gated(padded(ops, torch.cat([gate, up], -1)), "silu"), gate * torch.sigmoid(gate) * up)
+def test_norms_divide_by_the_root_of_the_mean_square(ops: Backend) -> None:
+    x, residual, weight = noise(16, 24), noise(16, 24, seed=1), noise(24, seed=2)
+    prepared = ops.prepare_vector(weight)
+    close(ops.rms_norm(padded(ops, x), prepared, 1e-5), norm(x, weight))
+    for scale in (1.0, 0.22):
+        normed, total = ops.add_rms_norm(padded(ops, x), padded(ops, residual), prepared, 1e-5, scale)
+        close(normed, norm(x * scale + residual, weight))
+        close(total, x * scale + residual)
+        close(ops.add(padded(ops, x), padded(ops, residual), scale), x * scale + residual)
+
+
+@pytest.mark.parametrize("backend", [ReferenceBackend, CpuBackend])
+def test_the_offset_of_a_norm_is_added_before_its_weight_is_rounded(
+    backend: Callable[[torch.dtype], Backend],
+) -> None:
+    ops, weight = backend(torch.bfloat16), noise(24).bfloat16() * 0.01  # 1 + weight has not the bits for this
+    x = noise(16, 24, seed=1).bfloat16()
+    answer = ops.rms_norm(x, ops.prepare_vector(weight, 1.0), 1e-5)
+    assert answer.dtype == torch.bfloat16
+    assert torch.equal(answer, norm(x, weight.double() + 1).bfloat16())
+    assert not torch.equal(answer, norm(x, (weight + 1).double()).bfloat16())
+
+
+def gelu(x: Tensor) -> Tensor:
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": lambda gate, up: gate * torch.sigmoid(gate) * up,
+    "gelu": lambda gate, up: gelu(gate) * up,
+    "gelu_tanh": lambda gate, up: gelu_tanh(gate) * up,
+    "clamped_swiglu": lambda gate, up: (
+        torch.minimum(gate, torch.tensor(7.0))
+        * torch.sigmoid(1.702 * torch.minimum(gate, torch.tensor(7.0)))
+        * (torch.clip(up, -7, 7) + 1)
+    ),
+}
+
+
+@backends
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_gate_comes_first_and_goes_through_its_activation(ops: Backend, activation: str) -> None:
+    gate, up = noise(16, 10) * 5, noise(16, 10, seed=1) * 5
+    close(
+        ops.gated(padded(ops, torch.cat([gate, up], -1)), activation),
+        GATES[activation](gate.double(), up.double()),
+    )
 
 
 @backends
@@ -103,47 +111,31 @@ def test_embeddings_and_logits_pick_the_rows_they_should(ops: Backend) -> None:
 
 
 @backends
-def test_attention_over_scattered_pages_equals_attention_over_the_whole_sequence(ops: Backend) -> None:
-    kv, rope = ops.allocate_kv(SPEC), ops.prepare_rope(INV_FREQ, 256)
-    lengths = {0: 23, 1: 70, 2: 5, 3: 9}
-    sequences = {i: noise(n, (HEADS.query + 2 * HEADS.kv) * HEADS.dim, seed=i) for i, n in lengths.items()}
-    pages = torch.randperm(SPEC.num_blocks, generator=torch.Generator().manual_seed(1)).tolist()
-    tables = {i: tuple(pages.pop() for _ in range(-(-n // SPEC.block_size))) for i, n in lengths.items()}
-    # Two steps: prompts in odd chunks beside single tokens, then the rest.
-    steps = [
-        [(0, 0, 22), (1, 0, 33), (2, 0, 4), (3, 0, 1)],
-        [(0, 22, 1), (1, 33, 37), (2, 4, 1), (3, 1, 8)],
-    ]
-    outs: dict[int, list[Tensor]] = {i: [] for i in lengths}
-    for step in steps:
-        batch = ops.begin(rows_of(*((start, count, tables[i]) for i, start, count in step)), kv)
-        qkv = padded(ops, torch.cat([sequences[i][start : start + count] for i, start, count in step]))
-        q = ops.rope_and_write_kv(qkv, HEADS, rope, kv, 1, batch)
-        out = ops.paged_attention(q, HEADS, ATTENDING, kv, 1, batch)
-        for (i, _, _), part in zip(
-            step, torch.split(out[: sum(s[2] for s in step)], [s[2] for s in step]), strict=True
-        ):
-            outs[i].append(part)
-    for i, sequence in sequences.items():
-        close(torch.cat(outs[i]), attend(sequence))
+def test_embeddings_and_logits_are_scaled_and_logits_bounded(ops: Backend) -> None:
+    table = noise(20, 6)
+    batch = ops.begin(Rows([3, 19], [0, 0], [1, 1], [(0,), (1,)]), ops.allocate_kv(SPEC))
+    x = ops.embed(batch, ops.prepare_table(table), 12.5)
+    close(x[:2], table[[3, 19]] * 12.5)
+    head, wide = ops.prepare_linear([table]), (table[[3, 19]] * 12.5).double() @ table.T.double()
+    close(ops.logits(x, head, [0, 1], scale=0.125), wide * 0.125)
+    close(ops.logits(x, head, [0, 1], softcap=30.0), 30 * torch.tanh(wide / 30))
+    close(ops.logits(x, head, [0, 1], 0.125, 3.0), 3 * torch.tanh(wide * 0.125 / 3))
 
 
 @backends
 def test_what_a_former_owner_left_in_a_page_reaches_nobody(ops: Backend) -> None:
-    rope = ops.prepare_rope(INV_FREQ, 256)
-    qkv = noise(6, (HEADS.query + 2 * HEADS.kv) * HEADS.dim)
-    kv = ops.allocate_kv(SPEC)
-    for page_content in (getattr(kv, "pages", kv),):
-        page_content[:, :, :30] = float("nan")
-    batch = ops.begin(rows_of((0, 6, (7, 3))), kv)
-    q = ops.rope_and_write_kv(padded(ops, qkv), HEADS, rope, kv, 0, batch)
-    close(ops.paged_attention(q, HEADS, ATTENDING, kv, 0, batch)[:6], attend(qkv))
+    layer = Layer(Heads(6, 2, 8), (1.0, 0.3, 0.05, 0.004), Attending(8**-0.5))
+    sequence = noise(6, layer.width)
+    pages = Pages(ops, layer, [sequence], block_size=4)
+    assert torch.isnan(held(pages.kv)).any()
+    (answer,) = pages.step([Piece(0, 0, 6)])
+    close(answer, attend(sequence, layer))
 
 
 @backends
 def test_a_scrubbed_page_is_zero_in_every_layer_and_its_neighbours_are_not(ops: Backend) -> None:
     kv = ops.allocate_kv(SPEC)
-    pages = getattr(kv, "pages", kv)
+    pages = held(kv)
     pages.fill_(1)
     ops.scrub(kv, [3, 5])
     assert pages[:, :, [3, 5]].abs().sum() == 0

@@ -1,13 +1,14 @@
 """Deterministic mode: a row has the same bits wherever it lies and whatever is beside it, on one thread or two."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels.cpu import CpuBackend
-from kernels.ops import Attending, Backend, Heads, KvSpec, Rows
+from kernels.ops import ACTIVATIONS, Attending, Backend, Heads, KvSpec, QkNorm, Routing, Rows
 from kernels.reference import ReferenceBackend
 
 SHAPES = [(48, 80), (192, 320), (192, 1280), (512, 192), (100, 60), (256, 688), (2048, 2048), (2048, 5632)]
@@ -67,16 +68,60 @@ def check_product(inside: int, out: int) -> None:
 
 
 @pytest.mark.usefixtures("_threads")
-def test_norm_and_gate_give_a_row_the_same_bits_wherever_it_lies() -> None:
+def test_norms_and_gates_give_a_row_the_same_bits_wherever_it_lies() -> None:
     for ops in backends():
         dtype = getattr(ops, "dtype", torch.float32)
-        row, weight = noise(1, 3000, seed=1).to(dtype), ops.prepare_vector(noise(3000, seed=2))
-        norm, gate = ops.rms_norm(row.repeat(16, 1), weight, 1e-5)[0], ops.gated(row.repeat(16, 1), "silu")[0]
+        row, raw = noise(1, 3002, seed=1).to(dtype), noise(3002, seed=2)
+        alone, weights = row.repeat(16, 1), [ops.prepare_vector(raw), ops.prepare_vector(raw, 1.0)]
+        norms = [ops.rms_norm(alone, weight, 1e-5)[0] for weight in weights]
+        total = ops.add(alone, alone, 0.22)[0]
+        gates = {activation: ops.gated(alone, activation)[0] for activation in ACTIVATIONS}
         for position in (0, 13, 41, 79):  # enough rows that torch would share them out among its threads
-            x = noise(80, 3000, seed=position).to(dtype)
+            x = noise(80, 3002, seed=position).to(dtype)
             x[position] = row
-            assert torch.equal(ops.rms_norm(x, weight, 1e-5)[position], norm)
-            assert torch.equal(ops.gated(x, "silu")[position], gate)
+            for weight, norm in zip(weights, norms, strict=True):
+                assert torch.equal(ops.rms_norm(x, weight, 1e-5)[position], norm)
+            assert torch.equal(ops.add(x, x, 0.22)[position], total)
+            for activation, gate in gates.items():
+                assert torch.equal(ops.gated(x, activation)[position], gate)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_bounded_logits_of_a_token_have_the_same_bits_whichever_others_are_asked_for() -> None:
+    for ops in backends():
+        dtype = getattr(ops, "dtype", torch.float32)
+        head, x = ops.prepare_linear([noise(1003, 192, seed=1)]), noise(64, 192, seed=2).to(dtype)
+        expected = ops.logits(x, head, [37], 0.3, 5.0)[0]
+        for tokens in ([37, 1, 2], [5] * 20 + [37], [63, 37]):
+            assert torch.equal(ops.logits(x, head, tokens, 0.3, 5.0)[tokens.index(37)], expected)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_experts_answer_a_token_with_the_same_bits_whoever_else_asks_them(normalise: bool) -> None:
+    check_experts(backends(), normalise)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_experts_answer_with_the_same_bits_on_any_number_of_threads() -> None:
+    check_experts(backends()[1:], normalise=True)
+
+
+def check_experts(many: list[Backend], normalise: bool) -> None:
+    for ops in many:
+        dtype = getattr(ops, "dtype", torch.float32)
+        router = ops.prepare_linear([noise(5, 100, seed=1)], [noise(5, seed=2)])
+        experts = ops.prepare_experts(
+            [[noise(60, 100, seed=10 + i), noise(60, 100, seed=20 + i)] for i in range(5)],
+            [noise(100, 60, seed=30 + i) for i in range(5)],
+        )
+        row = noise(1, 100, seed=3).to(dtype)
+        routing, padding = Routing(3, normalise), torch.zeros(15, 100, dtype=dtype)
+        expected = ops.mixture(torch.cat([row, padding]), router, experts, routing, "silu")[0]
+        for position, like in ((0, 0), (7, 15), (15, 3), (16, 0), (45, 47)):  # beside rows that choose as it does
+            x = noise(48, 100, seed=position).to(dtype)
+            x[:like] = row + noise(1, 100, seed=position + 50).to(dtype) / 64
+            x[position] = row
+            assert torch.equal(ops.mixture(x, router, experts, routing, "silu")[position], expected)
 
 
 @pytest.mark.parametrize("block_size", [4, 16, 24, 80])
@@ -95,6 +140,51 @@ def test_attention_gives_a_sequence_the_same_bits_in_any_chunks_beside_any_rows(
         assert torch.equal(whole, pieces)
 
 
+VARIANTS: dict[str, tuple[Attending, int, str]] = {
+    "window": (Attending(0.25, window=37), 8, ""),
+    "window of one": (Attending(0.25, window=1), 8, ""),
+    "softcap": (Attending(0.25, softcap=3.0), 8, ""),
+    "sinks": (Attending(0.25, sinks=noise(6, seed=9)), 8, ""),
+    "window, softcap and sinks": (Attending(0.1, 50, 3.0, noise(6, seed=9)), 8, ""),
+    "a norm for each head": (Attending(0.25), 8, "head"),
+    "a norm for all heads": (Attending(0.25), 8, "whole"),
+    "partial rotation": (Attending(0.25), 3, ""),
+    "all of it": (Attending(0.1, 50, 3.0, noise(6, seed=9)), 3, "head"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS.keys())
+@pytest.mark.parametrize("block_size", [16, 24])
+def test_every_kind_of_attention_gives_a_sequence_the_same_bits_in_any_chunks_beside_any_rows(
+    monkeypatch: pytest.MonkeyPatch, variant: str, block_size: int
+) -> None:
+    check_variant(monkeypatch, variant, block_size)
+
+
+@pytest.mark.usefixtures("_threads")
+def test_all_kinds_together_have_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_variant(monkeypatch, "all of it", 16)
+
+
+def check_variant(monkeypatch: pytest.MonkeyPatch, variant: str, block_size: int) -> None:
+    heads, (attending, rotated, norms) = Heads(6, 2, 16), VARIANTS[variant]
+    qkv = noise(170, (heads.query + 2 * heads.kv) * heads.dim, seed=1)
+    for ops in backends()[1:]:
+        prepared = None
+        if norms:
+            sizes = (heads.query * heads.dim, heads.kv * heads.dim) if norms == "whole" else (heads.dim, heads.dim)
+            query, key = (ops.prepare_vector(noise(size, seed=size)) for size in sizes)
+            prepared = QkNorm(query, key, 1e-6, whole=norms == "whole")
+        how = How(attending, INV_FREQ[:rotated], prepared)
+        whole = attend(ops, heads, qkv, block_size, cuts=[170], beside=[], how=how)
+        cuts = [block_size, 3 * block_size, 6 * block_size, 168, 169, 170]
+        beside = [1, 1, 30, 200, 169, 90]
+        assert torch.equal(whole, attend(ops, heads, qkv, block_size, cuts, beside, how))
+        with monkeypatch.context() as patch:
+            patch.setattr("kernels.cpu_attention._MAX_COPY", 1)  # tile by tile
+            assert torch.equal(whole, attend(ops, heads, qkv, block_size, cuts, beside[2:], how))
+
+
 @pytest.mark.usefixtures("_threads")
 def test_attention_of_one_token_has_the_same_bits_among_many() -> None:
     heads, ops = Heads(8, 2, 16), CpuBackend(deterministic=True)
@@ -104,7 +194,23 @@ def test_attention_of_one_token_has_the_same_bits_among_many() -> None:
     assert torch.equal(alone, among)
 
 
-def attend(ops: Backend, heads: Heads, qkv: Tensor, block_size: int, cuts: list[int], beside: list[int]) -> Tensor:
+class How(NamedTuple):
+    """How a layer attends, how much of a head it rotates, and its norms."""
+
+    attending: Attending
+    inv_freq: list[float]
+    norms: QkNorm | None
+
+
+def attend(
+    ops: Backend,
+    heads: Heads,
+    qkv: Tensor,
+    block_size: int,
+    cuts: list[int],
+    beside: list[int],
+    how: How = How(Attending(0.25), INV_FREQ, None),  # noqa: B008  # a tuple of constants
+) -> Tensor:
     """Attention of one sequence computed up to each of `cuts` in turn, with other rows before and after it.
 
     `beside` gives the others' context lengths: each brings one token, or all if it is in an odd place.
@@ -114,9 +220,11 @@ def attend(ops: Backend, heads: Heads, qkv: Tensor, block_size: int, cuts: list[
     others = [-(-n // block_size) for n in beside]
     pages = torch.randperm(own + sum(others), generator=torch.Generator().manual_seed(1)).tolist()
     kv = ops.allocate_kv(KvSpec(1, len(pages), block_size, heads.kv, heads.dim))
-    rope = ops.prepare_rope(INV_FREQ, 512)
+    rope = ops.prepare_rope(how.inv_freq, 512)
     tables = [tuple(pages.pop() for _ in range(n)) for n in (own, *others)]
     dtype = getattr(ops, "dtype", torch.float32)
+    sinks = how.attending.sinks
+    attending = how.attending if sinks is None else how.attending._replace(sinks=ops.prepare_vector(sinks))
     parts: list[Tensor] = []
     for start, end in zip([0, *cuts], cuts, strict=False):
         rows = [
@@ -131,8 +239,6 @@ def attend(ops: Backend, heads: Heads, qkv: Tensor, block_size: int, cuts: list[
         starts, counts, blocks = zip(*rows, strict=True)
         batch = ops.begin(Rows([0] * total, starts, counts, blocks), kv)
         fit = x if isinstance(ops, CpuBackend) else x[:total]
-        q = ops.rope_and_write_kv(fit.to(dtype), heads, rope, kv, 0, batch)
-        parts.append(
-            ops.paged_attention(q, heads, Attending(heads.dim**-0.5), kv, 0, batch)[first : first + end - start]
-        )
+        q = ops.rope_and_write_kv(fit.to(dtype), heads, rope, kv, 0, batch, how.norms)
+        parts.append(ops.paged_attention(q, heads, attending, kv, 0, batch)[first : first + end - start])
     return torch.cat(parts)
