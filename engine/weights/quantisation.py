@@ -78,6 +78,7 @@ def assign(
     matrices: Collection[str],
     quantisation: Quantisation | None,
     entries: Mapping[str, Entry],
+    spare: Collection[str] = (),
 ) -> dict[str, Format]:
     """Which of a model's matrices are quantised, and how; every tensor of the files is then accounted for.
 
@@ -86,6 +87,7 @@ def assign(
         matrices: names of those that may be quantised.
         quantisation: what config.json says.
         entries: the tensors of the files.
+        spare: tensors that may be there and that nobody takes.
 
     Raises:
         EngineError: TENSORS_MISMATCH or DTYPE_UNSUPPORTED; the message names a tensor that is missing, surplus, or
@@ -102,7 +104,7 @@ def assign(
                 continue
         _check_plain(name, shape, entries)
         used.add(name)
-    surplus = sorted(entries.keys() - used)
+    surplus = sorted(entries.keys() - used - set(spare))
     if surplus:
         raise EngineError("TENSORS_MISMATCH", f"tensor {surplus[0]} is not part of the model its config describes")
     return formats

@@ -1,7 +1,6 @@
-"""Tensors from safetensors files: a strict reader of the header, and the tensors a model needs and no others.
+"""Tensors from safetensors files: a strict reader of the header, and the tensors behind it.
 
-The header must describe its data exactly: tensors in any order, without gap, overlap or surplus. Whatever a model
-did not declare is refused, so nothing rides along unread.
+The header must describe its data exactly: tensors in any order, without gap, overlap or surplus.
 
 Source: the safetensors format, huggingface/safetensors README ("Format").
 """
@@ -10,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import EngineError
@@ -97,30 +96,12 @@ def read_stored_header(file: File, open_file: OpenFile) -> dict[str, TensorEntry
         os.close(descriptor)
 
 
-def load_weights(files: FileSet, open_file: OpenFile, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of `shapes` from the file set's safetensors files, every byte hashed before use.
-
-    Each tensor has a buffer of its own, which goes when the tensor goes: whoever prepares the model takes them out
-    one by one, so that the weights are not in memory twice.
+def read_tensors(file: File, open_file: OpenFile) -> dict[str, tuple[TensorEntry, Tensor]]:
+    """The tensors of a file, each in a buffer of its own, and what its header says of them; every byte is hashed.
 
     Raises:
-        EngineError: WEIGHTS_DIGEST_MISMATCH, WEIGHTS_INVALID, or TENSORS_MISMATCH (a tensor missing, surplus or of
-            another shape than the model's configuration implies; the message names it).
+        EngineError: WEIGHTS_DIGEST_MISMATCH, WEIGHTS_INVALID.
     """
-    tensors: dict[str, Tensor] = {}
-    for file in files.matching(".safetensors"):
-        for name, tensor in _tensors(file, open_file).items():
-            if name in tensors or tuple(tensor.shape) != tuple(shapes.get(name, ())):
-                wanted = shapes.get(name)
-                raise EngineError("TENSORS_MISMATCH", f"tensor {name} is {tuple(tensor.shape)}, wanted {wanted}")
-            tensors[name] = tensor
-    missing = sorted(set(shapes) - set(tensors))
-    if missing:
-        raise EngineError("TENSORS_MISMATCH", f"{len(missing)} tensors are missing, {missing[0]} the first")
-    return tensors
-
-
-def _tensors(file: File, open_file: OpenFile) -> dict[str, Tensor]:
     import torch  # the header is read by engine-inspect too, which must not load torch
 
     tensors = {}
@@ -133,7 +114,34 @@ def _tensors(file: File, open_file: OpenFile) -> dict[str, Tensor]:
                 raise _invalid(file.path, f"tensor {name} is empty")
             dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
             content = reading.read(entry.end - entry.begin)
-            tensors[name] = torch.frombuffer(content, dtype=dtype).view(entry.shape)
+            tensors[name] = (entry, torch.frombuffer(content, dtype=dtype).view(entry.shape))
+    return tensors
+
+
+def load_weights(
+    files: FileSet, open_file: OpenFile, shapes: Mapping[str, tuple[int, ...]], spare: Collection[str] = ()
+) -> dict[str, Tensor]:
+    """The tensors of `shapes` from the file set's safetensors files, every byte hashed before use.
+
+    Each tensor has a buffer of its own, which goes when the tensor goes: whoever prepares the model takes them out
+    one by one, so that the weights are not in memory twice.
+
+    Raises:
+        EngineError: WEIGHTS_DIGEST_MISMATCH, WEIGHTS_INVALID, or TENSORS_MISMATCH (a tensor missing, surplus or of
+            another shape than the model's configuration implies; the message names it).
+    """
+    tensors: dict[str, Tensor] = {}
+    for file in files.matching(".safetensors"):
+        for name, (_, tensor) in read_tensors(file, open_file).items():
+            if name in spare:
+                continue
+            if name in tensors or tuple(tensor.shape) != tuple(shapes.get(name, ())):
+                wanted = shapes.get(name)
+                raise EngineError("TENSORS_MISMATCH", f"tensor {name} is {tuple(tensor.shape)}, wanted {wanted}")
+            tensors[name] = tensor
+    missing = sorted(set(shapes) - set(tensors))
+    if missing:
+        raise EngineError("TENSORS_MISMATCH", f"{len(missing)} tensors are missing, {missing[0]} the first")
     return tensors
 
 
