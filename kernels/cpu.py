@@ -7,24 +7,28 @@ lies, tests/kernels/test_determinism.py checks.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 from torch import Tensor
 
+from kernels import packed_cpu
 from kernels.cpu_activations import activate, activate_exactly
 from kernels.cpu_attention import TILE, Group, attend, copy_context, group_rows
 from kernels.encoding import EncoderOps
 from kernels.logprobs import logprobs
 from kernels.ops import Attending, Draw, Heads, KvSpec, Logprobs, Matrix, QkNorm, Routing, Rows, Sampling
-from kernels.packed import Packed, dequantise
+from kernels.packed import Packed
 from kernels.sampling import sample
 
 
-class _Linear(NamedTuple):
+class _Plain(NamedTuple):
     weight: Tensor  # [out, in]
     bias: Tensor | None  # [out]
+
+
+_Linear: TypeAlias = _Plain | packed_cpu.PackedLinear
 
 
 class _Experts(NamedTuple):
@@ -59,9 +63,10 @@ class CpuBackend(EncoderOps):
 
     def prepare_linear(self, weights: Sequence[Matrix], biases: Sequence[Tensor] = ()) -> _Linear:
         """See `kernels.ops.Backend`."""
-        plain = [dequantise(matrix) if isinstance(matrix, Packed) else matrix for matrix in weights]
-        stacked = torch.cat([weight.to(self.dtype) for weight in plain])
-        return _Linear(stacked, torch.cat([bias.to(self.dtype) for bias in biases]) if biases else None)
+        if any(isinstance(matrix, Packed) for matrix in weights):
+            return packed_cpu.prepare(weights, biases, self.dtype)
+        stacked = torch.cat([weight.to(self.dtype) for weight in weights])
+        return _Plain(stacked, torch.cat([bias.to(self.dtype) for bias in biases]) if biases else None)
 
     def prepare_experts(
         self,
@@ -85,9 +90,9 @@ class CpuBackend(EncoderOps):
         """See `kernels.ops.Backend`."""
         return weight.to(self.dtype, copy=True)
 
-    def tied_head(self, table: Tensor) -> _Linear:
+    def tied_head(self, table: Tensor) -> _Plain:
         """See `kernels.ops.Backend`."""
-        return _Linear(table, None)
+        return _Plain(table, None)
 
     def prepare_rope(self, inv_freq: Sequence[float], max_positions: int, scale: float = 1.0) -> Tensor:
         """Float32 [max_positions, 2, 1, 2·n]: cosines, and sines whose first half is negated."""
@@ -148,6 +153,8 @@ class CpuBackend(EncoderOps):
 
     def linear(self, x: Tensor, weight: _Linear) -> Tensor:
         """See `kernels.ops.Backend`."""
+        if isinstance(weight, packed_cpu.PackedLinear):
+            return packed_cpu.linear(x, weight, TILE if self.deterministic else 0)
         if not self.deterministic or len(x) == TILE:
             return F.linear(x, *weight)
         return torch.cat([F.linear(tile, *weight) for tile in torch.split(x, TILE)])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.cpu import CpuBackend
 from kernels.ops import ACTIVATIONS, Attending, Backend, Heads, KvSpec, QkNorm, Routing, Rows
+from kernels.packed import Packed
 from kernels.reference import ReferenceBackend
 
 SHAPES = [(48, 80), (192, 320), (192, 1280), (512, 192), (100, 60), (256, 688), (2048, 2048), (2048, 5632)]
@@ -55,10 +56,26 @@ def test_logits_of_a_token_have_the_same_bits_whichever_others_are_asked_for() -
             assert torch.equal(ops.logits(x, head, tokens)[tokens.index(37)], expected)
 
 
-def check_product(inside: int, out: int) -> None:
+QUANTISED = {
+    "int4 groups": lambda codes, noise: Packed(codes & 15, noise(-1, 4), 1, 64, 4, zeros=noise(-1, 4)),
+    "int8 rows": lambda codes, noise: Packed(codes.char(), noise(-1, 1), 1, 256, 8),
+    "blocks of both": lambda codes, noise: Packed(codes, noise(-1, 2), 1, 128, 8, zeros=noise(-1, 2)),
+    "a table": lambda codes, noise: Packed(codes & 15, noise(-1, 8), 1, 32, 4, table=noise(16)),
+}
+
+
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_row_of_a_product_with_a_quantised_matrix_has_the_same_bits_wherever_it_lies(kind: str) -> None:
+    codes = torch.randint(0, 256, (320, 256), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    packed = QUANTISED[kind](codes, lambda *shape: noise(*(320 if n < 0 else n for n in shape), seed=2))
+    check_product(256, 320, packed)
+
+
+def check_product(inside: int, out: int, matrix: Packed | None = None) -> None:
     for ops in backends():
         dtype = getattr(ops, "dtype", torch.float32)
-        weight = ops.prepare_linear([noise(out, inside, seed=1)])
+        weight = ops.prepare_linear([noise(out, inside, seed=1) if matrix is None else matrix])
         row = noise(1, inside, seed=2).to(dtype)
         expected = ops.linear(torch.nn.functional.pad(row, (0, 0, 0, 15)), weight)[0]
         for position in (0, 7, 15, 16, 29, 47):
