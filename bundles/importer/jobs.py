@@ -124,10 +124,15 @@ class Jobs:
             job = self._begin(Job(path))
         return job
 
-    def take_up(self) -> None:
-        """Go on with the imports that an importer left which died or stopped, in the order in which they came."""
+    def take_up(self, ready: asyncio.Event | None = None) -> None:
+        """Go on with the imports that an importer left which died or stopped, in the order in which they came.
+
+        Args:
+            ready: they are known at once, and work when this is set: one that kills the importer shall not keep it
+                from ever being ready.
+        """
         for left in self._place.ledger.unfinished():
-            self._begin(Job(Path(left.path), left))
+            self._begin(Job(Path(left.path), left), ready)
 
     async def look_again(self, job: Job) -> None:
         """Where a job waits for a volume, look once more where that would lie by itself."""
@@ -136,9 +141,9 @@ class Jobs:
         if taken and latest.volume_wanted == taken and latest.state not in _FINAL:
             job.publish(replace(latest, volume_wanted=0, volume_refused=""))
 
-    def _begin(self, job: Job) -> Job:
+    def _begin(self, job: Job, ready: asyncio.Event | None = None) -> Job:
         self._running[job.path] = job
-        self._tasks[job.import_id] = asyncio.create_task(self._run(job))
+        self._tasks[job.import_id] = asyncio.create_task(self._run(job, ready))
         return job
 
     def running(self) -> list[Import]:
@@ -182,7 +187,9 @@ class Jobs:
                 return job
         raise BundleError("IMPORT_NOT_FOUND", "no import of this name runs or waits")
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: Job, ready: asyncio.Event | None) -> None:
+        if ready is not None:
+            await ready.wait()
         loop = asyncio.get_running_loop()
 
         def told(progress: Progress) -> None:

@@ -115,8 +115,9 @@ def started(home: Path, dying_at: int) -> Iterator[tuple["subprocess.Popen[bytes
 
 
 def dies(home: Path, at: int) -> None:
-    """A process that is killed at a record of what it takes up by itself, maybe before it is ready."""
-    with started(home, at) as (process, _):
+    """A process that is killed at a record of what it takes up by itself, once it is ready."""
+    with started(home, at) as (process, notify):
+        assert notify.recv(100) == b"READY=1", "no import keeps it from that"
         assert process.wait(LIMIT_S) == -signal.SIGKILL
 
 
