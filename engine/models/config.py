@@ -13,6 +13,8 @@ from engine.models.registry import find_family
 from engine.models.shared import architecture_name
 from engine.models.spec import ModelConfig
 from engine.strict_json import load_object
+from engine.weights.quantisation import FIELDS as QUANTISATION_FIELDS
+from engine.weights.quantisation import parse_quantisation
 
 
 def parse_config(config_json: bytes, generation_config_json: bytes | None = None) -> ModelConfig:
@@ -20,12 +22,14 @@ def parse_config(config_json: bytes, generation_config_json: bytes | None = None
 
     Raises:
         EngineError: CONFIG_INVALID (not JSON, a field missing or of the wrong type), CONFIG_UNSUPPORTED (a field
-            or value this engine does not compute) or ARCHITECTURE_UNSUPPORTED; the message names it.
+            or value this engine does not compute), ARCHITECTURE_UNSUPPORTED or QUANTISATION_UNSUPPORTED; the
+            message names it.
     """
     fields = Fields(load_object(config_json, "config.json", "CONFIG_INVALID"))
     family = find_family(architecture_name(fields), fields.text("model_type"))
     config = family.parse(fields)
-    config = replace(config, eos_token_ids=_eos(fields, generation_config_json))
+    quantisation = parse_quantisation({name: fields.take(name) for name in QUANTISATION_FIELDS})
+    config = replace(config, eos_token_ids=_eos(fields, generation_config_json), quantisation=quantisation)
     fields.refuse_rest()
     if any(token >= config.vocab_size for token in config.eos_token_ids):
         raise invalid("eos_token_id", f"below the vocabulary's {config.vocab_size}", config.eos_token_ids)

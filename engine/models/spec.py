@@ -8,6 +8,8 @@ import struct
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from engine.weights.quantisation import Quantisation
+
 DEFAULT_THETA = 10000.0  # what transformers assumes where a configuration does not say
 
 
@@ -183,6 +185,7 @@ class ModelConfig:
         residual_scale: factor of what each half of a layer adds.
         logits_scale: factor of the logits.
         logits_softcap: logits become this · tanh(logit / this); 0: they stay.
+        quantisation: of its matrices; None: they are plain.
     """
 
     architecture: str
@@ -210,6 +213,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     logits_scale: float = 1.0
     logits_softcap: float = 0.0
+    quantisation: Quantisation | None = None
 
     @property
     def num_layers(self) -> int:
