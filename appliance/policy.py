@@ -62,16 +62,22 @@ class AuditClass(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: for whom, for which of their roles (operators only), and what is recorded."""
+    """One row: for whom, for which of their roles (operators only), and what is recorded.
+
+    `capability` is what the model must be able to answer, as ListModels names it; empty where any model will do.
+    """
 
     audience: Audience
     audit: AuditClass
     roles: frozenset[Role] = frozenset()
+    capability: str = ""
 
 
 EVERY_ROLE = frozenset(Role)
 
-_TENANT_REQUEST = Rule(Audience.TENANT, AuditClass.REQUEST)
+_GENERATES = Rule(Audience.TENANT, AuditClass.REQUEST, capability="generate")
+_EMBEDS = Rule(Audience.TENANT, AuditClass.REQUEST, capability="embed")
+_RERANKS = Rule(Audience.TENANT, AuditClass.REQUEST, capability="rerank")
 _TENANT_READ = Rule(Audience.TENANT, AuditClass.NONE)
 _PUBLIC_READ = Rule(Audience.PUBLIC, AuditClass.NONE)
 _GATEWAY = Rule(Audience.GATEWAY, AuditClass.NONE)
@@ -91,8 +97,10 @@ TABLE: Mapping[str, Rule] = {
     **_rows("grpc.health.v1.Health", Check=_PUBLIC_READ, Watch=_PUBLIC_READ),
     **_rows(
         "cloister.inference.v1.InferenceService",
-        Generate=_TENANT_REQUEST,
-        Chat=_TENANT_REQUEST,
+        Generate=_GENERATES,
+        Chat=_GENERATES,
+        Embed=_EMBEDS,
+        Rerank=_RERANKS,
         Tokenize=_TENANT_READ,
         Detokenize=_TENANT_READ,
         ListModels=_TENANT_READ,

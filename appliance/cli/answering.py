@@ -1,4 +1,4 @@
-"""What `generate` and `chat` share: the arguments of a request, and how an answer is shown as it comes."""
+"""What the commands of a tenant's application share: the arguments of a request, and how an answer is shown."""
 
 import argparse
 import os
@@ -12,8 +12,9 @@ from appliance.cli.arguments import positive, real, seconds, whole
 from appliance.cli.failure import UsageError
 from appliance.cli.output import emit_line, write_text
 from appliance.client import Client, Options, Stream
+from appliance.client.batches import BatchTimings
 from appliance.client.requests import MAX_ANSWERS
-from appliance.client.results import Completed, Delta
+from appliance.client.results import Completed, Delta, Receipt, Usage
 from appliance.client.transcript import Answer
 
 MAX_SEED, MAX_TOP_K = (1 << 64) - 1, (1 << 31) - 1
@@ -51,6 +52,14 @@ def add_connection_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--address", metavar="HOST:PORT", help="of the gateway, if not the one in the credentials")
     parser.add_argument("--timeout", type=seconds, metavar="S", help="seconds, default 120")
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of requests with many inputs."""
+    parser.add_argument(
+        "--truncate", action="store_true", help="cut what is longer than the model takes, and say so"
+    )
+    parser.add_argument("--stats", action="store_true", help="tokens, time and audit record on standard error")
 
 
 def _add_sampling(parser: argparse._ArgumentGroup) -> None:
@@ -139,8 +148,15 @@ def text_of(args: argparse.Namespace) -> str:
     Raises:
         UsageError: standard input is not UTF-8.
     """
-    if args.text != "-":
-        return str(args.text)
+    return read_standard_input() if args.text == "-" else str(args.text)
+
+
+def read_standard_input() -> str:
+    """All of standard input, as its bytes are.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
     if sys.stdin.isatty():
         print("reading from the terminal; end with Ctrl-D", file=sys.stderr)
     try:
@@ -174,6 +190,14 @@ def stats(stream: Stream) -> str:
         f"{usage.prompt_tokens} + {usage.completion_tokens} tokens, {rate}, "
         f"first after {times.time_to_first_token.total_seconds() * 1000:.0f} ms, "
         f"ended by {stream.finished.reason}, audit record {stream.receipt.audit_sequence}"
+    )
+
+
+def batch_stats(usage: Usage, timings: BatchTimings, receipt: Receipt) -> str:
+    """One line about a request of many inputs that was answered."""
+    return (
+        f"{usage.prompt_tokens} tokens, computed in {timings.compute.total_seconds() * 1000:.0f} ms after "
+        f"{timings.queue.total_seconds() * 1000:.0f} ms, audit record {receipt.audit_sequence}"
     )
 
 

@@ -19,6 +19,8 @@ NOUNS: dict[str, str] = {
     "config": "the settings file: judged, shown, explained",
     "generate": "complete a prompt, as a tenant's application",
     "chat": "send one chat message, as a tenant's application",
+    "embed": "vectors of texts, as a tenant's application",
+    "rerank": "documents by how well they answer a query, as a tenant's application",
     "tokenize": "a text's tokens, as a tenant's application",
     "detokenize": "the text of tokens, as a tenant's application",
     "version": "versions of the appliance and of what it runs on",

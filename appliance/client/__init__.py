@@ -1,4 +1,4 @@
-"""Client of a Cloister appliance: chat, generate, tokenize and list models over mutual TLS.
+"""Client of a Cloister appliance: chat, generate, embed, rerank, tokenize and list models over mutual TLS.
 
 Needs grpcio and protobuf only.
 
@@ -10,6 +10,14 @@ Example:
 """
 
 from appliance.client.aio import AsyncClient, AsyncStream
+from appliance.client.batches import (
+    BatchTimings,
+    CallOptions,
+    Embedding,
+    Embeddings,
+    RankedDocument,
+    Ranking,
+)
 from appliance.client.requests import Options
 from appliance.client.results import (
     Accepted,
@@ -33,16 +41,22 @@ __all__ = [
     "Accepted",
     "AsyncClient",
     "AsyncStream",
+    "BatchTimings",
+    "CallOptions",
     "Choice",
     "Client",
     "CloisterError",
     "Completed",
     "Completion",
     "Delta",
+    "Embedding",
+    "Embeddings",
     "Finished",
     "Message",
     "Model",
     "Options",
+    "RankedDocument",
+    "Ranking",
     "Receipt",
     "Stream",
     "Timings",

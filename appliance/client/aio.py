@@ -1,13 +1,22 @@
 """The asynchronous client."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
 import grpc
 
+from appliance.client.batches import (
+    CallOptions,
+    Embeddings,
+    Ranking,
+    embed_request,
+    read_embeddings,
+    read_ranking,
+    rerank_request,
+)
 from appliance.client.connection import OPTIONS, Connection, connection, connection_from
 from appliance.client.requests import DEFAULT_TIMEOUT_S, Options, answers_of, chat_request, generate_request
 from appliance.client.results import Completion, Delta, Message, Model, read_models
@@ -149,7 +158,7 @@ class AsyncClient:
             >>> (await client.chat("notes", [{"role": "user", "content": "Hello"}]).result()).text
         """
         request = chat_request(model, messages, options)
-        call = self._stub(options).Chat(
+        call = self._stub(options.get("retry", True)).Chat(
             request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
         )
         return AsyncStream(call, answers_of(options))
@@ -170,10 +179,90 @@ class AsyncClient:
             >>> (await client.generate("notes", "Once upon a time", max_tokens=32, seed=7).result()).text
         """
         request = generate_request(model, text, token_ids, options)
-        call = self._stub(options).Generate(
+        call = self._stub(options.get("retry", True)).Generate(
             request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
         )
         return AsyncStream(call, answers_of(options))
+
+    async def embed(
+        self,
+        model: str,
+        inputs: str | Iterable[str | Sequence[int]],
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        truncate: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> Embeddings:
+        """A vector of each input, to search and to compare by; of a model with the capability `embed`.
+
+        All inputs are one request: charged, recorded and answered together, or refused together. See
+        `CallOptions`.
+
+        Args:
+            model: an alias, from `list_models`.
+            inputs: 1 to 256 texts or lists of token ids; a text alone is one input. What the model's maker wants
+                before a text, such as "query: ", is yours to put there.
+            dimensions: keep this many numbers of each vector, the first, of models that are trained for it.
+            normalize: scale each vector to length 1, so that the dot product of two is their cosine.
+            truncate: cut what is longer than the model takes, and say so, instead of refusing it.
+
+        Raises:
+            CloisterError: the appliance refused or failed; `field` names the input where it is one.
+
+        Example:
+            >>> (await client.embed("search", ["a cat on a mat", "quarterly results"])).vectors
+            ((0.0213, -0.0481, ...), (-0.0752, 0.0117, ...))
+        """
+        request = embed_request(model, inputs, dimensions, normalize, truncate, options)
+        timeout = options.get("timeout", DEFAULT_TIMEOUT_S)
+        call = self._stub(options.get("retry", True)).Embed(
+            request, timeout=timeout, metadata=self._connection.metadata
+        )
+        try:
+            return read_embeddings(await call, await call.trailing_metadata())
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
+
+    async def rerank(
+        self,
+        model: str,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_n: int | None = None,
+        truncate: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> Ranking:
+        """Documents by how well they answer a query, best first; of a model with the capability `rerank`.
+
+        All documents are one request: charged, recorded and answered together, or refused together. See
+        `CallOptions`.
+
+        Args:
+            model: an alias, from `list_models`.
+            query: what is asked.
+            documents: 1 to 256 texts.
+            top_n: answer with this many of the best; all are computed and charged.
+            truncate: cut what is longer than the model takes, and say so, instead of refusing it.
+
+        Raises:
+            CloisterError: the appliance refused or failed; `field` names the document where it is one.
+
+        Example:
+            >>> ranking = await client.rerank("judge", "Who is in bed 12?", ["Bed 4: Müller.", "Bed 12: Okafor."])
+            >>> ranking.results[0].index
+            1
+        """
+        request = rerank_request(model, query, documents, top_n, truncate, options)
+        timeout = options.get("timeout", DEFAULT_TIMEOUT_S)
+        call = self._stub(options.get("retry", True)).Rerank(
+            request, timeout=timeout, metadata=self._connection.metadata
+        )
+        try:
+            return read_ranking(await call, await call.trailing_metadata())
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc_error(error) from None
 
     async def tokenize(
         self,
@@ -201,7 +290,7 @@ class AsyncClient:
             (1, 284, 119)
         """
         request = api.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
-        stub = self._stub({"retry": retry})
+        stub = self._stub(retry)
         try:
             response = await stub.Tokenize(request, timeout=timeout, metadata=self._connection.metadata)
         except grpc.aio.AioRpcError as error:
@@ -232,7 +321,7 @@ class AsyncClient:
             'Hello'
         """
         request = api.DetokenizeRequest(model=model, token_ids=token_ids)
-        stub = self._stub({"retry": retry})
+        stub = self._stub(retry)
         try:
             response = await stub.Detokenize(request, timeout=timeout, metadata=self._connection.metadata)
         except grpc.aio.AioRpcError as error:
@@ -246,7 +335,7 @@ class AsyncClient:
             CloisterError: the appliance refused, or is not there.
         """
         try:
-            response = await self._stub({}).ListModels(
+            response = await self._stub(True).ListModels(
                 api.ListModelsRequest(), timeout=timeout, metadata=self._connection.metadata
             )
         except grpc.aio.AioRpcError as error:
@@ -273,6 +362,6 @@ class AsyncClient:
             for retry, options in OPTIONS.items()
         }
 
-    def _stub(self, options: Options) -> "inference_pb2_grpc.InferenceServiceAsyncStub":
+    def _stub(self, retry: bool) -> "inference_pb2_grpc.InferenceServiceAsyncStub":
         """Of the channel that sends again, or of the one that does not; a channel connects when first used."""
-        return inference_pb2_grpc.InferenceServiceStub(self._channels[options.get("retry", True)])
+        return inference_pb2_grpc.InferenceServiceStub(self._channels[retry])

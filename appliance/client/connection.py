@@ -42,6 +42,7 @@ _COMMON = (
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.per_rpc_retry_buffer_size", 4 << 20),
+    ("grpc.max_receive_message_length", 32 << 20),  # twice what 256 vectors of 16,384 numbers take
 )
 # Channel options, with and without sending again.
 OPTIONS = MappingProxyType(

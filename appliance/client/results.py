@@ -202,10 +202,10 @@ class Model:
     """A model that the tenant may use.
 
     Attributes:
-        name: the alias, for `chat` and `generate`.
+        name: the alias, for `chat`, `generate`, `embed` and `rerank`.
         model_digest: SHA-256 of the signed manifest behind it at present, hex.
         max_context_tokens: prompt and answer together.
-        capabilities: generate, chat.
+        capabilities: what it answers: generate, chat, embed, rerank.
         ready: requests are answered now.
     """
 

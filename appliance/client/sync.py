@@ -1,12 +1,21 @@
 """The synchronous client."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, Unpack
 
 import grpc
 
+from appliance.client.batches import (
+    CallOptions,
+    Embeddings,
+    Ranking,
+    embed_request,
+    read_embeddings,
+    read_ranking,
+    rerank_request,
+)
 from appliance.client.connection import OPTIONS, Connection, connection, connection_from
 from appliance.client.requests import DEFAULT_TIMEOUT_S, Options, answers_of, chat_request, generate_request
 from appliance.client.results import Completion, Delta, Message, Model, read_models
@@ -146,7 +155,7 @@ class Client:
             >>> client.chat("notes", [{"role": "user", "content": "Hello"}], max_tokens=64).result().text
         """
         request = chat_request(model, messages, options)
-        call = self._stub(options).Chat(
+        call = self._stub(options.get("retry", True)).Chat(
             request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
         )
         return Stream(call, answers_of(options))
@@ -167,10 +176,90 @@ class Client:
             >>> client.generate("notes", "Once upon a time", max_tokens=32, seed=7).result().text
         """
         request = generate_request(model, text, token_ids, options)
-        call = self._stub(options).Generate(
+        call = self._stub(options.get("retry", True)).Generate(
             request, timeout=options.get("timeout", DEFAULT_TIMEOUT_S), metadata=self._connection.metadata
         )
         return Stream(call, answers_of(options))
+
+    def embed(
+        self,
+        model: str,
+        inputs: str | Iterable[str | Sequence[int]],
+        *,
+        dimensions: int | None = None,
+        normalize: bool = True,
+        truncate: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> Embeddings:
+        """A vector of each input, to search and to compare by; of a model with the capability `embed`.
+
+        All inputs are one request: charged, recorded and answered together, or refused together. See
+        `CallOptions`.
+
+        Args:
+            model: an alias, from `list_models`.
+            inputs: 1 to 256 texts or lists of token ids; a text alone is one input. What the model's maker wants
+                before a text, such as "query: ", is yours to put there.
+            dimensions: keep this many numbers of each vector, the first, of models that are trained for it.
+            normalize: scale each vector to length 1, so that the dot product of two is their cosine.
+            truncate: cut what is longer than the model takes, and say so, instead of refusing it.
+
+        Raises:
+            CloisterError: the appliance refused or failed; `field` names the input where it is one.
+
+        Example:
+            >>> client.embed("search", ["a cat on a mat", "quarterly results"]).vectors
+            ((0.0213, -0.0481, ...), (-0.0752, 0.0117, ...))
+        """
+        request = embed_request(model, inputs, dimensions, normalize, truncate, options)
+        timeout = options.get("timeout", DEFAULT_TIMEOUT_S)
+        try:
+            response, call = self._stub(options.get("retry", True)).Embed.with_call(
+                request, timeout=timeout, metadata=self._connection.metadata
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return read_embeddings(response, call.trailing_metadata())
+
+    def rerank(
+        self,
+        model: str,
+        query: str,
+        documents: Iterable[str],
+        *,
+        top_n: int | None = None,
+        truncate: bool = False,
+        **options: Unpack[CallOptions],
+    ) -> Ranking:
+        """Documents by how well they answer a query, best first; of a model with the capability `rerank`.
+
+        All documents are one request: charged, recorded and answered together, or refused together. See
+        `CallOptions`.
+
+        Args:
+            model: an alias, from `list_models`.
+            query: what is asked.
+            documents: 1 to 256 texts.
+            top_n: answer with this many of the best; all are computed and charged.
+            truncate: cut what is longer than the model takes, and say so, instead of refusing it.
+
+        Raises:
+            CloisterError: the appliance refused or failed; `field` names the document where it is one.
+
+        Example:
+            >>> ranking = client.rerank("judge", "Who is in bed 12?", ["Bed 4: Müller.", "Bed 12: Okafor."])
+            >>> ranking.results[0].index
+            1
+        """
+        request = rerank_request(model, query, documents, top_n, truncate, options)
+        timeout = options.get("timeout", DEFAULT_TIMEOUT_S)
+        try:
+            response, call = self._stub(options.get("retry", True)).Rerank.with_call(
+                request, timeout=timeout, metadata=self._connection.metadata
+            )
+        except grpc.RpcError as error:
+            raise from_rpc_error(error) from None
+        return read_ranking(response, call.trailing_metadata())
 
     def tokenize(
         self,
@@ -198,7 +287,7 @@ class Client:
             (1, 284, 119)
         """
         request = api.TokenizeRequest(model=model, text=text, add_special_tokens=add_special_tokens)
-        stub = self._stub({"retry": retry})
+        stub = self._stub(retry)
         try:
             response = stub.Tokenize(request, timeout=timeout, metadata=self._connection.metadata)
         except grpc.RpcError as error:
@@ -229,7 +318,7 @@ class Client:
             'Hello'
         """
         request = api.DetokenizeRequest(model=model, token_ids=token_ids)
-        stub = self._stub({"retry": retry})
+        stub = self._stub(retry)
         try:
             response = stub.Detokenize(request, timeout=timeout, metadata=self._connection.metadata)
         except grpc.RpcError as error:
@@ -243,7 +332,7 @@ class Client:
             CloisterError: the appliance refused, or is not there.
         """
         try:
-            response = self._stub({}).ListModels(
+            response = self._stub(True).ListModels(
                 api.ListModelsRequest(), timeout=timeout, metadata=self._connection.metadata
             )
         except grpc.RpcError as error:
@@ -270,6 +359,6 @@ class Client:
             for retry, options in OPTIONS.items()
         }
 
-    def _stub(self, options: Options) -> inference_pb2_grpc.InferenceServiceStub:
+    def _stub(self, retry: bool) -> inference_pb2_grpc.InferenceServiceStub:
         """Of the channel that sends again, or of the one that does not; a channel connects when first used."""
-        return inference_pb2_grpc.InferenceServiceStub(self._channels[options.get("retry", True)])
+        return inference_pb2_grpc.InferenceServiceStub(self._channels[retry])

@@ -2,12 +2,12 @@
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 from appliance.errors import CloisterError
 from appliance.gateway.control import ControlClient
-from appliance.gateway.events import finish_name
 from appliance.gateway.neighbours import Neighbours
 from appliance.gateway.rows import Rows
 from appliance.gateway.sessions import Session
@@ -21,28 +21,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Closing:
-    """Ends a lease: tells the worker, asks what it computed, and settles."""
+    """Ends a lease: tells the worker, asks what it computed, and settles.
+
+    Attributes:
+        rows: of each of the request's inputs.
+    """
 
     near: Neighbours
     session: Session
-    rows: Rows
+    rows: Sequence[Rows]
     lease: str
-    prompt_tokens: int
     started: float
 
-    async def completed(self) -> control_pb2.SettleResponse:
+    async def completed(self, finish_reason: str) -> control_pb2.SettleResponse:
         """The client got all answers."""
         self.near.streams.discard(self.lease)
-        return await self._settle(control_pb2.OUTCOME_COMPLETED, "", finish_name(self.rows.ends.values()))
+        return await self._settle(control_pb2.OUTCOME_COMPLETED, "", finish_reason)
 
     async def broken_off(
         self, outcome: control_pb2.Outcome.ValueType, reason: str
     ) -> control_pb2.SettleResponse | None:
         """The client did not get the whole answer; the engine is to forget the request first."""
         self.near.streams.discard(self.lease)
-        self.rows.abort()
-        await self.rows.over(LAST_WORD_S)
-        self.session.release(self.rows)
+        for rows in self.rows:
+            rows.abort()
+        await asyncio.gather(*(rows.over(LAST_WORD_S) for rows in self.rows))
+        for rows in self.rows:
+            self.session.release(rows)
         try:
             return await self._settle(outcome, reason, "")
         except CloisterError as error:
@@ -52,14 +57,12 @@ class Closing:
     async def _settle(
         self, outcome: control_pb2.Outcome.ValueType, reason: str, finish_reason: str
     ) -> control_pb2.SettleResponse:
-        rows = self.rows
-        computed = max((end.prompt_tokens for end in rows.ends.values()), default=0)
         request = control_pb2.SettleRequest(
             lease=self.lease,
             outcome=outcome,
             reason=reason,
-            prompt_tokens=computed if rows.ended else self.prompt_tokens if rows.completion_tokens else computed,
-            completion_tokens=rows.completion_tokens,
+            prompt_tokens=sum(rows.computed_tokens for rows in self.rows),
+            completion_tokens=sum(rows.completion_tokens for rows in self.rows),
             finish_reason=finish_reason,
         )
         duration = asyncio.get_running_loop().time() - self.started

@@ -1,6 +1,6 @@
 """What the engine says of a request, in the words of the public API."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -60,6 +60,18 @@ def completed(ends: Mapping[int, engine.End], prompt_tokens: int) -> api.Complet
             preemptions=first.preemptions,
         ),
     )
+
+
+def batch_usage(ends: Iterable[engine.End], prompt_tokens: int) -> api.Usage:
+    """The bill of a request of many inputs; nothing was generated."""
+    return api.Usage(prompt_tokens=prompt_tokens, recomputed_tokens=sum(end.recomputed_tokens for end in ends))
+
+
+def batch_timings(ends: Sequence[engine.End]) -> api.BatchTimings:
+    """From the first input that was begun to the last that was done."""
+    queue = min(end.queue_ns for end in ends)
+    done = max(end.queue_ns + end.prefill_ns + end.decode_ns for end in ends)
+    return api.BatchTimings(queue=_duration(queue), compute=_duration(done - queue))
 
 
 def _logprob(of: engine.TokenLogprob) -> api.TokenLogprob:

@@ -23,7 +23,7 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -136,6 +136,9 @@ class Quarantine:
 class Passage:
     """One request's stay in the engine, ended exactly once; a further end does nothing.
 
+    A request of many inputs has as many parts there and ends with the last; it is suspected, tried and cleared as
+    a whole.
+
     Args:
         quarantine: what the end is told to.
         fingerprint: the request's.
@@ -145,7 +148,10 @@ class Passage:
         held: places of suspects that it has.
     """
 
-    __slots__ = ("_fingerprint", "_first_row", "_over", "_quarantine", "held", "strikes")
+    __slots__ = (
+        *("_fingerprint", "_first_row", "_over", "_parts", "_quarantine", "_unproven"),
+        *("held", "strikes"),
+    )
 
     def __init__(self, quarantine: Quarantine, fingerprint: bytes) -> None:
         self.strikes = 0
@@ -154,6 +160,12 @@ class Passage:
         self._fingerprint = fingerprint
         self._first_row: float | None = None
         self._over = False
+        self._parts = 1
+        self._unproven = False
+
+    def divide(self, parts: int) -> None:
+        """The request has so many parts, which end each by itself; at least one."""
+        self._parts = parts
 
     def answered(self) -> None:
         """A row came: the worker does not hang over it; the next suspect may begin when this one had its time."""
@@ -166,13 +178,23 @@ class Passage:
             self.give_way()
 
     def survived(self) -> None:
-        """The engine answered to the end."""
-        if not self._over:
-            self._quarantine.clear(self._fingerprint)
-            self.left()
+        """The engine answered a part to its end; with the last, the request is cleared if that is so of all."""
+        self._end_part(proven=True)
 
     def left(self) -> None:
-        """The request is no longer in the engine, and that proves nothing."""
+        """A part is no longer in the engine, and that proves nothing."""
+        self._end_part(proven=False)
+
+    def _end_part(self, *, proven: bool) -> None:
+        self._parts -= 1
+        self._unproven = self._unproven or not proven
+        if self._parts > 0 or self._over:
+            return
+        if not self._unproven:
+            self._quarantine.clear(self._fingerprint)
+        self._end()
+
+    def _end(self) -> None:
         self._over = True
         self.give_way()
 
@@ -184,29 +206,32 @@ class Passage:
 
     @staticmethod
     def died(passages: Iterable["Passage"]) -> None:
-        """One worker died before it had ended these requests."""
-        there = [passage for passage in passages if not passage._over]
+        """One worker died before it had ended these requests, or parts of them."""
+        there = [passage for passage in dict.fromkeys(passages) if not passage._over]
         alone = len({passage._fingerprint for passage in there if passage.strikes}) == 1
         for passage in there:
             convicted = passage.strikes > 1 or (passage.strikes == 1 and alone)
             passage._quarantine.strike(passage._fingerprint, passage.strikes + 1, convicted)
-            passage.left()
+            passage._end()
 
 
-def fingerprint_of(model_digest: str, submit: engine_pb2.Submit, seed_given: bool) -> bytes:
+def fingerprint_of(model_digest: str, submits: Sequence[engine_pb2.Submit], seed_given: bool) -> bytes:
     """SHA-256 of what makes two requests the same to the engine.
 
     Args:
         model_digest: of the model behind the alias.
-        submit: the request, without handle, salt and weight.
+        submits: the request, of many inputs each of them, without handle, salt and weight.
         seed_given: the client chose the seed.
     """
-    seed = submit.seed
-    if not seed_given:
-        submit.seed = 0
-    material = submit.SerializeToString(deterministic=True)
-    submit.seed = seed
-    return hashlib.sha256(model_digest.encode() + b"\0" + bytes([seed_given]) + material).digest()
+    known = hashlib.sha256(model_digest.encode() + b"\0" + bytes([seed_given]))
+    for submit in submits:
+        seed = submit.seed
+        if not seed_given:
+            submit.seed = 0
+        material = submit.SerializeToString(deterministic=True)
+        submit.seed = seed
+        known.update(len(material).to_bytes(8, "big") + material)
+    return known.digest()
 
 
 def _facts(fingerprint: bytes) -> dict[str, str]:

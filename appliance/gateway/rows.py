@@ -30,17 +30,27 @@ class Rows:
         abort: tells the worker to forget it.
         answers: how many answers the request has; each ends by itself.
         allowance: bytes that may wait beside MAX_PENDING_BYTES, for what is known to come in one go.
+        prompt_tokens: of the request.
 
     What comes before anybody reads waits without a bound of its own: not the client keeps it waiting then, but the
     record of the request, which has seconds for it.
 
     Attributes:
+        prompt_tokens: of the request.
         ends: the worker's last word on each answer that has ended, by index.
         interrupt: called when the call must end now, because who writes to a slow client may wait for ever.
     """
 
-    def __init__(self, handle: int, abort: Callable[[], None], answers: int = 1, allowance: int = 0) -> None:
+    def __init__(
+        self,
+        handle: int,
+        abort: Callable[[], None],
+        answers: int = 1,
+        allowance: int = 0,
+        prompt_tokens: int = 0,
+    ) -> None:
         self.handle = handle
+        self.prompt_tokens = prompt_tokens
         self.ends: dict[int, engine_pb2.End] = {}
         self.interrupt: Callable[[], None] = _nothing
         self._abort = abort
@@ -71,6 +81,12 @@ class Rows:
             ends[index].completion_tokens if index in ends else received
             for index, received in enumerate(self._received)
         )
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens of the prompt that were computed: as the worker says, else all where a token came of them."""
+        said = max((end.prompt_tokens for end in self.ends.values()), default=0)
+        return self.prompt_tokens if not self.ended and self.completion_tokens else said
 
     def put(self, row: engine_pb2.Row) -> None:
         """Take one row from the worker; never waits."""

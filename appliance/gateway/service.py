@@ -11,21 +11,26 @@ import grpc
 from google.protobuf.message import Message
 
 from appliance.errors import CloisterError, abort
+from appliance.gateway.batches import check_embed, check_rerank
 from appliance.gateway.control import ControlRefusalError
 from appliance.gateway.gate import PUSHBACK_TRAILER, pushback
+from appliance.gateway.gathering import Embedding, Ranking
+from appliance.gateway.generation import Event, Generation
 from appliance.gateway.identity import caller_of, check_caller
 from appliance.gateway.neighbours import Neighbours
 from appliance.gateway.refusals import Refusals
 from appliance.gateway.tokens import Tokens
-from appliance.gateway.validation import CheckedRequest, check_chat, check_generate, check_size, request_id_of
-from appliance.gateway.walk import Event, Walk
+from appliance.gateway.validation import CheckedPrompt, check_chat, check_generate, check_size, request_id_of
+from appliance.gateway.walk import Walk
 from appliance.protos import control_pb2, inference_pb2_grpc
 from appliance.protos import inference_pb2 as api
 
 SERVICE = "cloister.inference.v1.InferenceService"
 RECEIPT_TRAILER = "cloister-receipt-bin"
 _Context = grpc.aio.ServicerContext[Any, Any]
-Request = TypeVar("Request", api.GenerateRequest, api.ChatRequest)
+Request = api.GenerateRequest | api.ChatRequest | api.EmbedRequest | api.RerankRequest
+OneWalk = TypeVar("OneWalk", bound=Walk)
+Begin = Callable[[control_pb2.Caller, float], OneWalk]  # the request checked, for a caller and until a deadline
 Question = TypeVar("Question", bound=Message)
 Answer = TypeVar("Answer", bound=Message)
 
@@ -52,15 +57,31 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: api.GenerateRequest, context: _Context
     ) -> None:
         """Text from a prompt."""
-        method = f"/{SERVICE}/Generate"
-        await self._answer(method, request, context, check_generate, _as_generate(context))
+        await self._generate("Generate", request, context, lambda: check_generate(request), _as_generate(context))
 
     async def Chat(  # type: ignore[override]  # noqa: N802  # writes through the context: see _answer
         self, request: api.ChatRequest, context: _Context
     ) -> None:
         """Text from a conversation."""
-        method = f"/{SERVICE}/Chat"
-        await self._answer(method, request, context, check_chat, _as_chat(context))
+        await self._generate("Chat", request, context, lambda: check_chat(request), _as_chat(context))
+
+    async def Embed(self, request: api.EmbedRequest, context: _Context) -> api.EmbedResponse:  # noqa: N802
+        """A vector of each input."""
+        method = f"/{SERVICE}/Embed"
+
+        def begin(caller: control_pb2.Caller, deadline: float) -> Embedding:
+            return Embedding(self._neighbours, caller, method, check_embed(request), deadline)
+
+        return (await self._answer(method, request, context, begin)).response
+
+    async def Rerank(self, request: api.RerankRequest, context: _Context) -> api.RerankResponse:  # noqa: N802
+        """Documents by how well they answer a query."""
+        method = f"/{SERVICE}/Rerank"
+
+        def begin(caller: control_pb2.Caller, deadline: float) -> Ranking:
+            return Ranking(self._neighbours, caller, method, check_rerank(request), deadline)
+
+        return (await self._answer(method, request, context, begin)).response
 
     async def Tokenize(  # noqa: N802
         self, request: api.TokenizeRequest, context: _Context
@@ -128,12 +149,12 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             return False
         return True
 
-    async def _answer(
+    async def _generate(
         self,
-        method: str,
-        request: Request,
+        name: str,
+        request: api.GenerateRequest | api.ChatRequest,
         context: _Context,
-        check: Callable[[Request], CheckedRequest],
+        check: Callable[[], CheckedPrompt],
         send: Callable[[Event], Awaitable[None]],
     ) -> None:
         """Answer one streaming call, or end it with its error.
@@ -141,48 +162,43 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         Events are written through the context: a generator's call that is cancelled is not told so by
         CancelledError, and its lease would be settled late.
         """
+        method = f"/{SERVICE}/{name}"
+
+        def begin(caller: control_pb2.Caller, deadline: float) -> Generation:
+            return Generation(self._neighbours, caller, method, check(), deadline, send)
+
+        await self._answer(method, request, context, begin)
+
+    async def _answer(self, method: str, request: Request, context: _Context, begin: Begin[OneWalk]) -> OneWalk:
+        """Walk one request to its end, its receipt in the trailers, or end the call with its error."""
         started = time.monotonic()
         self._enter()
         try:
-            receipt = await self._walk(method, request, context, check, send)
+            walk, receipt = await self._walk(method, request, context, begin)
         except _EndedError as ended:
             _log(method, ended.request_id, ended.cause.code, started)
             failure = ended
         else:
             _log(method, receipt.request_id, "OK", started)
             context.set_trailing_metadata(((RECEIPT_TRAILER, receipt.SerializeToString()),))
-            return
+            return walk
         finally:
             self._leave()
-        await abort(context, failure.cause, failure.trailers)
+        return await abort(context, failure.cause, failure.trailers)
 
     async def _walk(
-        self,
-        method: str,
-        request: Request,
-        context: _Context,
-        check: Callable[[Request], CheckedRequest],
-        send: Callable[[Event], Awaitable[None]],
-    ) -> api.Receipt:
-        caller, walk, request_id = caller_of(context), None, ""
+        self, method: str, request: Request, context: _Context, begin: Begin[OneWalk]
+    ) -> tuple[OneWalk, api.Receipt]:
+        caller, walk = caller_of(context), None
         limits = self._neighbours.limits
         try:
             self._check_open()
             check_caller(caller, context)
             check_size(request, limits.max_request_bytes)
-            checked = check(request)
-            request_id = checked.request_id
-            walk = Walk(
-                self._neighbours,
-                caller,
-                method,
-                checked,
-                _deadline(context, limits.default_deadline_seconds),
-                send,
-            )
-            return await walk.run()
+            walk = begin(caller, _deadline(context, limits.default_deadline_seconds))
+            return walk, await walk.run()
         except CloisterError as error:
-            request_id = request_id or _known_id(request.request_id)
+            request_id = walk.request_id if walk is not None else _known_id(request.request_id)
             if walk is not None and walk.admitted:
                 raise _EndedError(error, request_id, ((PUSHBACK_TRAILER, "-1"),)) from None
             await self._record(error, caller, method, request_id)

@@ -62,7 +62,9 @@ class Session:
         """
         handle = next(self._handles)
         request.handle = handle
-        rows = Rows(handle, lambda: self._abort(handle), request.n or 1, _allowance(request))
+        rows = Rows(
+            handle, lambda: self._abort(handle), request.n or 1, _allowance(request), len(request.token_ids)
+        )
         if self.broken:
             passage.left()
             rows.fail(EngineGoneError())

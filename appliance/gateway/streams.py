@@ -1,7 +1,7 @@
 """The streams being answered, by lease, so that control, or its silence, can end them at once."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import grpc
 
@@ -15,10 +15,10 @@ class Streams:
     """Rows on their way to clients; one that is being settled is no longer here."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, Rows] = {}
+        self._rows: dict[str, Sequence[Rows]] = {}
 
-    def add(self, lease: str, rows: Rows) -> None:
-        """A stream begins."""
+    def add(self, lease: str, rows: Sequence[Rows]) -> None:
+        """A request's streams begin, one for each of its inputs."""
         self._rows[lease] = rows
 
     def discard(self, lease: str) -> None:
@@ -29,7 +29,8 @@ class Streams:
         """End the streams of `leases`, which control has closed."""
         for rows in [self._rows.pop(lease) for lease in leases if lease in self._rows]:
             log.warning("stream cut off: control has closed its lease")
-            rows.cut_off(_lease_closed())
+            for one in rows:
+                one.cut_off(_lease_closed())
 
     def cut_all(self) -> None:
         """End every stream: control, not hearing from us, has closed their leases or will."""

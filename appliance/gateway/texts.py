@@ -65,15 +65,17 @@ class Texts:
         async with self._places.place((socket, scope)):
             return (await _ask(stub.Detokenize, request)).text
 
-    async def prepare(self, socket: str, scope: str, request: engine_pb2.PrepareRequest) -> Sequence[int]:
-        """The prompt's token ids, template included.
+    async def prepare(
+        self, socket: str, scope: str, request: engine_pb2.PrepareRequest
+    ) -> engine_pb2.PrepareResponse:
+        """The prompt's tokens, template included.
 
         Raises:
             CloisterError: engine-text's own refusal; PREPARE_TIMEOUT; or ENGINE_UNAVAILABLE.
         """
         stub = engine_pb2_grpc.TextServiceStub(self._channel(socket))
         async with self._places.place((socket, scope)):
-            return (await _ask(stub.Prepare, request)).token_ids
+            return await _ask(stub.Prepare, request)
 
     async def close(self) -> None:
         """Hang up."""

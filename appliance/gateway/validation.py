@@ -30,16 +30,26 @@ class CheckedRequest:
     Attributes:
         model: the alias asked for.
         request_id: a UUID in lower case, as given or assigned.
-        prompt: what engine-text is to turn into tokens.
-        prompt_sha256: of the text in UTF-8, or of the JSON array of token ids or of [role, content] pairs, without
-            white space; anybody who has the prompt can compute it again.
-        parameters: how the answers are drawn, ended and reported.
+        prompt_sha256: of the text in UTF-8, or of JSON without white space: an array of token ids, of [role,
+            content] pairs, of the inputs of vectors (texts or arrays of ids), or [query, [documents]]; anybody who
+            has the prompt can compute it again.
     """
 
     model: str
     request_id: str
-    prompt: engine.PrepareRequest
     prompt_sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedPrompt(CheckedRequest):
+    """A request for text.
+
+    Attributes:
+        prompt: what engine-text is to turn into tokens.
+        parameters: how the answers are drawn, ended and reported.
+    """
+
+    prompt: engine.PrepareRequest
     parameters: Parameters
 
 
@@ -58,7 +68,7 @@ def check_size(request: Message, most: int) -> None:
         )
 
 
-def check_generate(request: api.GenerateRequest) -> CheckedRequest:
+def check_generate(request: api.GenerateRequest) -> CheckedPrompt:
     """A completion request, checked.
 
     Raises:
@@ -67,15 +77,15 @@ def check_generate(request: api.GenerateRequest) -> CheckedRequest:
     if request.HasField("token_ids"):
         ids = list(request.token_ids.ids)
         if not ids:
-            raise _empty("token_ids.ids")
-        return _checked(request, engine.PrepareRequest(token_ids=engine.TokenIds(ids=ids)), _digest(ids))
+            raise empty_prompt("token_ids.ids")
+        return _checked(request, engine.PrepareRequest(token_ids=engine.TokenIds(ids=ids)), digest_of(ids))
     if not request.text:
-        raise _empty("text")
+        raise empty_prompt("text")
     digest = hashlib.sha256(request.text.encode()).digest()
     return _checked(request, engine.PrepareRequest(text=request.text), digest)
 
 
-def check_chat(request: api.ChatRequest) -> CheckedRequest:
+def check_chat(request: api.ChatRequest) -> CheckedPrompt:
     """A chat request, checked.
 
     Raises:
@@ -83,7 +93,7 @@ def check_chat(request: api.ChatRequest) -> CheckedRequest:
     """
     messages = request.messages
     if not messages or not messages[-1].content:
-        raise _empty("messages")
+        raise empty_prompt("messages")
     for index, message in enumerate(messages):
         if message.role not in ROLES:
             raise CloisterError(
@@ -95,7 +105,7 @@ def check_chat(request: api.ChatRequest) -> CheckedRequest:
         )
     turns = [engine.ChatMessage(role=m.role, content=m.content) for m in messages]
     prompt = engine.PrepareRequest(conversation=engine.Conversation(messages=turns))
-    return _checked(request, prompt, _digest([[m.role, m.content] for m in messages]))
+    return _checked(request, prompt, digest_of([[m.role, m.content] for m in messages]))
 
 
 def room_for_answer(asked: int | None, prompt_tokens: int, max_context_tokens: int) -> int:
@@ -125,7 +135,8 @@ def check_length(prompt: engine.PrepareRequest, max_context_tokens: int) -> None
     """
     count, most, what = len(prompt.token_ids.ids), max_context_tokens, "token ids"
     if not prompt.HasField("token_ids"):
-        contents = [message.content for message in prompt.conversation.messages] or [prompt.text]
+        messages = [message.content for message in prompt.conversation.messages]
+        contents = messages or [prompt.text, prompt.pair.query, prompt.pair.document]
         count, most, what = sum(len(text.encode()) for text in contents), most * MAX_TOKEN_BYTES, "bytes"
     if count > most:
         raise CloisterError(
@@ -167,10 +178,10 @@ def check_model(name: str) -> None:
 
 def _checked(
     request: api.GenerateRequest | api.ChatRequest, prompt: engine.PrepareRequest, digest: bytes
-) -> CheckedRequest:
+) -> CheckedPrompt:
     """The fields that both kinds of request have."""
     check_model(request.model)
-    return CheckedRequest(
+    return CheckedPrompt(
         model=request.model,
         request_id=request_id_of(request.request_id),
         prompt=prompt,
@@ -179,9 +190,11 @@ def _checked(
     )
 
 
-def _empty(field: str) -> CloisterError:
+def empty_prompt(field: str) -> CloisterError:
+    """There is nothing in a field that must hold something."""
     return CloisterError("EMPTY_PROMPT", "there is nothing to answer; give a prompt", field=field)
 
 
-def _digest(value: object) -> bytes:
+def digest_of(value: object) -> bytes:
+    """SHA-256 of `value` as JSON without white space."""
     return hashlib.sha256(json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()).digest()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cloister/control/v1/control.proto\x12\x13\x63loister.control.v1\x1a\x1egoogle/protobuf/duration.proto\"G\n\x06\x43\x61ller\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x1a\n\x12\x63\x65rtificate_sha256\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61pi_key\x18\x03 \x01(\t\"\x86\x01\n\x10\x41uthorizeRequest\x12+\n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x1b.cloister.control.v1.Caller\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\ngateway_id\x18\x05 \x01(\t\"\xbc\x01\n\x11\x41uthorizeResponse\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x13\n\x0btext_socket\x18\x03 \x01(\t\x12\x15\n\rworker_socket\x18\x04 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x06 \x01(\r\x12\r\n\x05scope\x18\x07 \x01(\t\x12\x16\n\x0emax_concurrent\x18\x08 \x01(\r\"\xeb\x01\n\x0c\x41\x64mitRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x15\n\rprompt_sha256\x18\x04 \x01(\x0c\x12\x45\n\nparameters\x18\x05 \x03(\x0b\x32\x31.cloister.control.v1.AdmitRequest.ParametersEntry\x12\x0f\n\x07\x61nswers\x18\x06 \x01(\r\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"K\n\rAdmitResponse\x12\r\n\x05lease\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0c\n\x04salt\x18\x03 \x01(\x0c\x12\x0e\n\x06weight\x18\x04 \x01(\r\"#\n\x12\x41waitIntentRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"-\n\x13\x41waitIntentResponse\x12\x16\n\x0e\x61udit_sequence\x18\x01 \x01(\x04\"\xd3\x01\n\rSettleRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12-\n\x07outcome\x18\x02 \x01(\x0e\x32\x1c.cloister.control.v1.Outcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12+\n\x08\x64uration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x0eSettleResponse\x12\x16\n\x0e\x61udit_sequence\x18\x01 \x01(\x04\x12\x11\n\tleaf_hash\x18\x02 \x01(\x0c\"W\n\x18ListVisibleModelsRequest\x12+\n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x1b.cloister.control.v1.Caller\x12\x0e\n\x06method\x18\x02 \x01(\t\"\xcf\x01\n\x19ListVisibleModelsResponse\x12\x44\n\x06models\x18\x01 \x03(\x0b\x32\x34.cloister.control.v1.ListVisibleModelsResponse.Model\x1al\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x04 \x03(\t\x12\r\n\x05ready\x18\x05 \x01(\x08\"G\n\x10HeartbeatRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06leases\x18\x03 \x03(\t\"*\n\x11HeartbeatResponse\x12\x15\n\rclosed_leases\x18\x01 \x03(\t\"\x86\x01\n\x14RecordRefusalRequest\x12+\n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x1b.cloister.control.v1.Caller\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\r\n\x05\x63ount\x18\x05 \x01(\r\"\x17\n\x15RecordRefusalResponse*\x96\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_COMPLETED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x14\n\x10OUTCOME_DEADLINE\x10\x03\x12\x19\n\x15OUTCOME_ENGINE_FAILED\x10\x04\x12\x13\n\x0fOUTCOME_REFUSED\x10\x05\x32\xa9\x05\n\x0e\x43ontrolService\x12Z\n\tAuthorize\x12%.cloister.control.v1.AuthorizeRequest\x1a&.cloister.control.v1.AuthorizeResponse\x12N\n\x05\x41\x64mit\x12!.cloister.control.v1.AdmitRequest\x1a\".cloister.control.v1.AdmitResponse\x12`\n\x0b\x41waitIntent\x12\'.cloister.control.v1.AwaitIntentRequest\x1a(.cloister.control.v1.AwaitIntentResponse\x12Q\n\x06Settle\x12\".cloister.control.v1.SettleRequest\x1a#.cloister.control.v1.SettleResponse\x12r\n\x11ListVisibleModels\x12-.cloister.control.v1.ListVisibleModelsRequest\x1a..cloister.control.v1.ListVisibleModelsResponse\x12Z\n\tHeartbeat\x12%.cloister.control.v1.HeartbeatRequest\x1a&.cloister.control.v1.HeartbeatResponse\x12\x66\n\rRecordRefusal\x12).cloister.control.v1.RecordRefusalRequest\x1a*.cloister.control.v1.RecordRefusalResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!cloister/control/v1/control.proto\x12\x13\x63loister.control.v1\x1a\x1egoogle/protobuf/duration.proto\"G\n\x06\x43\x61ller\x12\x10\n\x08identity\x18\x01 \x01(\t\x12\x1a\n\x12\x63\x65rtificate_sha256\x18\x02 \x01(\x0c\x12\x0f\n\x07\x61pi_key\x18\x03 \x01(\t\"\x86\x01\n\x10\x41uthorizeRequest\x12+\n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x1b.cloister.control.v1.Caller\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x12\n\ngateway_id\x18\x05 \x01(\t\"\xbc\x01\n\x11\x41uthorizeResponse\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x13\n\x0btext_socket\x18\x03 \x01(\t\x12\x15\n\rworker_socket\x18\x04 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x05 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x06 \x01(\r\x12\r\n\x05scope\x18\x07 \x01(\t\x12\x16\n\x0emax_concurrent\x18\x08 \x01(\r\"\xfb\x01\n\x0c\x41\x64mitRequest\x12\x0e\n\x06ticket\x18\x01 \x01(\t\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x15\n\rprompt_sha256\x18\x04 \x01(\x0c\x12\x45\n\nparameters\x18\x05 \x03(\x0b\x32\x31.cloister.control.v1.AdmitRequest.ParametersEntry\x12\x0f\n\x07\x61nswers\x18\x06 \x01(\r\x12\x0e\n\x06inputs\x18\x07 \x01(\r\x1a\x31\n\x0fParametersEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"K\n\rAdmitResponse\x12\r\n\x05lease\x18\x01 \x01(\t\x12\r\n\x05scope\x18\x02 \x01(\t\x12\x0c\n\x04salt\x18\x03 \x01(\x0c\x12\x0e\n\x06weight\x18\x04 \x01(\r\"#\n\x12\x41waitIntentRequest\x12\r\n\x05lease\x18\x01 \x01(\t\"-\n\x13\x41waitIntentResponse\x12\x16\n\x0e\x61udit_sequence\x18\x01 \x01(\x04\"\xd3\x01\n\rSettleRequest\x12\r\n\x05lease\x18\x01 \x01(\t\x12-\n\x07outcome\x18\x02 \x01(\x0e\x32\x1c.cloister.control.v1.Outcome\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x05 \x01(\r\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12+\n\x08\x64uration\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\";\n\x0eSettleResponse\x12\x16\n\x0e\x61udit_sequence\x18\x01 \x01(\x04\x12\x11\n\tleaf_hash\x18\x02 \x01(\x0c\"W\n\x18ListVisibleModelsRequest\x12+\n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x1b.cloister.control.v1.Caller\x12\x0e\n\x06method\x18\x02 \x01(\t\"\xcf\x01\n\x19ListVisibleModelsResponse\x12\x44\n\x06models\x18\x01 \x03(\x0b\x32\x34.cloister.control.v1.ListVisibleModelsResponse.Model\x1al\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0cmodel_digest\x18\x02 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x03 \x01(\r\x12\x14\n\x0c\x63\x61pabilities\x18\x04 \x03(\t\x12\r\n\x05ready\x18\x05 \x01(\x08\"G\n\x10HeartbeatRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0e\n\x06leases\x18\x03 \x03(\t\"*\n\x11HeartbeatResponse\x12\x15\n\rclosed_leases\x18\x01 \x03(\t\"\x86\x01\n\x14RecordRefusalRequest\x12+\n\x06\x63\x61ller\x18\x01 \x01(\x0b\x32\x1b.cloister.control.v1.Caller\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\r\n\x05\x63ount\x18\x05 \x01(\r\"\x17\n\x15RecordRefusalResponse*\x96\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x15\n\x11OUTCOME_COMPLETED\x10\x01\x12\x15\n\x11OUTCOME_CANCELLED\x10\x02\x12\x14\n\x10OUTCOME_DEADLINE\x10\x03\x12\x19\n\x15OUTCOME_ENGINE_FAILED\x10\x04\x12\x13\n\x0fOUTCOME_REFUSED\x10\x05\x32\xa9\x05\n\x0e\x43ontrolService\x12Z\n\tAuthorize\x12%.cloister.control.v1.AuthorizeRequest\x1a&.cloister.control.v1.AuthorizeResponse\x12N\n\x05\x41\x64mit\x12!.cloister.control.v1.AdmitRequest\x1a\".cloister.control.v1.AdmitResponse\x12`\n\x0b\x41waitIntent\x12\'.cloister.control.v1.AwaitIntentRequest\x1a(.cloister.control.v1.AwaitIntentResponse\x12Q\n\x06Settle\x12\".cloister.control.v1.SettleRequest\x1a#.cloister.control.v1.SettleResponse\x12r\n\x11ListVisibleModels\x12-.cloister.control.v1.ListVisibleModelsRequest\x1a..cloister.control.v1.ListVisibleModelsResponse\x12Z\n\tHeartbeat\x12%.cloister.control.v1.HeartbeatRequest\x1a&.cloister.control.v1.HeartbeatResponse\x12\x66\n\rRecordRefusal\x12).cloister.control.v1.RecordRefusalRequest\x1a*.cloister.control.v1.RecordRefusalResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,8 +34,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADMITREQUEST_PARAMETERSENTRY']._loaded_options = None
   _globals['_ADMITREQUEST_PARAMETERSENTRY']._serialized_options = b'8\001'
-  _globals['_OUTCOME']._serialized_start=1744
-  _globals['_OUTCOME']._serialized_end=1894
+  _globals['_OUTCOME']._serialized_start=1760
+  _globals['_OUTCOME']._serialized_end=1910
   _globals['_CALLER']._serialized_start=90
   _globals['_CALLER']._serialized_end=161
   _globals['_AUTHORIZEREQUEST']._serialized_start=164
@@ -43,33 +43,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUTHORIZERESPONSE']._serialized_start=301
   _globals['_AUTHORIZERESPONSE']._serialized_end=489
   _globals['_ADMITREQUEST']._serialized_start=492
-  _globals['_ADMITREQUEST']._serialized_end=727
-  _globals['_ADMITREQUEST_PARAMETERSENTRY']._serialized_start=678
-  _globals['_ADMITREQUEST_PARAMETERSENTRY']._serialized_end=727
-  _globals['_ADMITRESPONSE']._serialized_start=729
-  _globals['_ADMITRESPONSE']._serialized_end=804
-  _globals['_AWAITINTENTREQUEST']._serialized_start=806
-  _globals['_AWAITINTENTREQUEST']._serialized_end=841
-  _globals['_AWAITINTENTRESPONSE']._serialized_start=843
-  _globals['_AWAITINTENTRESPONSE']._serialized_end=888
-  _globals['_SETTLEREQUEST']._serialized_start=891
-  _globals['_SETTLEREQUEST']._serialized_end=1102
-  _globals['_SETTLERESPONSE']._serialized_start=1104
-  _globals['_SETTLERESPONSE']._serialized_end=1163
-  _globals['_LISTVISIBLEMODELSREQUEST']._serialized_start=1165
-  _globals['_LISTVISIBLEMODELSREQUEST']._serialized_end=1252
-  _globals['_LISTVISIBLEMODELSRESPONSE']._serialized_start=1255
-  _globals['_LISTVISIBLEMODELSRESPONSE']._serialized_end=1462
-  _globals['_LISTVISIBLEMODELSRESPONSE_MODEL']._serialized_start=1354
-  _globals['_LISTVISIBLEMODELSRESPONSE_MODEL']._serialized_end=1462
-  _globals['_HEARTBEATREQUEST']._serialized_start=1464
-  _globals['_HEARTBEATREQUEST']._serialized_end=1535
-  _globals['_HEARTBEATRESPONSE']._serialized_start=1537
-  _globals['_HEARTBEATRESPONSE']._serialized_end=1579
-  _globals['_RECORDREFUSALREQUEST']._serialized_start=1582
-  _globals['_RECORDREFUSALREQUEST']._serialized_end=1716
-  _globals['_RECORDREFUSALRESPONSE']._serialized_start=1718
-  _globals['_RECORDREFUSALRESPONSE']._serialized_end=1741
-  _globals['_CONTROLSERVICE']._serialized_start=1897
-  _globals['_CONTROLSERVICE']._serialized_end=2578
+  _globals['_ADMITREQUEST']._serialized_end=743
+  _globals['_ADMITREQUEST_PARAMETERSENTRY']._serialized_start=694
+  _globals['_ADMITREQUEST_PARAMETERSENTRY']._serialized_end=743
+  _globals['_ADMITRESPONSE']._serialized_start=745
+  _globals['_ADMITRESPONSE']._serialized_end=820
+  _globals['_AWAITINTENTREQUEST']._serialized_start=822
+  _globals['_AWAITINTENTREQUEST']._serialized_end=857
+  _globals['_AWAITINTENTRESPONSE']._serialized_start=859
+  _globals['_AWAITINTENTRESPONSE']._serialized_end=904
+  _globals['_SETTLEREQUEST']._serialized_start=907
+  _globals['_SETTLEREQUEST']._serialized_end=1118
+  _globals['_SETTLERESPONSE']._serialized_start=1120
+  _globals['_SETTLERESPONSE']._serialized_end=1179
+  _globals['_LISTVISIBLEMODELSREQUEST']._serialized_start=1181
+  _globals['_LISTVISIBLEMODELSREQUEST']._serialized_end=1268
+  _globals['_LISTVISIBLEMODELSRESPONSE']._serialized_start=1271
+  _globals['_LISTVISIBLEMODELSRESPONSE']._serialized_end=1478
+  _globals['_LISTVISIBLEMODELSRESPONSE_MODEL']._serialized_start=1370
+  _globals['_LISTVISIBLEMODELSRESPONSE_MODEL']._serialized_end=1478
+  _globals['_HEARTBEATREQUEST']._serialized_start=1480
+  _globals['_HEARTBEATREQUEST']._serialized_end=1551
+  _globals['_HEARTBEATRESPONSE']._serialized_start=1553
+  _globals['_HEARTBEATRESPONSE']._serialized_end=1595
+  _globals['_RECORDREFUSALREQUEST']._serialized_start=1598
+  _globals['_RECORDREFUSALREQUEST']._serialized_end=1732
+  _globals['_RECORDREFUSALRESPONSE']._serialized_start=1734
+  _globals['_RECORDREFUSALRESPONSE']._serialized_end=1757
+  _globals['_CONTROLSERVICE']._serialized_start=1913
+  _globals['_CONTROLSERVICE']._serialized_end=2594
 # @@protoc_insertion_point(module_scope)

@@ -208,6 +208,7 @@ class AdmitRequest(_message.Message):
     PROMPT_SHA256_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
     ANSWERS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.str
     """From Authorize."""
     prompt_tokens: _builtins.int
@@ -218,6 +219,10 @@ class AdmitRequest(_message.Message):
     """SHA-256 of the prompt as the client sent it; recorded only under a secret salt."""
     answers: _builtins.int
     """Answers to the prompt, each of max_tokens at the most; 0 is read as 1."""
+    inputs: _builtins.int
+    """Inputs that each get a vector or a score and no tokens, 256 at the most: prompt_tokens are those of all of them,
+    max_tokens is 0. 0 where an answer of tokens is wanted.
+    """
     @_builtins.property
     def parameters(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Sampling parameters as recorded in the audit log; never text."""
@@ -231,10 +236,11 @@ class AdmitRequest(_message.Message):
         prompt_sha256: _builtins.bytes = ...,
         parameters: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         answers: _builtins.int = ...,
+        inputs: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "max_tokens", b"max_tokens", "parameters", b"parameters", "prompt_sha256", b"prompt_sha256", "prompt_tokens", b"prompt_tokens", "ticket", b"ticket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers", "inputs", b"inputs", "max_tokens", b"max_tokens", "parameters", b"parameters", "prompt_sha256", b"prompt_sha256", "prompt_tokens", b"prompt_tokens", "ticket", b"ticket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -447,7 +453,7 @@ class ListVisibleModelsResponse(_message.Message):
         """Its deployment is ready."""
         @_builtins.property
         def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-            """generate, chat."""
+            """What it answers: generate, chat, embed, rerank."""
 
         def __init__(
             self,

@@ -79,7 +79,7 @@ class ControlServiceServicer(object):
     """
 
     def Authorize(self, request, context):
-        """Checks identity, key, policy and visibility of the model, and says where it runs. Charges nothing.
+        """Checks identity, key, policy, visibility and capability of the model, and says where it runs. Charges nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,7 @@ class ControlServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ControlServiceAsyncStub: ...
     Authorize: _grpc.UnaryUnaryMultiCallable[_control_pb2.AuthorizeRequest, _control_pb2.AuthorizeResponse]
-    """Checks identity, key, policy and visibility of the model, and says where it runs. Charges nothing."""
+    """Checks identity, key, policy, visibility and capability of the model, and says where it runs. Charges nothing."""
     Admit: _grpc.UnaryUnaryMultiCallable[_control_pb2.AdmitRequest, _control_pb2.AdmitResponse]
     """Reserves what the request may cost, starts the audit intent, and opens a lease. Uses the ticket up."""
     AwaitIntent: _grpc.UnaryUnaryMultiCallable[_control_pb2.AwaitIntentRequest, _control_pb2.AwaitIntentResponse]
@@ -58,7 +58,7 @@ class ControlServiceAsyncStub(ControlServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Authorize: _aio.UnaryUnaryMultiCallable[_control_pb2.AuthorizeRequest, _control_pb2.AuthorizeResponse]  # type: ignore[assignment]
-    """Checks identity, key, policy and visibility of the model, and says where it runs. Charges nothing."""
+    """Checks identity, key, policy, visibility and capability of the model, and says where it runs. Charges nothing."""
     Admit: _aio.UnaryUnaryMultiCallable[_control_pb2.AdmitRequest, _control_pb2.AdmitResponse]  # type: ignore[assignment]
     """Reserves what the request may cost, starts the audit intent, and opens a lease. Uses the ticket up."""
     AwaitIntent: _aio.UnaryUnaryMultiCallable[_control_pb2.AwaitIntentRequest, _control_pb2.AwaitIntentResponse]  # type: ignore[assignment]
@@ -83,7 +83,7 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.AuthorizeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.AuthorizeResponse, _abc.Awaitable[_control_pb2.AuthorizeResponse]]:
-        """Checks identity, key, policy and visibility of the model, and says where it runs. Charges nothing."""
+        """Checks identity, key, policy, visibility and capability of the model, and says where it runs. Charges nothing."""
 
     @_abc_1.abstractmethod
     def Admit(

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class InferenceServiceStub(object):
-    """Text generation on the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    """Text, vectors and rankings from the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    A model answers what its capabilities name; asked for anything else it is FAILED_PRECONDITION, CAPABILITY_MISSING.
     """
 
     def __init__(self, channel):
@@ -44,6 +45,16 @@ class InferenceServiceStub(object):
                 '/cloister.inference.v1.InferenceService/Chat',
                 request_serializer=cloister_dot_inference_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
                 response_deserializer=cloister_dot_inference_dot_v1_dot_inference__pb2.ChatResponse.FromString,
+                _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/cloister.inference.v1.InferenceService/Embed',
+                request_serializer=cloister_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=cloister_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
+        self.Rerank = channel.unary_unary(
+                '/cloister.inference.v1.InferenceService/Rerank',
+                request_serializer=cloister_dot_inference_dot_v1_dot_inference__pb2.RerankRequest.SerializeToString,
+                response_deserializer=cloister_dot_inference_dot_v1_dot_inference__pb2.RerankResponse.FromString,
                 _registered_method=True)
         self.Tokenize = channel.unary_unary(
                 '/cloister.inference.v1.InferenceService/Tokenize',
@@ -63,7 +74,8 @@ class InferenceServiceStub(object):
 
 
 class InferenceServiceServicer(object):
-    """Text generation on the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    """Text, vectors and rankings from the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    A model answers what its capabilities name; asked for anything else it is FAILED_PRECONDITION, CAPABILITY_MISSING.
     """
 
     def Generate(self, request, context):
@@ -75,6 +87,20 @@ class InferenceServiceServicer(object):
 
     def Chat(self, request, context):
         """Chat with the model's own template; same events as Generate.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Embed(self, request, context):
+        """A vector of each input, to search and to compare by. Needs the capability embed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rerank(self, request, context):
+        """How well each document answers a query, best first. Needs the capability rerank.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -114,6 +140,16 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=cloister_dot_inference_dot_v1_dot_inference__pb2.ChatRequest.FromString,
                     response_serializer=cloister_dot_inference_dot_v1_dot_inference__pb2.ChatResponse.SerializeToString,
             ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=cloister_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=cloister_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Rerank': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rerank,
+                    request_deserializer=cloister_dot_inference_dot_v1_dot_inference__pb2.RerankRequest.FromString,
+                    response_serializer=cloister_dot_inference_dot_v1_dot_inference__pb2.RerankResponse.SerializeToString,
+            ),
             'Tokenize': grpc.unary_unary_rpc_method_handler(
                     servicer.Tokenize,
                     request_deserializer=cloister_dot_inference_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
@@ -138,7 +174,8 @@ def add_InferenceServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class InferenceService(object):
-    """Text generation on the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    """Text, vectors and rankings from the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    A model answers what its capabilities name; asked for anything else it is FAILED_PRECONDITION, CAPABILITY_MISSING.
     """
 
     @staticmethod
@@ -185,6 +222,60 @@ class InferenceService(object):
             '/cloister.inference.v1.InferenceService/Chat',
             cloister_dot_inference_dot_v1_dot_inference__pb2.ChatRequest.SerializeToString,
             cloister_dot_inference_dot_v1_dot_inference__pb2.ChatResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.inference.v1.InferenceService/Embed',
+            cloister_dot_inference_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            cloister_dot_inference_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rerank(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/cloister.inference.v1.InferenceService/Rerank',
+            cloister_dot_inference_dot_v1_dot_inference__pb2.RerankRequest.SerializeToString,
+            cloister_dot_inference_dot_v1_dot_inference__pb2.RerankResponse.FromString,
             options,
             channel_credentials,
             insecure,

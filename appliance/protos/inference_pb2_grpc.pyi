@@ -27,7 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class InferenceServiceStub:
-    """Text generation on the models installed on this appliance. Metadata: `authorization: Bearer KEY`."""
+    """Text, vectors and rankings from the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    A model answers what its capabilities name; asked for anything else it is FAILED_PRECONDITION, CAPABILITY_MISSING.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,6 +39,10 @@ class InferenceServiceStub:
     """Generates text from a raw prompt. Always server-streaming; collect the stream for a unary result."""
     Chat: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Chat with the model's own template; same events as Generate."""
+    Embed: _grpc.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]
+    """A vector of each input, to search and to compare by. Needs the capability embed."""
+    Rerank: _grpc.UnaryUnaryMultiCallable[_inference_pb2.RerankRequest, _inference_pb2.RerankResponse]
+    """How well each document answers a query, best first. Needs the capability rerank."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """The tokens that Generate would make of a text."""
     Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
@@ -46,13 +52,19 @@ class InferenceServiceStub:
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
-    """Text generation on the models installed on this appliance. Metadata: `authorization: Bearer KEY`."""
+    """Text, vectors and rankings from the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    A model answers what its capabilities name; asked for anything else it is FAILED_PRECONDITION, CAPABILITY_MISSING.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates text from a raw prompt. Always server-streaming; collect the stream for a unary result."""
     Chat: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Chat with the model's own template; same events as Generate."""
+    Embed: _aio.UnaryUnaryMultiCallable[_inference_pb2.EmbedRequest, _inference_pb2.EmbedResponse]  # type: ignore[assignment]
+    """A vector of each input, to search and to compare by. Needs the capability embed."""
+    Rerank: _aio.UnaryUnaryMultiCallable[_inference_pb2.RerankRequest, _inference_pb2.RerankResponse]  # type: ignore[assignment]
+    """How well each document answers a query, best first. Needs the capability rerank."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """The tokens that Generate would make of a text."""
     Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
@@ -61,7 +73,9 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """Lists the models that the calling tenant may use."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Text generation on the models installed on this appliance. Metadata: `authorization: Bearer KEY`."""
+    """Text, vectors and rankings from the models installed on this appliance. Metadata: `authorization: Bearer KEY`.
+    A model answers what its capabilities name; asked for anything else it is FAILED_PRECONDITION, CAPABILITY_MISSING.
+    """
 
     @_abc_1.abstractmethod
     def Generate(
@@ -78,6 +92,22 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.ChatResponse], _abc.AsyncIterator[_inference_pb2.ChatResponse]]:
         """Chat with the model's own template; same events as Generate."""
+
+    @_abc_1.abstractmethod
+    def Embed(
+        self,
+        request: _inference_pb2.EmbedRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.EmbedResponse, _abc.Awaitable[_inference_pb2.EmbedResponse]]:
+        """A vector of each input, to search and to compare by. Needs the capability embed."""
+
+    @_abc_1.abstractmethod
+    def Rerank(
+        self,
+        request: _inference_pb2.RerankRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.RerankResponse, _abc.Awaitable[_inference_pb2.RerankResponse]]:
+        """How well each document answers a query, best first. Needs the capability rerank."""
 
     @_abc_1.abstractmethod
     def Tokenize(

@@ -30,6 +30,7 @@ from engine.process import Process
 from engine.protos import engine_pb2, engine_pb2_grpc
 
 GENERATE = "/cloister.inference.v1.InferenceService/Generate"
+EMBED = "/cloister.inference.v1.InferenceService/Embed"
 DIGEST = hashlib.sha256(b"manifest").hexdigest()
 CONTEXT = 64
 PROMPT = hashlib.sha256(b"the prompt").digest()
@@ -52,6 +53,7 @@ class Host(engine_pb2_grpc.HostServiceServicer):
         self.reasons: dict[str, str] = {}
         self.sockets = ("/w.sock", "/t.sock")
         self.fits = lambda _request, _running: True
+        self.capabilities = ["generate"]
 
     async def GetInventory(self, request: Any, context: Any) -> engine_pb2.GetInventoryResponse:
         cpu = engine_pb2.Device(id="cpu", kind="cpu", name="Example", memory_bytes=2, memory_available_bytes=1)
@@ -92,7 +94,7 @@ class Host(engine_pb2_grpc.HostServiceServicer):
             name=deployment.name, state=self.states.get(deployment.name, self.state),
             reason=self.reasons.get(deployment.name, ""), message="because",
             worker_socket=self.sockets[0], text_socket=self.sockets[1],
-            max_context_tokens=CONTEXT, capabilities=["generate"], model_digest=deployment.files.model_digest,
+            max_context_tokens=CONTEXT, capabilities=self.capabilities, model_digest=deployment.files.model_digest,
         )  # fmt: skip
 
 
@@ -263,7 +265,9 @@ class House:
             control_pb2.AuthorizeRequest(caller=caller, gateway_id=self.gateway_id, **fields)
         )
 
-    async def admit(self, caller: control_pb2.Caller, prompt: int = 10, most: int = 20, **changed: Any) -> Any:
+    async def admit(
+        self, caller: control_pb2.Caller, prompt: int = 10, most: int = 20, inputs: int = 0, **changed: Any
+    ) -> Any:
         """Authorize and Admit."""
         ticket = (await self.authorize(caller, **changed)).ticket
         return await self.control.Admit(
@@ -271,6 +275,7 @@ class House:
                 ticket=ticket,
                 prompt_tokens=prompt,
                 max_tokens=most,
+                inputs=inputs,
                 prompt_sha256=PROMPT,
                 parameters={"temperature": "0"},
             )

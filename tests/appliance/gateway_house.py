@@ -119,8 +119,17 @@ class FakeText(engine_pb2_grpc.TextServiceServicer):
         await self._meet(request, context)
         if request.HasField("token_ids"):
             return engine_pb2.PrepareResponse(token_ids=request.token_ids.ids)
-        length = len(request.text) or len(request.conversation.messages)
-        return engine_pb2.PrepareResponse(token_ids=range(length))
+        if request.HasField("pair"):
+            query, document = map(len, (request.pair.query, request.pair.document))
+            return self._cut(request, query + document, [0] * query + [1] * document)
+        return self._cut(request, len(request.text) or len(request.conversation.messages), [])
+
+    def _cut(self, request: Any, length: int, type_ids: list[int]) -> Any:
+        """As many tokens, at most those of the context where the request is to be cut."""
+        most = CONTEXT if request.truncate else length
+        return engine_pb2.PrepareResponse(
+            token_ids=range(min(length, most)), type_ids=type_ids[:most], truncated=length > most
+        )
 
     async def Tokenize(self, request: Any, context: Context) -> Any:
         await self._meet(request, context)
@@ -232,6 +241,14 @@ async def one_word_then_silence(submit: Any, send: Send) -> None:
     """A script: one token, then nothing."""
     send("Hel", [1])
     await asyncio.Event().wait()
+
+
+async def computed(submit: Any, send: Send) -> None:
+    """A script: of a vector, three numbers that tell the tokens; of a pair, a score that does."""
+    tokens = len(submit.token_ids)
+    values = [float(tokens), 0.0, 4.0] if submit.task == engine_pb2.TASK_EMBED else [float(tokens % 7)]
+    last = end(prompt_tokens=tokens, queue_ns=2_000_000_000, prefill_ns=1_000_000_000 * submit.handle)
+    send(end=last, values=values)
 
 
 class House:

@@ -1,7 +1,9 @@
-"""generate, chat, tokenize and detokenize on the command line, against a real gateway."""
+"""generate, chat, embed, rerank, tokenize and detokenize on the command line, against a real gateway."""
 
 import asyncio
+import io
 import json
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import pytest
 from appliance.cli.main import build_parser, main
 from appliance.client.credentials import Credentials, write_credentials
 from engine.protos import engine_pb2
-from tests.appliance.gateway_house import API_KEY, AUTHORITY, CLIENT, House, Send, end, open_house
+from tests.appliance.gateway_house import API_KEY, AUTHORITY, CLIENT, House, Send, computed, end, open_house
 
 LENGTH = engine_pb2.END_REASON_LENGTH
 
@@ -103,6 +105,49 @@ async def test_tokens_of_a_text_and_text_of_tokens(house: House, capsys: pytest.
     assert [request.add_special_tokens for request in house.text.requests[:2]] == [True, False]
 
 
+async def test_vectors_are_lines_of_json_in_the_order_of_the_texts(
+    house: House, capsys: pytest.CaptureFixture[str]
+) -> None:
+    house.worker.script = computed
+    assert await run("embed", "notes", "abc", "a", "--no-normalize", "--dimensions", "1", "--stats") == 0
+    printed = capsys.readouterr()
+    assert [json.loads(line) for line in printed.out.splitlines()] == [
+        {"index": 0, "values": [3.0], "prompt_tokens": 3, "truncated": False},
+        {"index": 1, "values": [1.0], "prompt_tokens": 1, "truncated": False},
+    ]
+    assert printed.err == "4 tokens, computed in 2000 ms after 2000 ms, audit record 8\n"
+
+
+async def test_texts_come_from_standard_input_a_line_each(
+    house: House, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house.worker.script = computed
+    given = 'plain\u2028text\r\n\n"two\\nlines"\n"not closed\n'
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given.encode())))
+    assert await run("embed", "notes", "-") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert [request.text for request in house.text.requests] == ["plain\u2028text", "two\nlines", '"not closed']
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
+    assert await run("embed", "notes", "-") == 2
+
+
+async def test_a_ranking_is_a_table_or_json(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    house.worker.script = computed
+    assert await run("rerank", "notes", "q", "a", "abc\x1b", "x" * 70, "--top-n", "2") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "SCORE   INDEX  DOCUMENT", "5.0000      1  abc\\x1b", "2.0000      0  a",
+    ]  # fmt: skip
+    assert await run("--json", "rerank", "notes", "q", "a", "abc", "--truncate") == 0
+    best, second = json.loads(capsys.readouterr().out)
+    assert (best["index"], best["score"], second["index"]) == (1, 4.0, 0)
+    assert house.text.requests[-1].truncate
+
+
+async def test_an_input_that_is_refused_is_named(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    assert await run("embed", "notes", "a", "x" * 9000) == 1
+    assert "error: CONTEXT_OVERFLOW: inputs[1]: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -113,6 +158,10 @@ async def test_tokens_of_a_text_and_text_of_tokens(house: House, capsys: pytest.
         ["generate", "m", "t", "--logit-bias", "x=1"],
         ["generate", "m", "t", "--logit-bias", "5=inf"],
         ["generate", "m", "t", "--json", "--logprobs", "21"],
+        ["embed", "m"],
+        ["embed", "m", "t", "--dimensions", "0"],
+        ["rerank", "m", "q"],
+        ["rerank", "m", "q", "d", "--top-n", "0"],
         ["detokenize", "m", "-1"],
         ["detokenize", "m"],
     ],

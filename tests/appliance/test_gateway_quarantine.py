@@ -423,7 +423,7 @@ async def _until(condition: Callable[[], bool]) -> None:
 
 def test_a_fingerprint_holds_a_seed_only_when_the_client_chose_it() -> None:
     def of(seed: int, given: bool, **other: Any) -> bytes:
-        return fingerprint_of("d", engine_pb2.Submit(scope="s", token_ids=[1, 2], seed=seed, **other), given)
+        return fingerprint_of("d", [engine_pb2.Submit(scope="s", token_ids=[1, 2], seed=seed, **other)], given)
 
     assert of(1, given=False) == of(2, given=False)
     assert of(1, given=True) != of(2, given=True)

@@ -19,6 +19,7 @@ from appliance.errors import CloisterError
 OPEN = "open"
 SETTLED = "settled"
 MAX_ANSWERS = 8
+MAX_INPUTS = 256
 ABANDONED = "abandoned"
 """Settled by control, as no gateway did; charged is all that was reserved, the one bound that is known."""
 NEVER_STARTED = "NEVER_STARTED"
@@ -59,11 +60,15 @@ _LEDGER = insert(_TABLES["usage"])
 
 @dataclass(frozen=True)
 class Size:
-    """Tokens of a prompt, and most tokens of all its answers together."""
+    """Tokens of a prompt, and most tokens of all its answers together.
+
+    With `inputs`, which get a vector or a score each, prompt_tokens are those of all of them, and max_tokens is 0.
+    """
 
     prompt_tokens: int
     max_tokens: int
     answers: int = 1
+    inputs: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,14 @@ class InForce:
 
 
 def check_size(size: Size, max_context_tokens: int) -> None:
-    """Refuse what cannot fit the model: the prompt and each answer share one context.
+    """Refuse what cannot fit the model: the prompt and each answer share one context, each input has its own.
 
     Raises:
-        CloisterError: EMPTY_PROMPT, INVALID_MAX_TOKENS, TOO_MANY_ANSWERS, CONTEXT_OVERFLOW.
+        CloisterError: EMPTY_PROMPT, INVALID_MAX_TOKENS, TOO_MANY_ANSWERS, TOO_MANY_INPUTS, CONTEXT_OVERFLOW.
     """
+    if size.inputs:
+        _check_inputs(size, max_context_tokens)
+        return
     if size.answers > MAX_ANSWERS:
         raise CloisterError("TOO_MANY_ANSWERS", f"a request has at most {MAX_ANSWERS} answers")
     if size.prompt_tokens == 0:
@@ -119,6 +127,21 @@ def check_size(size: Size, max_context_tokens: int) -> None:
             "CONTEXT_OVERFLOW",
             f"prompt and answer want {wanted} tokens and the model holds {max_context_tokens}; shorten one",
             metadata={"tokens": str(wanted), "max_context_tokens": str(max_context_tokens)},
+        )
+
+
+def _check_inputs(size: Size, max_context_tokens: int) -> None:
+    if size.inputs > MAX_INPUTS:
+        raise CloisterError("TOO_MANY_INPUTS", f"a request has at most {MAX_INPUTS} inputs")
+    if size.prompt_tokens < size.inputs:
+        raise CloisterError("EMPTY_PROMPT", "an input has no tokens; send some text")
+    if size.max_tokens:
+        raise CloisterError("INVALID_MAX_TOKENS", "a vector or a score has no tokens, so max_tokens is 0")
+    if size.prompt_tokens > size.inputs * max_context_tokens:
+        raise CloisterError(
+            "CONTEXT_OVERFLOW",
+            f"{size.inputs} inputs of {size.prompt_tokens} tokens; the model takes {max_context_tokens} of each",
+            metadata={"tokens": str(size.prompt_tokens), "max_context_tokens": str(max_context_tokens)},
         )
 
 

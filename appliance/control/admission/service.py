@@ -17,7 +17,7 @@ from appliance.control.admission import reservations
 from appliance.control.admission.leases import LeaseBook
 from appliance.control.admission.reservations import Ending, Size
 from appliance.control.admission.tickets import Ticket, TicketBook
-from appliance.control.admission.visibility import VisibleModel, visible_model, visible_models
+from appliance.control.admission.visibility import VisibleModel, check_capability, visible_model, visible_models
 from appliance.control.db.database import Database
 from appliance.control.deployments import Deployments
 from appliance.control.identity.callers import CallerCheck, Principal, claimed_tenant
@@ -81,7 +81,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             principal, model = await self._database.run(
                 lambda s: _authorize(s, self._callers, request.caller, request.model)
             )
-            place = self._place(principal, model)
+            place = self._place(principal, model, rule.capability)
             if rule.audit is policy.AuditClass.REQUEST:
                 place.ticket = self._ticket(request, request_id, principal, place)
             return place
@@ -194,8 +194,9 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
             )
         )
 
-    def _place(self, principal: Principal, model: VisibleModel) -> control_pb2.AuthorizeResponse:
+    def _place(self, principal: Principal, model: VisibleModel, capability: str) -> control_pb2.AuthorizeResponse:
         running = self._deployments.ready(model.deployment)
+        check_capability(running.capabilities, capability)
         return control_pb2.AuthorizeResponse(
             deployment=model.deployment,
             text_socket=running.text_socket,
@@ -209,8 +210,7 @@ class ControlService(control_pb2_grpc.ControlServiceServicer):
     async def _admit(
         self, ticket: Ticket, identity: str, request: control_pb2.AdmitRequest
     ) -> control_pb2.AdmitResponse:
-        answers = request.answers or 1
-        size = Size(request.prompt_tokens, answers * request.max_tokens, answers)
+        size = _size(ticket, request)
         reservations.check_size(size, ticket.max_context_tokens)
         admitted = records.Admitted(
             identity=identity,
@@ -299,6 +299,19 @@ def _authorize(
 
 def _visible(session: Any, callers: CallerCheck, caller: control_pb2.Caller) -> list[VisibleModel]:
     return list(visible_models(session, callers.principal(session, caller).tenant))
+
+
+def _size(ticket: Ticket, request: control_pb2.AdmitRequest) -> Size:
+    """What the request asks for; tokens for an answer are what a method for generating has, and no other."""
+    generates = policy.TABLE[ticket.method].capability == "generate"
+    if generates == bool(request.inputs):
+        raise CloisterError(
+            "INVALID_PARAMETERS", "inputs are of methods that generate nothing, and of all of those"
+        )
+    if request.inputs:
+        return Size(request.prompt_tokens, request.max_tokens, inputs=request.inputs)
+    answers = request.answers or 1
+    return Size(request.prompt_tokens, answers * request.max_tokens, answers)
 
 
 def _parameters(request: control_pb2.AdmitRequest) -> dict[str, str]:

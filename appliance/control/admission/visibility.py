@@ -47,6 +47,22 @@ def visible_model(session: Session, tenant: str, alias: str) -> VisibleModel:
     return VisibleModel(row[0], row[1], row[2])
 
 
+def check_capability(capabilities: Sequence[str], wanted: str) -> None:
+    """Refuse to ask a model for what it does not answer.
+
+    Raises:
+        CloisterError: CAPABILITY_MISSING.
+    """
+    if wanted and wanted not in capabilities:
+        has = ", ".join(capabilities) or "nothing"
+        raise CloisterError(
+            "CAPABILITY_MISSING",
+            f"the model answers {has}, and not {wanted}; ListModels names the capabilities of each",
+            grpc.StatusCode.FAILED_PRECONDITION,
+            metadata={"capabilities": ",".join(capabilities)},
+        )
+
+
 def visible_models(session: Session, tenant: str) -> Sequence[VisibleModel]:
     """All of them, by name."""
     return [VisibleModel(row[0], row[1], row[2]) for row in session.execute(_VISIBLE, {"tenant": tenant})]
