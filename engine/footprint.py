@@ -23,6 +23,7 @@ _TILE = 16  # rows of a tile, in both backends
 _SPLIT = 64  # tokens of a KV split of the cpu backend, in deterministic mode
 _MAX_COPY = 2**22  # numbers of keys it lays out at once there, and
 _MAX_CONTEXT = 2**25  # numbers of keys and values of the single tokens that it attends together
+_MAX_SCORES = 2**22  # scores it has at once where softmax is written out
 _DRAWING = 9 * 8 + 1  # bytes for each number of the logits while tokens are drawn: float64 copies, order, one mask
 _SCORED = 64  # tokens of a prompt whose logits are computed at once
 _SCORED_WIDE = 2**21  # numbers of them that are taken to float64 at once
@@ -77,9 +78,13 @@ class Sizes:
     @property
     def context(self) -> int:
         """L, whole pages, and whole splits where there are any."""
+        return _up(self.options.max_context_tokens, self.unit)
+
+    @property
+    def unit(self) -> int:
+        """Tokens that contexts are multiples of when they are attended to: a page, or a split."""
         block = self.options.block_size
-        unit = max(1, _SPLIT // block) if self.options.deterministic else 1
-        return _up(self.options.max_context_tokens, block * unit)
+        return block * (max(1, _SPLIT // block) if self.options.deterministic else 1)
 
     @property
     def is_cpu(self) -> bool:
@@ -182,9 +187,16 @@ def activation_bytes(of: Sizes) -> int:
     """
     stream = 4 * of.step * of.config.hidden_size * of.item
     rows = of.step * 4 * _INT + of.options.max_running * (of.context // of.options.block_size + 1) * _INT
-    masks = of.step * of.context if of.is_cpu else of.options.max_running * of.context * _INT
+    masks = _masks(of) if of.is_cpu else of.options.max_running * of.context * _INT
     attention = _cpu_attention(of) if of.is_cpu else _reference_attention(of)
     return stream + rows + masks + max(_rotation(of), attention, _mlp(of), _logits(of)) + _SCRATCH
+
+
+def _masks(of: Sizes) -> int:
+    """Of the cpu backend: what each token must not see, for each window, and once more while one is made."""
+    windows = {layer.window for layer in of.config.layers}
+    longest = [min(of.context, window + of.step + 2 * of.unit) if window else of.context for window in windows]
+    return of.step * (sum(longest) + max(longest) * (windows != {0}))
 
 
 def _rotation(of: Sizes) -> int:
@@ -232,7 +244,16 @@ def _cpu_attention(of: Sizes) -> int:
     if of.options.deterministic:
         return tokens + copied + group * _FLOAT + _tiles(of, group)
     masks = of.step * of.context * (1 + of.fold * (1 + of.item))
-    return tokens + copied + masks
+    return tokens + copied + max(masks, _blocks(of, group))
+
+
+def _blocks(of: Sizes, group: int) -> int:
+    """With softcap or sinks: keys, values and queries in float32, and as many scores three times."""
+    if not of.config.attention_softcap and not any(layer.has_sinks for layer in of.config.layers):
+        return 0
+    alone = group // 2 // of.config.head_dim * of.fold  # the scores of single tokens over the whole group
+    scores = max(alone, _MAX_SCORES, of.context * of.config.num_heads)
+    return group * _FLOAT + 3 * scores * _FLOAT + 4 * of.step * of.query * _FLOAT
 
 
 def _tiles(of: Sizes, group: int) -> int:
