@@ -51,15 +51,15 @@ class BlockPool:
     """A fixed number of KV pages, lent to scopes and counted by reference.
 
     Args:
-        num_blocks: pages in the pool; page ids are 0 .. num_blocks - 1.
+        num_blocks: pages in the pool, none for an encoder; page ids are 0 .. num_blocks - 1.
         block_size: tokens per page.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: the number is negative, or the size not positive.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
-        if num_blocks <= 0 or block_size <= 0:
+        if num_blocks < 0 or block_size <= 0:
             raise ValueError(f"a pool of {num_blocks} pages of {block_size} tokens is not possible")
         self.block_size = block_size
         self._blocks = [_Block() for _ in range(num_blocks)]

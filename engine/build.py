@@ -4,20 +4,27 @@ import torch
 
 from engine.block_pool import BlockPool
 from engine.detokenizer import Vocabulary
+from engine.encoder_runner import EncoderRunner
 from engine.errors import EngineError
 from engine.footprint import positions
 from engine.loop import EngineLoop
 from engine.memory import available_bytes, own_bytes
 from engine.memory_plan import PROCESS_BYTES, Model, plan_memory, read_model
+from engine.models.encoders.registry import ENCODERS
+from engine.models.encoders.spec import EncoderConfig
 from engine.models.plain import PlainWeights
 from engine.models.registry import architecture
+from engine.models.served import Served, decoder_family
+from engine.models.tensors import Weights
 from engine.options import EngineOptions
+from engine.request import Task
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
 from engine.weights.files import FileSet, OpenFile, read_verified
 from engine.weights.safetensors import load_weights
 from kernels.cpu import CpuBackend
-from kernels.ops import Backend, KvSpec
+from kernels.encoder_ops import EncoderBackend
+from kernels.ops import KvSpec
 from kernels.reference import ReferenceBackend
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,25 +40,50 @@ def build_engine(files: FileSet, open_file: OpenFile, options: EngineOptions) ->
             TOKENIZER_UNSUPPORTED.
     """
     known = read_model(files, open_file)
-    config, family = known.config, architecture(known.config)
     options = resolve_options(options, known)
     torch.set_num_threads(options.threads)
-    vocabulary = Vocabulary(bytes(read_verified(files.get("tokenizer.json"), open_file)), config.vocab_size)
-    weights = load_weights(files, open_file, known.shapes)
+    vocabulary = _vocabulary(files, open_file, known.served)
+    weights = PlainWeights(load_weights(files, open_file, known.shapes, known.layout.spare))
     ops = make_backend(options)
-    model = family.build(config, PlainWeights(weights), ops, positions(options), options.max_context_tokens)
-    kv = KvSpec(config.num_layers, options.kv_blocks, options.block_size, config.num_kv_heads, config.head_dim)
     limits = Limits(
-        options.max_step_tokens, options.max_running, options.max_context_tokens, options.deterministic
+        options.max_step_tokens,
+        options.max_running,
+        options.max_context_tokens,
+        whole_blocks=options.deterministic,
+        whole_prompts=isinstance(known.config, EncoderConfig),
     )
+    runner, eos_ids = _runner(known, weights, ops, options)
     pool = BlockPool(options.kv_blocks, options.block_size)
     return EngineLoop(
-        runner=ModelRunner(model, ops, kv, options.max_running),
-        scheduler=Scheduler(pool, limits, files.model_digest, config.eos_token_ids),
+        runner=runner,
+        scheduler=Scheduler(pool, limits, files.model_digest, eos_ids),
         vocabulary=vocabulary,
-        eos_ids=config.eos_token_ids,
+        eos_ids=eos_ids,
         options=options,
+        tasks=(known.served.task,),
+        num_types=known.served.num_types,
     )
+
+
+def _vocabulary(files: FileSet, open_file: OpenFile, served: Served) -> Vocabulary:
+    """The bytes of each token; of a model that writes no text, none."""
+    writes = served.task is Task.GENERATE
+    content = bytes(read_verified(files.get("tokenizer.json"), open_file)) if writes else None
+    return Vocabulary(content, served.config.vocab_size)
+
+
+def _runner(
+    known: Model, weights: Weights, ops: EncoderBackend, options: EngineOptions
+) -> tuple[ModelRunner | EncoderRunner, tuple[int, ...]]:
+    """What carries out plans, and the model's end tokens."""
+    config, pooling = known.config, known.served.pooling
+    if isinstance(config, EncoderConfig):
+        encoder = ENCODERS[config.architecture].build(config, weights, ops, options.max_context_tokens)
+        return EncoderRunner(encoder, ops, pooling), ()
+    config, family = decoder_family(config, known.stored) if pooling else (config, architecture(config))
+    model = family.build(config, weights, ops, positions(options), options.max_context_tokens)
+    kv = KvSpec(config.num_layers, options.kv_blocks, options.block_size, config.num_kv_heads, config.head_dim)
+    return ModelRunner(model, ops, kv, options.max_running, pooling), config.eos_token_ids
 
 
 def resolve_options(options: EngineOptions, model: Model) -> EngineOptions:
@@ -65,7 +97,7 @@ def resolve_options(options: EngineOptions, model: Model) -> EngineOptions:
     return plan.options
 
 
-def make_backend(options: EngineOptions) -> Backend:
+def make_backend(options: EngineOptions) -> EncoderBackend:
     """The backend that resolved options name.
 
     Raises:

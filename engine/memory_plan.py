@@ -6,16 +6,19 @@ its options with it before it reads a weight. Needs no torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from engine import footprint
+from engine import encoder_footprint, footprint
 from engine.cores import usable_cores
+from engine.encoder_footprint import EncoderSizes
 from engine.errors import EngineError
 from engine.footprint import Sizes
-from engine.models.config import parse_config
-from engine.models.registry import architecture
+from engine.models.encoders.spec import EncoderConfig
+from engine.models.served import Layout, Served, layout, read_served
 from engine.models.spec import ModelConfig
 from engine.models.tensors import Shapes
 from engine.options import EngineOptions
+from engine.request import Task
 from engine.weights.files import FileSet, OpenFile, read_verified
 from engine.weights.safetensors import read_stored_header
 
@@ -117,16 +120,26 @@ class Model:
     """What a plan needs to know of a model.
 
     Attributes:
-        config: its configuration.
-        shapes: its tensors.
+        served: its configuration, and what it is for.
+        layout: its tensors.
         stored: bytes of each tensor in its file.
-        tokenizer: bytes of tokenizer.json.
+        tokenizer: bytes of tokenizer.json, where a vocabulary is made of it.
     """
 
-    config: ModelConfig
-    shapes: Shapes
+    served: Served
+    layout: Layout
     stored: Mapping[str, int]
     tokenizer: int = 0
+
+    @property
+    def config(self) -> ModelConfig | EncoderConfig:
+        """Its configuration."""
+        return self.served.config
+
+    @property
+    def shapes(self) -> Shapes:
+        """The tensors it computes with."""
+        return self.layout.shapes
 
     @property
     def process(self) -> int:
@@ -139,28 +152,21 @@ def read_model(files: FileSet, open_file: OpenFile) -> Model:
 
     Raises:
         EngineError: MODEL_FILE_MISSING, FILE_MISSING, FILE_DIGEST_MISMATCH, CONFIG_INVALID, CONFIG_UNSUPPORTED,
-            ARCHITECTURE_UNSUPPORTED, WEIGHTS_INVALID.
+            ARCHITECTURE_UNSUPPORTED, POOLING_UNSUPPORTED, WEIGHTS_INVALID.
     """
-    config = read_config(files, open_file)
+    served = read_served(lambda path: _content(files, open_file, path))
     stored: dict[str, int] = {}
     for file in files.matching(".safetensors"):
         header = read_stored_header(file, open_file)
         stored.update({name: entry.end - entry.begin for name, entry in header.items()})
-    tokenizer = files.find("tokenizer.json")
-    return Model(config, architecture(config).tensor_shapes(config), stored, tokenizer.size if tokenizer else 0)
+    tokenizer = files.find("tokenizer.json") if served.task is Task.GENERATE else None
+    return Model(served, layout(served, stored), stored, tokenizer.size if tokenizer else 0)
 
 
-def read_config(files: FileSet, open_file: OpenFile) -> ModelConfig:
-    """The model's configuration, from the files' verified bytes.
-
-    Raises:
-        EngineError: FILE_DIGEST_MISMATCH, MODEL_FILE_MISSING, CONFIG_INVALID or CONFIG_UNSUPPORTED.
-    """
-    generation = files.find("generation_config.json")
-    return parse_config(
-        bytes(read_verified(files.get("config.json"), open_file)),
-        bytes(read_verified(generation, open_file)) if generation else None,
-    )
+def _content(files: FileSet, open_file: OpenFile, path: str) -> bytes | None:
+    """The verified bytes of a file; None where there is none."""
+    file = files.find(path)
+    return None if file is None else bytes(read_verified(file, open_file))
 
 
 def plan_memory(model: Model, options: EngineOptions, available: int, cores: int | None = None) -> MemoryPlan:
@@ -177,27 +183,61 @@ def plan_memory(model: Model, options: EngineOptions, available: int, cores: int
     """
     # A spinning thread that shares its core slows a step tenfold: one core is for the other processes.
     cores = usable_cores() - 1 if cores is None else cores
-    options = _resolve(model, options, available, cores)
-    sizes = Sizes(model.config, model.shapes, options)
-    weights, kv = footprint.weights_bytes(sizes), footprint.kv_bytes(sizes)
-    activations = footprint.activation_bytes(sizes)
+    config = model.config
+    if isinstance(config, EncoderConfig):
+        options = encoder_footprint.resolve(config, options, cores)
+        parts = _encoder_parts(EncoderSizes(config, model.shapes, options), model.stored)
+    else:
+        options = _resolve(model, config, options, available, cores)
+        parts = _decoder_parts(Sizes(config, model.shapes, options), model.stored)
     return MemoryPlan(
         device=CPU,
         process=model.process,
-        weights=weights,
-        kv=kv,
-        activations=activations,
-        loading=max(0, footprint.loading_peak(sizes, model.stored) - weights - kv - activations),
+        weights=parts.weights,
+        kv=parts.kv,
+        activations=parts.activations,
+        loading=max(0, parts.loading_peak - parts.weights - parts.kv - parts.activations),
         available=available,
-        kv_block=footprint.block_bytes(sizes),
+        kv_block=parts.kv_block,
         options=options,
         parameters=footprint.parameters(model.shapes),
     )
 
 
-def _resolve(model: Model, options: EngineOptions, available: int, cores: int) -> EngineOptions:
+class _Parts(NamedTuple):
+    """Bytes by what they are for."""
+
+    weights: int
+    kv: int
+    kv_block: int
+    activations: int
+    loading_peak: int
+
+
+def _encoder_parts(sizes: EncoderSizes, stored: Mapping[str, int]) -> _Parts:
+    return _Parts(
+        weights=encoder_footprint.weights_bytes(sizes),
+        kv=0,
+        kv_block=0,
+        activations=encoder_footprint.activation_bytes(sizes),
+        loading_peak=encoder_footprint.loading_peak(sizes, stored),
+    )
+
+
+def _decoder_parts(sizes: Sizes, stored: Mapping[str, int]) -> _Parts:
+    return _Parts(
+        weights=footprint.weights_bytes(sizes),
+        kv=footprint.kv_bytes(sizes),
+        kv_block=footprint.block_bytes(sizes),
+        activations=footprint.activation_bytes(sizes),
+        loading_peak=footprint.loading_peak(sizes, stored),
+    )
+
+
+def _resolve(
+    model: Model, config: ModelConfig, options: EngineOptions, available: int, cores: int
+) -> EngineOptions:
     """`options` completed: KV pages by default get half of what the weights leave, or what activations leave."""
-    config = model.config
     first = options.resolve(config.max_context_tokens, 1, 0, cores)
     sizes = Sizes(config, model.shapes, first)
     left = available - model.process - footprint.weights_bytes(sizes)

@@ -7,9 +7,12 @@ from typing import Any
 import torch
 
 from engine.models.decoder import Decoder
+from engine.models.pooling import Pooling
 from engine.plan import FULL, PlanRow, ResultRow, StepPlan, StepResult, TokenLogprob
 from engine.sampler import SamplerState
-from kernels.ops import Backend, KvSpec, Logprobs, Rows
+from engine.vectors import to_rows
+from kernels.encoder_ops import EncoderBackend, Span
+from kernels.ops import KvSpec, Logprobs, Rows
 
 _SCORED_AT_ONCE = 64  # prompt tokens whose logits are computed at once, so that memory does not grow with prompts
 
@@ -22,18 +25,22 @@ class ModelRunner:
         ops: the backend.
         kv: size of the KV cache.
         num_slots: requests that can run at once.
+        pooling: what becomes of the last token's hidden state where a vector is wanted.
     """
 
-    def __init__(self, model: Decoder, ops: Backend, kv: KvSpec, num_slots: int) -> None:
+    def __init__(
+        self, model: Decoder, ops: EncoderBackend, kv: KvSpec, num_slots: int, pooling: Pooling | None = None
+    ) -> None:
         self._model = model
         self._ops = ops
+        self._normalise = pooling is not None and pooling.normalise
         self._kv = ops.allocate_kv(kv)
         self._samplers = SamplerState(num_slots)
 
     def execute(self, plan: StepPlan) -> StepResult:
-        """Compute the plan's rows and draw a token for each that asks for one.
+        """Compute the plan's rows, and draw a token or read a vector for each that asks for one.
 
-        A row with logits that are not all finite comes back with fault NUMERIC_FAULT and no token.
+        A row with logits or a vector not all finite comes back with fault NUMERIC_FAULT and nothing else.
         """
         with torch.inference_mode():
             if plan.scrub:
@@ -43,6 +50,7 @@ class ModelRunner:
             hidden = self._forward(plan)
             sampled = [row for row in plan.rows if row.sampling_slot is not None]
             results = self._draw(sampled, self.logits(plan, hidden)) if sampled else {}
+            results |= self._pool(plan, hidden)
             for row, first in zip(plan.rows, _firsts(plan), strict=True):
                 if row.targets:
                     result = results.get(row.handle, ResultRow(row.handle, ()))
@@ -66,6 +74,16 @@ class ModelRunner:
             block_tables=[_table(row) for row in plan.rows],
         )
         return self._model(self._ops, self._kv, self._ops.begin(rows, self._kv))
+
+    def _pool(self, plan: StepPlan, hidden: Any) -> dict[int, ResultRow]:
+        """The vectors of rows that are pooled: what their last tokens came to."""
+        ends = [first + len(row.token_ids) for row, first in zip(plan.rows, _firsts(plan), strict=True)]
+        wanted = {row.handle: Span(end - 1, 1) for row, end in zip(plan.rows, ends, strict=True) if row.pooled}
+        if not wanted:
+            return {}
+        pooled = self._ops.pool(hidden, list(wanted.values()), "last")
+        rows = to_rows(list(wanted), self._ops.vectors(pooled, len(wanted), self._normalise))
+        return {row.handle: row for row in rows}
 
     def _draw(self, rows: list[PlanRow], logits: Any) -> dict[int, ResultRow]:
         slots = [row.sampling_slot for row in rows if row.sampling_slot is not None]

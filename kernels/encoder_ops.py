@@ -59,7 +59,7 @@ class Span(NamedTuple):
     """A row's tokens among the step's."""
 
     first: int
-    count: int
+    length: int
 
 
 class EncoderBackend(Backend, Protocol):

@@ -6,7 +6,7 @@ are computed from those whose bits do not depend on where a number lies in memor
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -85,13 +85,14 @@ class EncoderOps:
             if rope is not None:
                 cos, sin = rope.index_select(0, batch.positions[row]).unbind(1)
                 q, k = _turn(q, cos, sin), _turn(k, cos, sin)
-            answers = self._attend_row(*(part.transpose(0, 1).contiguous() for part in (q, k, v)), looking)
+            q, k, v = (part.transpose(0, 1).contiguous() for part in (q, k, v))
+            answers = self._attend_row(q, k, v, looking)
             out[row] = answers.transpose(0, 1).reshape(count, -1)
         return out
 
     def pool(self, x: Tensor, spans: Sequence[Span], pooling: str) -> Tensor:
         """See `kernels.encoder_ops.EncoderBackend`; padded to whole tiles in deterministic mode."""
-        pooled = torch.stack([_pool(x[first : first + count], pooling) for first, count in spans])
+        pooled = torch.stack([_pool(x[first : first + length], pooling) for first, length in spans])
         return F.pad(pooled, (0, 0, 0, -len(pooled) % _TILE)) if self.deterministic else pooled
 
     def vectors(self, x: Tensor, count: int, normalise: bool) -> Tensor:
@@ -146,7 +147,7 @@ def _pool(row: Tensor, pooling: str) -> Tensor:
 
 # torch's own gelu, silu and sigmoid give other bits to the numbers left over where a thread's share ends; erf,
 # tanh and exp do not.
-_FUNCTIONS = {
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))),
     "relu": torch.relu,

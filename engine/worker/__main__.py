@@ -90,7 +90,7 @@ def _build(launch: Launch) -> EngineLoop:
             raise
         raise _too_large(launch) from error
     tokens = engine.options.kv_blocks * engine.options.block_size
-    if tokens < engine.max_context_tokens:
+    if tokens < engine.max_context_tokens and not engine.scheduler.limits.whole_prompts:
         raise EngineError(
             "KV_TOO_SMALL",
             f"{engine.options.kv_blocks} KV pages hold {tokens} tokens, less than one context of "

@@ -101,6 +101,7 @@ def _merged(its: Sequence[engine_pb2.Row]) -> engine_pb2.Row:
         merged.token_ids.extend(row.token_ids)
         merged.logprobs.extend(row.logprobs)
         merged.prompt_logprobs.extend(row.prompt_logprobs)
+        merged.values.extend(row.values)
     if last.HasField("end"):
         merged.end.CopyFrom(last.end)
     return merged

@@ -8,7 +8,7 @@ from engine.loop import StepRow
 from engine.options import EngineOptions
 from engine.plan import TokenLogprob
 from engine.protos import engine_pb2
-from engine.request import End, EndReason, Request, SamplingParams, StopCriteria
+from engine.request import End, EndReason, Request, SamplingParams, StopCriteria, Task
 
 MAX_ANSWERS = 64
 """Answers to one prompt that one Submit may ask for."""
@@ -21,6 +21,11 @@ _REASONS = {
     EndReason.LENGTH: engine_pb2.END_REASON_LENGTH,
     EndReason.ABORTED: engine_pb2.END_REASON_ABORTED,
     EndReason.ERROR: engine_pb2.END_REASON_ERROR,
+}
+_TASKS = {
+    engine_pb2.TASK_GENERATE: Task.GENERATE,
+    engine_pb2.TASK_EMBED: Task.EMBED,
+    engine_pb2.TASK_SCORE: Task.SCORE,
 }
 
 
@@ -61,10 +66,12 @@ def to_requests(handles: Sequence[int], submit: engine_pb2.Submit) -> list[Reque
     All but the first follow the first, which alone reports on the prompt.
 
     Raises:
-        EngineError: INVALID_REQUEST, EMPTY_PROMPT, INVALID_SAMPLING, INVALID_STOP.
+        EngineError: INVALID_REQUEST, EMPTY_PROMPT, INVALID_SAMPLING, INVALID_STOP, INVALID_TYPE_IDS.
     """
     if not submit.scope:
         raise EngineError("INVALID_REQUEST", "a request needs a scope")
+    if submit.task != engine_pb2.TASK_GENERATE:
+        return [_without_answer(handles, submit)]
     if submit.n > MAX_ANSWERS or len(submit.logit_bias) > MAX_BIASES:
         raise EngineError("INVALID_REQUEST", f"at most {MAX_ANSWERS} answers and {MAX_BIASES} biases are possible")
     prompt, stop = tuple(submit.token_ids), _to_stop(submit)
@@ -86,6 +93,23 @@ def to_requests(handles: Sequence[int], submit: engine_pb2.Submit) -> list[Reque
             )
         )
     return requests
+
+
+def _without_answer(handles: Sequence[int], submit: engine_pb2.Submit) -> Request:
+    """A request for a vector or a score, of which there is one."""
+    if submit.task not in _TASKS or len(handles) != 1:
+        raise EngineError("INVALID_REQUEST", "a vector or a score is asked for once, by a known task")
+    return Request(
+        handle=handles[0],
+        prompt=tuple(submit.token_ids),
+        sampling=SamplingParams(),
+        stop=StopCriteria(1),
+        scope=submit.scope,
+        salt=submit.salt,
+        weight=submit.weight,
+        task=_TASKS[submit.task],
+        type_ids=tuple(submit.type_ids),
+    )
 
 
 def _to_sampling(submit: engine_pb2.Submit, seed: int) -> SamplingParams:
@@ -127,6 +151,7 @@ def to_row(handle: int, index: int, row: StepRow) -> engine_pb2.Row:
         text=row.text,
         logprobs=_to_logprobs(row.logprobs),
         prompt_logprobs=_to_logprobs(row.prompt_logprobs),
+        values=row.values,
     )
     if row.end is not None:
         message.end.CopyFrom(_to_end(row.end))

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from engine.build import build_engine
 from engine.errors import EngineError
-from engine.memory_plan import read_config
+from engine.models.config import parse_config
 from engine.models.plain import PlainWeights
 from engine.models.registry import architecture
 from engine.options import EngineOptions
@@ -124,7 +124,7 @@ def test_each_tensor_has_a_buffer_of_its_own_so_that_it_can_go_alone(folder: Pat
 
 def test_building_a_model_takes_every_tensor_and_ties_the_head_to_the_table(tmp_path: Path) -> None:
     save_llama(tmp_path, tie_word_embeddings=True, attention_bias=True)
-    config = read_config(*file_set(tmp_path))
+    config = parse_config((tmp_path / "config.json").read_bytes())
     family = architecture(config)
     for ops in (CpuBackend(), ReferenceBackend()):
         weights = load_weights(*file_set(tmp_path), family.tensor_shapes(config))

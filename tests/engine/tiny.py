@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from engine.build import build_engine
 from engine.loop import EngineLoop
-from engine.memory_plan import read_config
+from engine.models.config import parse_config
 from engine.models.registry import architecture
 from engine.options import EngineOptions
 from engine.plan import StepPlan, TokenLogprob
@@ -46,7 +46,7 @@ def save_llama(folder: Path, seed: int = 0, **overrides: Any) -> None:
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1]}))
     byte_tokenizer().save(str(folder / "tokenizer.json"))
-    config = read_config(*file_set(folder))
+    config = parse_config((folder / "config.json").read_bytes())
     generator = torch.Generator().manual_seed(seed)
     weights = {
         name: torch.randn(shape, generator=generator) * (0.3 if len(shape) > 1 else 0.1)

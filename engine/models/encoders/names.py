@@ -101,7 +101,7 @@ def spare_names(config: EncoderConfig, names: EncoderNames, stored: Collection[s
                 yield name
 
 
-def _layer(config: EncoderConfig, names: LayerNames, prefix: str, has_first: bool) -> Shapes:
+def _layer(config: EncoderConfig, names: LayerNames, prefix: str, has_first: bool) -> dict[str, Shape]:
     hidden, inner = config.hidden_size, config.intermediate_size
     parts = 3 // len(names.query_key_value)
     shapes: dict[str, Shape] = {}
@@ -116,7 +116,7 @@ def _layer(config: EncoderConfig, names: LayerNames, prefix: str, has_first: boo
     return shapes | _norm(config, f"{prefix}{names.mlp_norm}")
 
 
-def _head(config: EncoderConfig, names: EncoderNames) -> Shapes:
+def _head(config: EncoderConfig, names: EncoderNames) -> dict[str, Shape]:
     if config.head is None:
         return {}
     shapes = dict(_linear(names.dense, config.hidden_size, config.hidden_size, config.head.has_bias))

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from engine.weights.quantisation import Quantisation
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreHead:
@@ -60,6 +62,7 @@ class EncoderConfig:
         mlp_bias: those of the MLP do.
         norm_bias: norms do.
         head: what makes a score; None: the hidden states are what is wanted.
+        quantisation: how matrices may be quantised; None: they are plain.
     """
 
     architecture: str
@@ -81,6 +84,7 @@ class EncoderConfig:
     mlp_bias: bool = True
     norm_bias: bool = True
     head: ScoreHead | None = None
+    quantisation: Quantisation | None = None
 
     @property
     def num_layers(self) -> int:

@@ -1,0 +1,126 @@
+"""Bytes that an encoder takes of the memory its worker computes in, part by part, from its configuration alone.
+
+Weights are exact: the sum of the tensors that the backend makes; there are no pages. Activations and loading are
+upper bounds, each term of which names the tensors it stands for; `kernels/encoding.py` makes them. Needs no torch.
+
+Letters: T tokens of a step, L tokens of the longest prompt, H hidden, I intermediate, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+
+from engine.footprint import ITEM
+from engine.models.encoders.spec import EncoderConfig
+from engine.models.tensors import Shapes
+from engine.options import EngineOptions
+
+_FLOAT = 4
+_INT = 8
+_TILE = 16  # rows of a tile, in both backends
+_QUERIES = 128  # tokens of a row whose scores are laid out at once
+_STEP_TOKENS = 512
+_SCRATCH = 24 * 2**20  # buffers of the BLAS and of the allocator, which do not grow with the model
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSizes:
+    """The sizes that footprints are made of.
+
+    Attributes:
+        config: of the model.
+        shapes: its tensors.
+        options: with every default filled in.
+    """
+
+    config: EncoderConfig
+    shapes: Shapes
+    options: EngineOptions
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number."""
+        return ITEM[self.options.dtype]
+
+    @property
+    def step(self) -> int:
+        """T, whole tiles."""
+        return -(-self.options.max_step_tokens // _TILE) * _TILE
+
+    @property
+    def inner(self) -> int:
+        """Numbers of a token inside the MLP, gate and up."""
+        return self.config.intermediate_size * (2 if self.config.is_gated else 1)
+
+
+def resolve(config: EncoderConfig, options: EngineOptions, cores: int) -> EngineOptions:
+    """`options` with every default filled in: no pages, and steps that the longest prompt fits into.
+
+    Where steps are asked for that are smaller, prompts are as short as they.
+
+    Raises:
+        EngineError: OPTIONS_INVALID names the option.
+    """
+    context = options.max_context_tokens or config.max_context_tokens
+    step = options.max_step_tokens or max(_STEP_TOKENS, context)
+    asked = replace(options, max_step_tokens=step, max_context_tokens=min(context, step), kv_blocks=1)
+    return replace(asked.resolve(config.max_context_tokens, 0, 0, cores), kv_blocks=0)
+
+
+def weights_bytes(of: EncoderSizes) -> int:
+    """Every prepared tensor: stacked matrices are as large as their parts."""
+    return sum(map(prod, of.shapes.values())) * of.item + _turns_bytes(of)
+
+
+def _turns_bytes(of: EncoderSizes) -> int:
+    """Cosines and sines, float32 [L, 2, 1, head_dim / 2], of each base of frequencies."""
+    return len(of.config.thetas) * of.options.max_context_tokens * of.config.head_dim * _FLOAT
+
+
+def loading_peak(of: EncoderSizes, stored: Mapping[str, int]) -> int:
+    """Most that is held while tensors are prepared one stack after another; as `engine.footprint.loading_peak`.
+
+    Args:
+        of: the sizes.
+        stored: bytes of each tensor in its file; of those that are not needed, one at a time is held.
+    """
+    prepared = {name: prod(shape) * of.item for name, shape in of.shapes.items()}
+    between = sum(max(stored.get(name, size), size) for name, size in prepared.items())
+    spare = max((size for name, size in stored.items() if name not in prepared), default=0)
+    stack = max(3 * of.config.hidden_size, of.inner, of.config.vocab_size) * of.config.hidden_size
+    widest = max((-(-stored.get(name, 0) // prod(shape)) for name, shape in of.shapes.items()), default=of.item)
+    converts = any(stored.get(name, size) != size for name, size in prepared.items())
+    copies = stack * max(of.item, widest) if converts else 0
+    angles = of.options.max_context_tokens * of.config.head_dim // 2 * (_FLOAT + 6 * 8)
+    return between + spare + stack * of.item + copies + _turns_bytes(of) + (angles if of.config.thetas else 0)
+
+
+def activation_bytes(of: EncoderSizes) -> int:
+    """Most that one step takes beside the weights.
+
+    The step's numbers, the layer's input, its half's input and output and their sum are there all along; beside
+    them at one moment the attention or the MLP.
+    """
+    numbers = 3 * of.step * _INT
+    stream = 5 * of.step * of.config.hidden_size * of.item
+    return numbers + stream + max(_attention(of), _mlp(of)) + _SCRATCH
+
+
+def _attention(of: EncoderSizes) -> int:
+    """The projection (twice where its tiles are joined) and the answers of all rows, and what one row makes.
+
+    That is queries, keys and values as they are rotated, laid out, and in float32; the scores of some of its
+    tokens, scaled and masked, and their weights; the answers, twice.
+    """
+    hidden, longest = of.config.hidden_size, of.options.max_context_tokens
+    rows = of.step * hidden * 7 * of.item
+    row = longest * hidden * (3 * of.item + 10 * _FLOAT)
+    tokens = min(_QUERIES, longest)
+    scores = of.config.num_heads * tokens * longest * 3 * _FLOAT + tokens * longest * (2 * _INT + 1)
+    return rows + row + scores
+
+
+def _mlp(of: EncoderSizes) -> int:
+    """What goes in and comes out (twice where tiles are joined), and five of its size in float32 while a function
+    is applied."""
+    return of.step * of.inner * (4 * of.item + 5 * _FLOAT)
