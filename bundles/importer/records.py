@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from bundles.format.manifest import parse_time
@@ -102,8 +102,8 @@ class ModelVersion:
         yield from self.evidence.items()
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        return asdict(self)
+        """As JSON has it; of 100 000 files no copy is made."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
     def from_json(cls, text: str) -> "ModelVersion":

@@ -1,5 +1,6 @@
 """A bundle as a folder: the same members as files, nothing else, and nothing through a link."""
 
+import fcntl
 import os
 import socket
 from collections.abc import Callable
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from bundles.direct import aligned_buffer
 from bundles.format.errors import BundleError
+from bundles.format.folder import FolderReader
 from bundles.format.source import Source, open_source
 from bundles.verify import inspect, verify
 from tests.bundles.making import INSPECTOR, Trust, make_bundle, make_delta, manifest_of, members_of, unpack
@@ -165,3 +168,31 @@ def test_a_delta_may_be_a_folder_and_its_base_too(tmp_path: Path, bundle: Path, 
         (folder / "c" / kept.name).write_bytes(kept.read_bytes())
         with pytest.raises(BundleError, match="CONTAINER_UNLISTED"):
             verify(folder, trust.root, inspector=INSPECTOR, bases=(base,))
+
+
+def test_chunks_of_a_folder_go_past_the_page_cache_and_leave_nothing_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, moves, dropped = os.urandom(2 * 2**20 + 700), [], []
+    for name in ("c/x", "licence/x"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        moves.append((bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT), len(buffers[0])))
+        return real(fd, buffers, offset)
+
+    def advise(fd: int, offset: int, length: int, advice: int) -> None:
+        dropped.append((os.readlink(f"/proc/self/fd/{fd}"), offset, length, advice))
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    with closing(FolderReader(os.open(tmp_path, os.O_RDONLY))) as source:
+        for name in ("licence/x", "c/x"):
+            buffer = aligned_buffer(source.revisit(name, 0).size)
+            moves.clear()
+            assert source.read_into(buffer) == len(content)
+            assert bytes(buffer) == content
+    assert moves == [(True, 2 * 2**20 + 512), (False, 188)]
+    assert dropped == [(str(tmp_path / "c" / "x"), 0, 0, os.POSIX_FADV_DONTNEED)]

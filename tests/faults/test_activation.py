@@ -50,31 +50,23 @@ def ends(house: House) -> list[tuple[str, str]]:
     return [(record["decision"], record["body"]["facts"]["reason"]) for record in records]
 
 
-def kill_control_at(house: House, stage: str) -> None:
-    """Begin to activate the version, and kill control when the activation is so far."""
-    words = ("--json", "model", "activate", VERSION, "--alias", ALIAS)
-    pid = house.appliance.pid_of("control")
-    watching = subprocess.Popen(
-        [CLOISTER, "--home", house.appliance.home, *words], stdout=subprocess.PIPE, text=True
-    )
-    assert watching.stdout is not None
-    assert stage in (json.loads(line)["stage"] for line in watching.stdout)
-    os.kill(pid, signal.SIGKILL)
-    watching.communicate(timeout=LIMIT_S)
-    assert watching.returncode == NOT_REACHABLE
-    eventually(lambda: is_back(house, pid), "control is back", LIMIT_S)
-
-
 def test_control_killed_during_a_trial_returns_from_it_and_the_next_one_succeeds(
     house: House, version: str
 ) -> None:
+    activate, pid = ("model", "activate", version, "--alias", ALIAS), house.appliance.pid_of("control")
     with house.as_it_was():
-        for number, stage in enumerate(("loading", "canaries"), 1):
-            kill_control_at(house, stage)
-            assert behind(house) == ALIAS
-            eventually(lambda number=number: len(ends(house)) == number, "the return on record", LIMIT_S)
-            running = {deployment["name"] for deployment in house.appliance.json("model", "list")}
-            assert running == {ALIAS}, "nothing is left of the trial"
-        house.appliance.cloister("model", "activate", version, "--alias", ALIAS)
+        words = [CLOISTER, "--home", house.appliance.home, "--json", *activate]
+        watching = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+        assert watching.stdout is not None
+        assert "canaries" in (json.loads(line)["stage"] for line in watching.stdout)
+        os.kill(pid, signal.SIGKILL)
+        watching.communicate(timeout=LIMIT_S)
+        assert watching.returncode == NOT_REACHABLE
+        eventually(lambda: is_back(house, pid), "control is back", LIMIT_S)
+        assert behind(house) == ALIAS
+        eventually(lambda: bool(ends(house)), "the return on record", LIMIT_S)
+        running = {deployment["name"] for deployment in house.appliance.json("model", "list")}
+        assert running == {ALIAS}, "nothing is left of the trial"
+        house.appliance.cloister(*activate)
     assert behind(house) == TRIAL
-    assert ends(house) == [("returned", "CONTROL_RESTARTED")] * 2 + [("active", "")]
+    assert ends(house) == [("returned", "CONTROL_RESTARTED"), ("active", "")]
