@@ -50,10 +50,12 @@ class Fields:
 
     Args:
         raw: the object.
+        where: before the name of a field in messages, where the object lies in another.
     """
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
+    def __init__(self, raw: Mapping[str, Any], where: str = "") -> None:
         self.raw = raw
+        self._where = where
         self._left = set(raw) - _INERT
         for name, value in _NO_OPS.items():
             self.only(name, value, default=value)
@@ -71,6 +73,11 @@ class Fields:
     def size(self, name: str, default: int | None = None) -> int:
         """A positive whole number."""
         return as_size(name, self.take(name, default))
+
+    def count(self, name: str, default: int | None = None) -> int:
+        """A whole number, zero or more."""
+        value = self.take(name, default)
+        return 0 if type(value) is int and value == 0 else as_size(name, value)
 
     def number(self, name: str, default: float | None = None) -> float:
         """A positive finite number."""
@@ -109,7 +116,7 @@ class Fields:
         """Refuse the fields nobody took; a field that is null is as good as absent."""
         left = sorted(name for name in self._left if self.raw[name] is not None)
         if left:
-            raise unsupported(f"unknown field {', '.join(left)}")
+            raise unsupported(f"unknown {self._where}field {', '.join(left)}")
 
 
 def as_size(name: str, value: object) -> int:

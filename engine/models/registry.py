@@ -4,7 +4,22 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from engine.errors import EngineError
-from engine.models import decoder, llama, tensors
+from engine.models import (
+    decoder,
+    gemma2,
+    gemma3,
+    gpt_oss,
+    granite,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    tensors,
+)
 from engine.models.decoder import Decoder
 from engine.models.fields import Fields
 from engine.models.spec import ModelConfig
@@ -40,7 +55,20 @@ class Family(NamedTuple):
         return decoder.build(config, self.names, weights, ops, max_positions, context)
 
 
-DECODERS = {"LlamaForCausalLM": Family("llama", llama.parse, llama.NAMES)}
+DECODERS = {
+    "Gemma2ForCausalLM": Family("gemma2", gemma2.parse, gemma2.NAMES),
+    "Gemma3ForCausalLM": Family("gemma3_text", gemma3.parse, gemma3.NAMES),
+    "GptOssForCausalLM": Family("gpt_oss", gpt_oss.parse, gpt_oss.NAMES),
+    "GraniteForCausalLM": Family("granite", granite.parse, granite.NAMES),
+    "LlamaForCausalLM": Family("llama", llama.parse, llama.NAMES),
+    "MistralForCausalLM": Family("mistral", mistral.parse, mistral.NAMES),
+    "MixtralForCausalLM": Family("mixtral", mixtral.parse, mixtral.NAMES),
+    "Olmo2ForCausalLM": Family("olmo2", olmo2.parse, olmo2.NAMES),
+    "Phi3ForCausalLM": Family("phi3", phi3.parse, phi3.NAMES),
+    "Qwen2ForCausalLM": Family("qwen2", qwen2.parse, qwen2.NAMES),
+    "Qwen3ForCausalLM": Family("qwen3", qwen3.parse, qwen3.NAMES),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qwen3_moe.parse, qwen3_moe.NAMES),
+}
 
 
 def architecture(config: ModelConfig) -> Family:

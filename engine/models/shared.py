@@ -8,7 +8,8 @@ from engine.models.fields import Fields, as_one_of, invalid
 from engine.models.rope import KINDS, given_rope, rope_of
 from engine.models.spec import DEFAULT_THETA, Dense, LayerSpec, ModelConfig, RopeConfig
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers: of those that attend to all, and of those with a window."""
 _SILU = {"silu": "silu", "swish": "silu"}  # two names of one function
 
 
@@ -16,6 +17,7 @@ def read_decoder(
     fields: Fields,
     theta: float = DEFAULT_THETA,
     tied: bool = False,
+    head_dim: int | None = None,
     activations: dict[str, str] | None = None,
     activation_field: str = "hidden_act",
     has_rope: bool = True,
@@ -26,6 +28,7 @@ def read_decoder(
         fields: of the configuration.
         theta: of the rotary embedding, where the configuration does not say.
         tied: whether the output matrix is the embedding table, where it does not say.
+        head_dim: numbers of a head, where it does not say; None: hidden numbers over heads.
         activations: the family's, by the name the configuration gives them.
         activation_field: the field that names it.
         has_rope: it has one rotary embedding of any kind; else the family reads its own.
@@ -36,7 +39,7 @@ def read_decoder(
     known = _SILU if activations is None else activations
     fields.only(activation_field, *known)
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
-    head_dim = fields.size("head_dim", None if hidden % heads else hidden // heads)
+    head_dim = fields.size("head_dim", head_dim or (None if hidden % heads else hidden // heads))
     kv_heads, context = fields.size("num_key_value_heads", heads), fields.size("max_position_embeddings")
     if heads % kv_heads:
         raise invalid("num_key_value_heads", f"a divisor of {heads}", kv_heads)
@@ -118,9 +121,9 @@ def sliding_layers(fields: Fields, default: Sequence[bool]) -> tuple[bool, ...]:
     types = fields.take("layer_types")
     if types is None:
         return tuple(default)
-    if not isinstance(types, list) or len(types) != len(default) or set(types) - {_FULL, _SLIDING}:
-        raise invalid("layer_types", f"a list of {len(default)} of {_FULL} and {_SLIDING}", types)
-    return tuple(kind == _SLIDING for kind in types)
+    if not isinstance(types, list) or len(types) != len(default) or set(types) - {FULL, SLIDING}:
+        raise invalid("layer_types", f"a list of {len(default)} of {FULL} and {SLIDING}", types)
+    return tuple(kind == SLIDING for kind in types)
 
 
 def with_windows(config: ModelConfig, sliding: Sequence[bool], window: int) -> ModelConfig:
@@ -135,3 +138,15 @@ def with_windows(config: ModelConfig, sliding: Sequence[bool], window: int) -> M
     return replace(
         config, layers=tuple(replace(layer, window=window if is_sliding else 0) for layer, is_sliding in layers)
     )
+
+
+def read_top_k(fields: Fields, experts: int) -> int:
+    """How many of the experts a token takes.
+
+    Raises:
+        EngineError: CONFIG_INVALID, CONFIG_UNSUPPORTED.
+    """
+    top_k = fields.size("num_experts_per_tok")
+    if top_k > experts:
+        raise invalid("num_experts_per_tok", f"at most the {experts} experts", top_k)
+    return top_k

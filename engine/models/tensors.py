@@ -114,7 +114,7 @@ def _matrices(config: ModelConfig, names: Names, layer: LayerSpec) -> dict[str, 
         config.num_kv_heads * config.head_dim,
     )
     outs = (query + 2 * kv,) if len(names.qkv) == 1 else (query, kv, kv)
-    found = {f"{name}.weight": (out, hidden) for name, out in zip(names.qkv, outs, strict=True)}
+    found: dict[str, Shape] = {f"{n}.weight": (out, hidden) for n, out in zip(names.qkv, outs, strict=True)}
     found[f"{names.out}.weight"] = (hidden, query)
     if isinstance(layer.mlp, Dense):
         return found | _gated(layer.mlp.intermediate, hidden, names.gate_up, names.down)
@@ -128,7 +128,8 @@ def _matrices(config: ModelConfig, names: Names, layer: LayerSpec) -> dict[str, 
 
 def _gated(inner: int, hidden: int, gate_up: tuple[str, ...], down: str) -> dict[str, Shape]:
     out = 2 * inner // len(gate_up)
-    return {f"{name}.weight": (out, hidden) for name in gate_up} | {f"{down}.weight": (hidden, inner)}
+    found: dict[str, Shape] = {f"{name}.weight": (out, hidden) for name in gate_up}
+    return found | {f"{down}.weight": (hidden, inner)}
 
 
 def _stacked_experts(mlp: Mixture, hidden: int, names: Names) -> dict[str, Shape]:
