@@ -10,8 +10,8 @@ from typing import Any
 from engine.errors import EngineError
 from engine.inspect.folder import Folder
 from engine.inspect.tensors import most_common_dtype, read_tensors
-from engine.models.config import parse_config
-from engine.models.registry import architecture
+from engine.models.encoders.spec import EncoderConfig
+from engine.models.served import Served, layout, read_served
 from engine.models.spec import ModelConfig
 from engine.strict_json import load_object
 from engine.text.conversation import render_marked
@@ -38,10 +38,11 @@ class Verdict:
 
     Attributes:
         architecture: as config.json names it; LoRA for an adapter.
-        max_context_tokens: prompt and answer together; 0 for an adapter.
+        max_context_tokens: prompt and answer together, or the longest text where there is no answer; 0 for an
+            adapter.
         parameters: numbers in all tensors.
         dtype: number type of most of them.
-        capabilities: generate, chat; none of an adapter.
+        capabilities: generate, chat, embed, rerank; none of an adapter.
         facts: more for people to read, by name.
     """
 
@@ -61,9 +62,10 @@ def judge(folder: Folder) -> Verdict:
     """
     _refuse_code(folder)
     _refuse_quantisation(folder)
-    config = _config(folder)
+    served = read_served(lambda path: folder.read(path, MAX_CONFIG_BYTES))
+    config = served.config
     entries = read_tensors(folder)
-    _compare(entries, config)
+    _compare(entries, served)
     _check_templates(folder)
     with cpu_limit(LOAD_CPU_S, "loading the tokenizer and the chat template", "TEXT_TOO_COSTLY"):
         text = load_text_model(lambda path: folder.read(path, MAX_FILE_BYTES), config.max_context_tokens)
@@ -79,20 +81,29 @@ def judge(folder: Folder) -> Verdict:
         config.max_context_tokens,
         parameters,
         dtype,
-        text.capabilities,
-        _facts(config, text),
+        served.capabilities(can_chat=text.template is not None),
+        _facts(served, text),
     )
 
 
-def _facts(config: ModelConfig, text: TextModel) -> dict[str, str]:
+def _facts(served: Served, text: TextModel) -> dict[str, str]:
+    config = served.config
     return {
         "layers": str(config.num_layers),
         "hidden size": str(config.hidden_size),
         "attention heads": str(config.num_heads),
-        "key-value heads": str(config.num_kv_heads),
+        **_facts_of_kind(config),
         "vocabulary": str(config.vocab_size),
         "tokenizer vocabulary": str(text.tokenizer.size),
+        **({} if served.pooling is None else {"vectors": str(served.pooling)}),
     }
+
+
+def _facts_of_kind(config: ModelConfig | EncoderConfig) -> dict[str, str]:
+    """What only a decoder has, or only a classifier."""
+    if not isinstance(config, EncoderConfig):
+        return {"key-value heads": str(config.num_kv_heads)}
+    return {} if config.head is None else {"scores": config.head.score}
 
 
 def _refuse_code(folder: Folder) -> None:
@@ -151,21 +162,16 @@ def _named(given: object) -> list[tuple[str, str]]:
     return [(str(name), text) for name, text in named if isinstance(text, str)]
 
 
-def _config(folder: Folder) -> ModelConfig:
-    content = folder.read("config.json", MAX_CONFIG_BYTES)
-    if content is None:
-        raise EngineError("MODEL_FILE_MISSING", "the model has no config.json")
-    return parse_config(content, folder.read("generation_config.json", MAX_CONFIG_BYTES))
-
-
-def _compare(entries: dict[str, TensorEntry], config: ModelConfig) -> None:
+def _compare(entries: dict[str, TensorEntry], served: Served) -> None:
     """Refuse a tensor that is missing, surplus, or of another shape than the configuration implies."""
-    expected = architecture(config).tensor_shapes(config)
-    missing, surplus = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
+    tensors = layout(served, entries)
+    expected = tensors.shapes
+    missing = sorted(expected.keys() - entries.keys())
+    surplus = sorted(entries.keys() - expected.keys() - tensors.spare)
     if missing:
         raise EngineError("TENSORS_MISMATCH", f"tensor {missing[0]} is missing, {len(missing)} in all")
     if surplus:
-        raise EngineError("TENSORS_MISMATCH", f"tensor {surplus[0]} is not part of a {config.architecture}")
+        raise EngineError("TENSORS_MISMATCH", f"tensor {surplus[0]} is not part of a {served.config.architecture}")
     for name, shape in sorted(expected.items()):
         if entries[name].shape != tuple(shape):
             raise EngineError(

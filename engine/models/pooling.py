@@ -47,6 +47,9 @@ class Pooling:
     normalise: bool = False
     max_tokens: int = 0
 
+    def __str__(self) -> str:
+        return f"{self.kind} pooling{', normalised' if self.normalise else ''}"
+
 
 def read_pooling(read: ReadFile, hidden_size: int) -> Pooling | None:
     """What the model's files say; None where there is no modules.json.
