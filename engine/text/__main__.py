@@ -8,11 +8,11 @@ import grpc
 
 from engine.errors import EngineError
 from engine.launch import Launch, exit_refused, read_launch
-from engine.models.config import parse_config
+from engine.models.served import read_served
 from engine.process import Process, configure_logging, run
 from engine.protos import engine_pb2_grpc
 from engine.text.limits import LOAD_CPU_S, LOAD_MEMORY_BYTES, cpu_limit, memory_limit
-from engine.text.model import MAX_FILE_BYTES, ReadFile, TextModel, load_text_model
+from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
 from engine.text.service import TextService
 from engine.weights.files import read_verified
 
@@ -28,13 +28,13 @@ def main() -> int:
     configure_logging(NAME)
     try:
         launch = read_launch(NAME)
-        model = _load_within_limits(launch)
+        model, capabilities = _load_within_limits(launch)
     except EngineError as error:
         exit_refused(error)
-    return run(NAME, partial(_serve, launch.socket, model), FORBIDDEN)
+    return run(NAME, partial(_serve, launch.socket, model, capabilities), FORBIDDEN)
 
 
-def _load_within_limits(launch: Launch) -> TextModel:
+def _load_within_limits(launch: Launch) -> tuple[TextModel, tuple[str, ...]]:
     memory_limit(LOAD_MEMORY_BYTES)
     try:
         with cpu_limit(LOAD_CPU_S, "loading the tokenizer and the chat template", "TEXT_TOO_COSTLY"):
@@ -45,7 +45,8 @@ def _load_within_limits(launch: Launch) -> TextModel:
         ) from None
 
 
-def _load(launch: Launch) -> TextModel:
+def _load(launch: Launch) -> tuple[TextModel, tuple[str, ...]]:
+    """Tokenizer and template, and what the model can be asked for."""
     files = launch.files
 
     def read(path: str) -> bytes | None:
@@ -56,24 +57,19 @@ def _load(launch: Launch) -> TextModel:
             raise EngineError("FILE_TOO_LARGE", f"{path} has {file.size} bytes; {MAX_FILE_BYTES} are allowed")
         return bytes(read_verified(file, launch.open_file))
 
-    return load_text_model(read, _max_context(read, launch.deployment.options.max_context_tokens))
+    served = read_served(read)
+    most = launch.deployment.options.max_context_tokens or served.config.max_context_tokens
+    model = load_text_model(read, most, served.num_types)
+    return model, served.capabilities(can_chat=model.template is not None)
 
 
-def _max_context(read: ReadFile, wanted: int) -> int:
-    """Prompt and answer together: as the deployment wants it, else the model's own limit."""
-    content = read("config.json")
-    if content is None:
-        raise EngineError("MODEL_FILE_MISSING", "the model has no config.json")
-    return wanted or parse_config(content).max_context_tokens
-
-
-async def _serve(socket: Path, model: TextModel, process: Process) -> None:
+async def _serve(socket: Path, model: TextModel, capabilities: tuple[str, ...], process: Process) -> None:
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
     engine_pb2_grpc.add_TextServiceServicer_to_server(TextService(model), server)
     process.listen(server, socket)
     await server.start()
     memory_limit(_REQUEST_MEMORY_BYTES)
-    process.ready({"CAPABILITIES": ",".join(model.capabilities)})
+    process.ready({"CAPABILITIES": ",".join(capabilities)})
     await process.stopping.wait()
     await server.stop(_DRAIN_S)
 

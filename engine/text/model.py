@@ -1,14 +1,14 @@
 """What engine-text needs of a model: its tokenizer, its chat template and how long a prompt may be."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import EngineError
 from engine.strict_json import load_object
 from engine.text.conversation import render_marked
 from engine.text.template import SPECIAL_TOKENS, ChatTemplate, Message
-from engine.text.tokens import ControlTokenizer
+from engine.text.tokens import ControlTokenizer, Encoded
 
 ROLES = ("system", "user", "assistant")
 MAX_MESSAGES = 1 << 14
@@ -20,8 +20,26 @@ MAX_TEXT_CHARS = 1 << 20
 MAX_FILE_BYTES = 64 << 20
 """Bytes a tokenizer or template file may have."""
 
+_MAX_TOKEN_CHARS = 128
+"""More than any token in use stands for; so much of a text for each token, and what is behind cannot matter."""
+
 ReadFile = Callable[[str], bytes | None]
 """The bytes of a model's file by its path; None when the model has no such file."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An input as the model reads it.
+
+    Attributes:
+        ids: never empty.
+        segments: of each token; none where all are of the first.
+        truncated: an end was left out.
+    """
+
+    ids: list[int]
+    segments: list[int] = field(default_factory=list)
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -32,15 +50,17 @@ class TextModel:
         tokenizer: control tokens out of the reach of text.
         template: None when the model has none and cannot chat.
         max_context_tokens: prompt and answer together.
+        num_types: segments of an input that the model tells apart.
     """
 
     tokenizer: ControlTokenizer
     template: ChatTemplate | None
     max_context_tokens: int
+    num_types: int = 1
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What the model can be asked for."""
+        """What a model that generates can be asked for."""
         return ("generate",) if self.template is None else ("generate", "chat")
 
     def from_text(self, text: str) -> list[int]:
@@ -80,6 +100,34 @@ class TextModel:
         self._check_length(sum(len(message.content) for message in messages))
         marked = render_marked(self.template, messages, self.tokenizer)
         return self._checked(self.tokenizer.encode(marked, add_special_tokens=False))
+
+    def from_input(self, text: str, second: str | None, truncate: bool) -> Prepared:
+        """A text that gets a vector, or two that get a score, with the tokenizer's usual special tokens.
+
+        Raises:
+            EngineError: EMPTY_PROMPT; CONTEXT_OVERFLOW, unless it is to be cut.
+        """
+        if not text or second == "":
+            raise EngineError("EMPTY_PROMPT", "there is no text")
+        limit, parts = self.max_context_tokens * _MAX_TOKEN_CHARS, [text, second or ""]
+        if not truncate:
+            self._check_characters(sum(map(len, parts)), min(MAX_TEXT_CHARS, limit))
+            return self._whole(self.tokenizer.encode_whole(text, second))
+        cut = any(len(part) > limit for part in parts)
+        short = text[:limit], None if second is None else second[:limit]
+        encoded = self.tokenizer.encode_within(*short, self.max_context_tokens)
+        return self._whole(encoded._replace(cut=encoded.cut or cut))
+
+    def from_input_ids(self, ids: Sequence[int], truncate: bool) -> Prepared:
+        """The ids that get a vector, each known to be a token.
+
+        Raises:
+            EngineError: EMPTY_PROMPT, TOKEN_OUT_OF_RANGE; CONTEXT_OVERFLOW, unless they are to be cut.
+        """
+        self._check_known(ids)
+        cut = truncate and len(ids) > self.max_context_tokens
+        kept = ids[: self.max_context_tokens] if cut else ids
+        return self._whole(Encoded(list(kept), [], cut))
 
     def tokenize(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids of a text, as `from_text` makes them; none for an empty text without special tokens.
@@ -121,7 +169,10 @@ class TextModel:
 
     def _check_length(self, characters: int) -> None:
         """Refuse before tokenising (or after looking up tokens) what could not fit the context in any case."""
-        limit = min(MAX_TEXT_CHARS, self.max_context_tokens * self.tokenizer.longest_token)
+        limit = self.max_context_tokens * self.tokenizer.longest_token
+        self._check_characters(characters, min(MAX_TEXT_CHARS, limit))
+
+    def _check_characters(self, characters: int, limit: int) -> None:
         if characters > limit:
             raise EngineError(
                 "CONTEXT_OVERFLOW",
@@ -140,8 +191,21 @@ class TextModel:
             )
         return ids
 
+    def _whole(self, encoded: Encoded) -> Prepared:
+        """What fits the model, which needs no room for an answer."""
+        if not encoded.ids:
+            raise EngineError("EMPTY_PROMPT", "the text has no tokens")
+        if len(encoded.ids) > self.max_context_tokens:
+            raise EngineError(
+                "CONTEXT_OVERFLOW",
+                f"{len(encoded.ids)} tokens, and the model takes {self.max_context_tokens}; shorten it, or have "
+                "it cut (truncate)",
+            )
+        told_apart = self.num_types > 1 and any(encoded.segments)
+        return Prepared(encoded.ids, encoded.segments if told_apart else [], encoded.cut)
 
-def load_text_model(read: ReadFile, max_context_tokens: int) -> TextModel:
+
+def load_text_model(read: ReadFile, max_context_tokens: int, num_types: int = 1) -> TextModel:
     """The tokenizer and chat template among a model's files.
 
     Raises:
@@ -156,7 +220,7 @@ def load_text_model(read: ReadFile, max_context_tokens: int) -> TextModel:
     tokens = {name: _token_text(settings, name) or _token_text(special, name) for name in SPECIAL_TOKENS}
     known = {name: text for name, text in tokens.items() if text}
     template = None if source is None else ChatTemplate(source, known)
-    return TextModel(ControlTokenizer(document), template, max_context_tokens)
+    return TextModel(ControlTokenizer(document), template, max_context_tokens, num_types)
 
 
 def _template_source(file: bytes | None, settings: Mapping[str, Any]) -> str | None:

@@ -20,7 +20,7 @@ import grpc
 
 from engine.errors import EngineError
 from engine.protos import engine_pb2, engine_pb2_grpc
-from engine.text.model import TextModel
+from engine.text.model import Prepared, TextModel
 from engine.text.template import Message
 
 CPU_LIMIT_S = 2.0
@@ -53,8 +53,10 @@ class TextService(engine_pb2_grpc.TextServiceServicer):
         context: grpc.aio.ServicerContext[engine_pb2.PrepareRequest, engine_pb2.PrepareResponse],
     ) -> engine_pb2.PrepareResponse:
         """Token ids of the input; or INVALID_ARGUMENT with "CODE: message"."""
-        ids = await self._within_limits(context, partial(_prepare, self._model, request))
-        return engine_pb2.PrepareResponse(token_ids=ids)
+        prepared = await self._within_limits(context, partial(_prepare, self._model, request))
+        return engine_pb2.PrepareResponse(
+            token_ids=prepared.ids, type_ids=prepared.segments, truncated=prepared.truncated
+        )
 
     async def Tokenize(  # noqa: N802
         self,
@@ -96,15 +98,23 @@ def _timed(make: Callable[[], _Made]) -> _Made:
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _prepare(model: TextModel, request: engine_pb2.PrepareRequest) -> list[int]:
-    kind = request.WhichOneof("input")
+def _prepare(model: TextModel, request: engine_pb2.PrepareRequest) -> Prepared:
+    """A prompt leaves room for an answer; what gets a vector or a score needs none, and may be cut."""
+    kind, generates = request.WhichOneof("input"), request.task == engine_pb2.TASK_GENERATE
     match kind:
         case "text":
-            return model.from_text(request.text)
+            if generates:
+                return Prepared(model.from_text(request.text))
+            return model.from_input(request.text, None, request.truncate)
         case "token_ids":
-            return model.from_ids(request.token_ids.ids)
+            if generates:
+                return Prepared(model.from_ids(request.token_ids.ids))
+            return model.from_input_ids(request.token_ids.ids, request.truncate)
         case "conversation":
-            return model.from_conversation([Message(m.role, m.content) for m in request.conversation.messages])
+            messages = [Message(m.role, m.content) for m in request.conversation.messages]
+            return Prepared(model.from_conversation(messages))
+        case "pair":
+            return model.from_input(request.pair.query, request.pair.document, request.truncate)
         case None:
             raise EngineError("EMPTY_PROMPT", "the request has no input")
         case _:

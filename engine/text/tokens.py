@@ -12,12 +12,26 @@ import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from engine.errors import EngineError
 from engine.strict_json import load_object
+
+
+class Encoded(NamedTuple):
+    """Tokens of a text, or of two.
+
+    Attributes:
+        ids: in order.
+        segments: of each token, 0 or 1.
+        cut: an end was left out.
+    """
+
+    ids: list[int]
+    segments: list[int]
+    cut: bool = False
 
 
 class ControlTokenizer:
@@ -75,6 +89,31 @@ class ControlTokenizer:
         `add_special_tokens` adds what the tokenizer's post-processor adds, a begin token as a rule.
         """
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_within(self, text: str, second: str | None, most: int) -> Encoded:
+        """At most `most` tokens of a text, or of two joined as the model reads pairs, special tokens included.
+
+        What is too long is cut at its end, of two texts the longer one first; special tokens stay.
+
+        Raises:
+            EngineError: CONTEXT_OVERFLOW, the special tokens alone are too many.
+        """
+        try:
+            self._tokenizer.enable_truncation(most, strategy="longest_first", direction="right")
+            encoding = self._encode(text, second)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise EngineError("CONTEXT_OVERFLOW", f"{most} tokens leave no room for text") from error
+        finally:
+            self._tokenizer.no_truncation()
+        return Encoded(list(encoding.ids), list(encoding.type_ids), bool(encoding.overflowing))
+
+    def encode_whole(self, text: str, second: str | None) -> Encoded:
+        """The tokens of a text, or of two joined as the model reads pairs, special tokens included."""
+        encoding = self._encode(text, second)
+        return Encoded(list(encoding.ids), list(encoding.type_ids))
+
+    def _encode(self, text: str, second: str | None) -> Encoding:
+        return self._tokenizer.encode(text, second, add_special_tokens=True)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, all of them tokens; control tokens are left out, broken UTF-8 becomes U+FFFD."""
