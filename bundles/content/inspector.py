@@ -34,7 +34,9 @@ MAX_PACKED = 160 * 1024 * 1024
 
 _CONFIG = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-_READ = frozenset({*_CONFIG, *_TOKENIZER})
+_MODULES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
+_READ = frozenset({*_CONFIG, *_TOKENIZER, *_MODULES})
+_OF_A_MODULE = "/config.json"  # in the folder of one of those that modules.json lists
 _LISTED = frozenset({"weights", "weights-index", "config", "tokenizer", "template"})
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
 # Only what is installed is imported: never a module of the current directory, which may be the bundle's medium.
@@ -51,7 +53,7 @@ class Verdict:
         max_context_tokens: prompt and answer together; 0 for an adapter.
         parameters: numbers in all tensors.
         dtype: number type of most of them.
-        capabilities: generate, chat; none of an adapter.
+        capabilities: generate, chat, embed, rerank; none of an adapter.
         facts: more for people to read, by name; nothing is decided on them.
     """
 
@@ -223,7 +225,7 @@ def _wanted(files: ModelFiles, path: str) -> int:
     size = files.sizes[path]
     if path.lower().endswith(".safetensors"):
         return header_end(files.read(path, 0, 8), size, path)
-    wanted = path in _READ or path.lower().endswith(".jinja")
+    wanted = path in _READ or path.endswith(_OF_A_MODULE) or path.lower().endswith(".jinja")
     if wanted and size > MAX_TABLE:
         raise BundleError("CONTENT_TOO_LARGE", f"{path!a} has {size} bytes, over {MAX_TABLE}")
     return size if wanted else 0
