@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from engine.models.config import parse_config
-from engine.models.plain import PlainWeights
 from engine.models.registry import architecture
 from engine.models.spec import Mixture
+from engine.weights.loading import LoadedWeights
 from kernels.ops import Backend, KvSpec, Rows
 
 VOCAB = 300
@@ -123,9 +123,9 @@ def computed(
     """
     config = parse_config(config_json)
     family = architecture(config)
-    weights = dict(tensors)
-    model = family.build(config, PlainWeights(weights), ops, max_positions=context, context=context)
-    assert not weights, f"not asked for: {sorted(weights)}"
+    weights = LoadedWeights(dict(tensors), family.tensor_shapes(config), {})
+    model = family.build(config, weights, ops, max_positions=context, context=context)
+    assert not weights.names
     pages = -(-max(map(len, prompts)) // PAGE)
     kv = ops.allocate_kv(
         KvSpec(config.num_layers, pages * len(prompts), PAGE, config.num_kv_heads, config.head_dim)

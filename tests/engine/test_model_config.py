@@ -60,7 +60,6 @@ def test_both_layouts_of_transformers_mean_the_same() -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"pretraining_tp": 2}, "pretraining_tp"),
         ({"sliding_window": 4096}, "sliding_window"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "axial", "rope_theta": 1e4}}, "axial"),
         ({"rope_scaling": {"type": "ntk", "factor": 2.0}}, "ntk"),
@@ -85,6 +84,12 @@ def test_what_changes_the_mathematics_is_refused_by_name(changes: dict[str, Any]
     with pytest.raises(EngineError, match=named) as error:
         parse(**changes)
     assert error.value.code == "CONFIG_UNSUPPORTED"
+
+
+def test_quantised_weights_of_an_unknown_kind_are_refused_by_name() -> None:
+    with pytest.raises(EngineError, match="quantization_config") as error:
+        parse(quantization_config={"bits": 4})
+    assert error.value.code == "QUANTISATION_UNSUPPORTED"
 
 
 @pytest.mark.parametrize(

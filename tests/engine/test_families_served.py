@@ -1,0 +1,67 @@
+"""An engine over the files of each family says what transformers says, and takes the memory that was planned."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.memory_plan import plan_memory, read_model
+from engine.options import EngineOptions
+from tests.engine.families import FAMILIES, Tiny, draw_tokens, expected, make
+from tests.engine.plan_against_process import held_bytes
+from tests.engine.tiny import byte_tokenizer, engine, file_set, teacher_forced
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"backend": "cpu", "deterministic": True},
+    {"backend": "cpu", "dtype": "bfloat16"},
+    {"backend": "reference", "dtype": "bfloat16"},
+]
+SMALL = {"max_step_tokens": 13, "max_running": 2, "block_size": 4}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tiny]]:
+    root = tmp_path_factory.mktemp("families")
+    made = {model_type: (root / model_type, make(root / model_type, model_type, {})) for model_type in FAMILIES}
+    for folder, _ in made.values():
+        byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return made
+
+
+@pytest.mark.parametrize("options", [SMALL, {"backend": "reference"}], ids=["cpu, small chunks", "reference"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_engine_says_what_transformers_says(
+    models: dict[str, tuple[Path, Tiny]], model_type: str, options: dict[str, Any]
+) -> None:
+    folder, tiny = models[model_type]
+    tokens = draw_tokens(3, count=50)
+    logits = teacher_forced(engine(folder, **options), tokens, prompt_length=35)
+    torch.testing.assert_close(logits, expected(tiny, tokens)[34:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_weights_and_pages_of_each_family_are_planned_to_the_byte(
+    models: dict[str, tuple[Path, Tiny]], model_type: str
+) -> None:
+    folder = models[model_type][0]
+    for layout in LAYOUTS:
+        options = layout | {"kv_blocks": 64, "block_size": 8, "threads": 1}
+        loop = engine(folder, **options)
+        runner: Any = loop._runner
+        plan = plan_memory(read_model(*file_set(folder)), EngineOptions(**options), 1 << 40, cores=3)
+        assert (plan.weights, plan.kv) == (held_bytes(runner._model), held_bytes(runner._kv)), layout
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_bfloat16_is_as_close_as_that_of_transformers(
+    models: dict[str, tuple[Path, Tiny]], model_type: str
+) -> None:
+    folder, tiny = models[model_type]
+    tokens = draw_tokens(4, count=30)
+    logits = teacher_forced(engine(folder, dtype="bfloat16"), tokens, prompt_length=20)
+    oracle = expected(tiny, tokens)[19:]
+    rounded = expected(tiny._replace(model=copy.deepcopy(tiny.model).bfloat16()), tokens)[19:].float()
+    assert (logits - oracle).std() < 2 * (rounded - oracle).std()
+    assert (rounded - oracle).std() < 0.2 * oracle.std()
