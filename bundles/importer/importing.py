@@ -284,11 +284,18 @@ class _Import:
 
     def _judge(self, verified: Verified) -> None:
         """Hold a new version to policy."""
+        manifest, ledger = verified.manifest, self._place.ledger
         check_policy(verified, self._place.site(self._place.now(), verified.revocations))
-        if self._place.ledger.find(verified.manifest.reference) is not None:
+        if ledger.find(manifest.reference) is not None:
             raise BundleError(
-                "VERSION_REUSED",
-                f"another {verified.manifest.reference} was imported; give this one a new name",
+                "VERSION_REUSED", f"another {manifest.reference} was imported; give this one a new name"
+            )
+        held = ledger.reference_at(manifest.name, manifest.sequence)
+        if held:  # a revoked one: the floor that it set holds no longer
+            raise BundleError(
+                "SEQUENCE_REUSED",
+                f"{held} in the store has sequence {manifest.sequence}, too; remove it (cloister bundle remove), "
+                "or release this one with a higher sequence",
             )
 
     def _check_root(self, root: Root) -> None:

@@ -182,6 +182,11 @@ class Ledger:
         )
         return ModelVersion.from_json(rows[0][0]) if rows else None
 
+    def reference_at(self, name: str, sequence: int) -> str:
+        """name@version of the model's version with this sequence; empty where there is none."""
+        rows = self._db.rows("SELECT version FROM model_version WHERE (name, sequence) = (?,?)", (name, sequence))
+        return f"{name}@{rows[0][0]}" if rows else ""
+
     def names(self) -> tuple[tuple[str, str], ...]:
         """Name and model digest of every committed version, oldest first."""
         return tuple(self._db.rows("SELECT name, model_digest FROM model_version ORDER BY id"))

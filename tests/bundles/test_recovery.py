@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bundles.importer.importing import import_bundle
+from bundles.importer.removal import remove_version
 from bundles.importer.workplace import Workplace
 from bundles.pipeline import Progress
 from bundles.trust import revocation
@@ -56,3 +57,23 @@ def test_releases_go_on_from_the_minimum_and_never_go_back_from_there(
     assert _import(place, ninth).state == "committed"
     assert place.floors().models["tiny"].sequence == 9
     assert _import(place, eighth).reason == "ROLLBACK_REFUSED"
+
+
+def test_a_release_with_the_sequence_of_a_revoked_one_waits_until_that_is_removed(
+    tmp_path: Path, keys: Trust, place: Workplace
+) -> None:
+    taken = _import(place, make_bundle(tmp_path / "stolen", keys, 9))
+    now = datetime.now(UTC)
+    document = revocation.make(
+        1, now, now + timedelta(days=9), manifests=[taken.model_digest], minimum_sequences={"tiny": 9}
+    )
+    write_trust_bundle(tmp_path / "t", [keys.root], revocation.sign(document, [REVOCATION]))
+    assert _import(place, tmp_path / "t").state == "committed"
+    genuine = make_bundle(tmp_path / "genuine", keys, 9, version="1.0.9.1")
+    refused = _import(place, genuine)
+    assert refused.reason == "SEQUENCE_REUSED"
+    assert "tiny@1.0.9 in the store" in refused.message
+    assert [version.reference for version in place.ledger.versions()] == ["tiny@1.0.9"]
+    remove_version(place, "tiny@1.0.9")
+    assert _import(place, genuine).state == "committed"
+    assert place.floors().models["tiny"].model_digest == place.ledger.versions()[0].model_digest
