@@ -12,7 +12,6 @@ from engine.memory import available_bytes, own_bytes
 from engine.memory_plan import PROCESS_BYTES, Model, plan_memory, read_model
 from engine.models.encoders.registry import ENCODERS
 from engine.models.encoders.spec import EncoderConfig
-from engine.models.plain import PlainWeights
 from engine.models.registry import architecture
 from engine.models.served import Served, decoder_family
 from engine.models.tensors import Weights
@@ -21,7 +20,7 @@ from engine.request import Task
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
 from engine.weights.files import FileSet, OpenFile, read_verified
-from engine.weights.safetensors import load_weights
+from engine.weights.loading import load_weights
 from kernels.cpu import CpuBackend
 from kernels.encoder_ops import EncoderBackend
 from kernels.ops import KvSpec
@@ -43,7 +42,10 @@ def build_engine(files: FileSet, open_file: OpenFile, options: EngineOptions) ->
     options = resolve_options(options, known)
     torch.set_num_threads(options.threads)
     vocabulary = _vocabulary(files, open_file, known.served)
-    weights = PlainWeights(load_weights(files, open_file, known.shapes, known.layout.spare))
+    tensors = known.layout
+    weights = load_weights(
+        files, open_file, tensors.shapes, tensors.matrices, known.served.quantisation, tensors.spare
+    )
     ops = make_backend(options)
     limits = Limits(
         options.max_step_tokens,

@@ -9,12 +9,14 @@ numbers of a token, V vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 
 from engine.models.spec import Mixture, ModelConfig
 from engine.models.tensors import Shapes
 from engine.options import EngineOptions
+from engine.weights.footprint import multiplying_bytes, prepared_bytes, preparing_bytes
+from engine.weights.formats import Format
 
 ITEM = {"float32": 4, "bfloat16": 2}
 _FLOAT = 4
@@ -39,11 +41,13 @@ class Sizes:
         config: of the model.
         shapes: its tensors.
         options: with every default filled in.
+        formats: of the tensors that are quantised.
     """
 
     config: ModelConfig
     shapes: Shapes
     options: EngineOptions
+    formats: Mapping[str, Format] = field(default_factory=dict)
 
     @property
     def item(self) -> int:
@@ -115,9 +119,12 @@ def weights_bytes(of: Sizes) -> int:
 def _prepared(of: Sizes) -> dict[str, int]:
     """Each tensor as a backend keeps it; a norm whose weight has an offset stays in float32."""
     wide = max(of.item, _FLOAT) if of.config.norm_offset else of.item
-    return {
+    plain = {
         name: prod(shape) * (wide if len(shape) == 1 and name.endswith(".weight") else of.item)
         for name, shape in of.shapes.items()
+    }
+    return plain | {
+        name: prepared_bytes(found, of.shapes[name], of.is_cpu, of.item) for name, found in of.formats.items()
     }
 
 
@@ -160,6 +167,7 @@ def loading_peak(of: Sizes, stored: Mapping[str, int]) -> int:
     converts = any(held[name] != size for name, size in prepared.items())
     widest = max((held[name] // prod(shape) for name, shape in of.shapes.items()), default=of.item)
     copies = stack * max(of.item, widest) if converts else 0
+    copies += preparing_bytes(of.formats, of.shapes, stack, of.is_cpu)
     return between + stack * of.item + copies + _experts(of, held) + _rope_bytes(of) + _rope_angles(of)
 
 
@@ -189,7 +197,16 @@ def activation_bytes(of: Sizes) -> int:
     rows = of.step * 4 * _INT + of.options.max_running * (of.context // of.options.block_size + 1) * _INT
     masks = _masks(of) if of.is_cpu else of.options.max_running * of.context * _INT
     attention = _cpu_attention(of) if of.is_cpu else _reference_attention(of)
-    return stream + rows + masks + max(_rotation(of), attention, _mlp(of), _logits(of)) + _SCRATCH
+    moments = max(_rotation(of), attention, _mlp(of), _logits(of)) + _products(of)
+    return stream + rows + masks + moments + _SCRATCH
+
+
+def _products(of: Sizes) -> int:
+    """Of the cpu backend with quantised matrices: a block of one, an input in its order, and answers in parts."""
+    if not of.formats or not of.is_cpu:
+        return 0
+    longest = max(max(of.shapes[name][-2:]) for name in of.formats)
+    return multiplying_bytes(of.formats, of.shapes, of.item) + 2 * of.step * longest * of.item
 
 
 def _masks(of: Sizes) -> int:

@@ -5,7 +5,7 @@ its options with it before it reads a weight. Needs no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine import encoder_footprint, footprint
@@ -20,7 +20,9 @@ from engine.models.tensors import Shapes
 from engine.options import EngineOptions
 from engine.request import Task
 from engine.weights.files import FileSet, OpenFile, read_verified
-from engine.weights.safetensors import read_stored_header
+from engine.weights.formats import Format
+from engine.weights.quantisation import assign, stored_names
+from engine.weights.safetensors import TensorEntry, read_stored_header
 
 PROCESS_BYTES = 192 * 2**20
 """What a worker takes beside its tensors and its vocabulary. With everything imported, 150 MiB that no file backs
@@ -122,14 +124,16 @@ class Model:
     Attributes:
         served: its configuration, and what it is for.
         layout: its tensors.
-        stored: bytes of each tensor in its file.
+        stored: bytes of each tensor in its file; of a quantised matrix, by its plain name, of all its tensors.
         tokenizer: bytes of tokenizer.json, where a vocabulary is made of it.
+        formats: of the matrices that are quantised.
     """
 
     served: Served
     layout: Layout
     stored: Mapping[str, int]
     tokenizer: int = 0
+    formats: Mapping[str, Format] = field(default_factory=dict)
 
     @property
     def config(self) -> ModelConfig | EncoderConfig:
@@ -152,15 +156,22 @@ def read_model(files: FileSet, open_file: OpenFile) -> Model:
 
     Raises:
         EngineError: MODEL_FILE_MISSING, FILE_MISSING, FILE_DIGEST_MISMATCH, CONFIG_INVALID, CONFIG_UNSUPPORTED,
-            ARCHITECTURE_UNSUPPORTED, POOLING_UNSUPPORTED, WEIGHTS_INVALID.
+            ARCHITECTURE_UNSUPPORTED, POOLING_UNSUPPORTED, QUANTISATION_UNSUPPORTED, WEIGHTS_INVALID; of a
+            quantised model TENSORS_MISMATCH, DTYPE_UNSUPPORTED.
     """
     served = read_served(lambda path: _content(files, open_file, path))
-    stored: dict[str, int] = {}
+    entries: dict[str, TensorEntry] = {}
     for file in files.matching(".safetensors"):
-        header = read_stored_header(file, open_file)
-        stored.update({name: entry.end - entry.begin for name, entry in header.items()})
+        entries.update(read_stored_header(file, open_file))
+    tensors, formats = layout(served, entries), dict[str, Format]()
+    stored = {name: entry.end - entry.begin for name, entry in entries.items()}
+    if served.quantisation is not None:
+        formats = assign(tensors.shapes, tensors.matrices, served.quantisation, entries, tensors.spare)
+    for name, found in formats.items():
+        names = stored_names(name, found, tensors.shapes[name], tensors.shapes)
+        stored[name] = sum(stored[part] for part in names if part in entries)
     tokenizer = files.find("tokenizer.json") if served.task is Task.GENERATE else None
-    return Model(served, layout(served, stored), stored, tokenizer.size if tokenizer else 0)
+    return Model(served, tensors, stored, tokenizer.size if tokenizer else 0, formats)
 
 
 def _content(files: FileSet, open_file: OpenFile, path: str) -> bytes | None:
@@ -189,7 +200,7 @@ def plan_memory(model: Model, options: EngineOptions, available: int, cores: int
         parts = _encoder_parts(EncoderSizes(config, model.shapes, options), model.stored)
     else:
         options = _resolve(model, config, options, available, cores)
-        parts = _decoder_parts(Sizes(config, model.shapes, options), model.stored)
+        parts = _decoder_parts(Sizes(config, model.shapes, options, model.formats), model.stored)
     return MemoryPlan(
         device=CPU,
         process=model.process,
@@ -239,7 +250,7 @@ def _resolve(
 ) -> EngineOptions:
     """`options` completed: KV pages by default get half of what the weights leave, or what activations leave."""
     first = options.resolve(config.max_context_tokens, 1, 0, cores)
-    sizes = Sizes(config, model.shapes, first)
+    sizes = Sizes(config, model.shapes, first, model.formats)
     left = available - model.process - footprint.weights_bytes(sizes)
     return options.resolve(
         model_context=config.max_context_tokens,

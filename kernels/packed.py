@@ -151,8 +151,7 @@ def cpu_bytes(layout: Layout, shape: tuple[int, int], item: int) -> int:
     if kernel == "int8":
         return out * inner + _BFLOAT16 * out + order
     codes = out * (-(-inner // 2) if layout.bits == 4 else inner)
-    table = _FLOAT * 2**layout.bits if layout.kind == "table" else 0
-    return codes + _FLOAT * scales * (1 + layout.zeros) + table + order
+    return codes + _FLOAT * scales * (1 + layout.zeros) + order
 
 
 def cpu_block_rows(inner: int) -> int:

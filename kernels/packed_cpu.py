@@ -36,7 +36,7 @@ class _Codes(NamedTuple):
     codes: Tensor  # [out, in], or two in a byte [out, ceil(in / 2)], the lower half first
     scales: Tensor  # as `Packed` has them, and so the rest
     zeros: Tensor | None
-    table: Tensor | None
+    table: tuple[float, ...] | None
     order: Tensor | None
     group: tuple[int, int]
     shape: tuple[int, int]
@@ -120,7 +120,8 @@ def _codes(matrix: Packed, order: Tensor | None) -> _Codes:
     if halves:
         positive = F.pad((codes + 8).byte() if signed else codes, (0, codes.shape[1] % 2))
         codes = positive[:, 0::2] | positive[:, 1::2] << 4
-    zeros, table = (None if given is None else given.clone() for given in (matrix.zeros, matrix.table))
+    zeros = None if matrix.zeros is None else matrix.zeros.clone()
+    table = None if matrix.table is None else tuple(matrix.table.tolist())
     group = (matrix.rows, matrix.columns)
     return _Codes(codes.clone(), matrix.scales.clone(), zeros, table, order, group, matrix.shape, halves, signed)
 
@@ -159,4 +160,5 @@ def _plain(part: _Codes, rows: range) -> Tensor:
     if part.halves:
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : part.shape[1]]
         codes = codes.char() - 8 if part.signed else codes
-    return scaled(codes, part.scales, part.zeros, part.table, part.group, rows)
+    table = None if part.table is None else part.scales.new_tensor(part.table)
+    return scaled(codes, part.scales, part.zeros, table, part.group, rows)

@@ -17,6 +17,7 @@ from engine.inspect.folder import Folder
 from engine.inspect.tensors import most_common_dtype, read_tensors
 from engine.inspect.verdict import MAX_CONFIG_BYTES, Verdict
 from engine.strict_json import load_object
+from engine.weights.formats import FLOATS
 from engine.weights.safetensors import TensorEntry
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -52,7 +53,7 @@ def judge(folder: Folder) -> Verdict:
     config = load_object(folder.read(CONFIG, MAX_CONFIG_BYTES) or b"", CONFIG, "ADAPTER_INVALID")
     _check_config(config)
     rank, targets = _rank(config), _targets(config)
-    entries = read_tensors(folder)
+    entries = read_tensors(folder, FLOATS)
     layers = _check_tensors(entries, rank, targets)
     dtype, parameters = most_common_dtype(entries)
     facts = {

@@ -3,6 +3,8 @@
 The configuration, the tokenizer and the template are judged by the code that will use them.
 """
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,20 +13,21 @@ from engine.errors import EngineError
 from engine.inspect.folder import Folder
 from engine.inspect.tensors import most_common_dtype, read_tensors
 from engine.models.encoders.spec import EncoderConfig
-from engine.models.served import Served, layout, read_served
+from engine.models.served import Layout, Served, layout, read_served
 from engine.models.spec import ModelConfig
 from engine.strict_json import load_object
 from engine.text.conversation import render_marked
 from engine.text.limits import LOAD_CPU_S, cpu_limit
 from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
 from engine.text.template import MAX_SOURCE_CHARS, Message, private_names
+from engine.weights.formats import Format
+from engine.weights.quantisation import assign
 from engine.weights.safetensors import TensorEntry
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 4 << 20  # of the tokenizer, which may have templates in them
 TEMPLATE_LIMIT_S = 2.0
 _CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
-_QUANTISATION = ("quantization_config", "compression_config")
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _PROBES = (
     (Message("user", "Which claims are open?"),),
@@ -40,8 +43,8 @@ class Verdict:
         architecture: as config.json names it; LoRA for an adapter.
         max_context_tokens: prompt and answer together, or the longest text where there is no answer; 0 for an
             adapter.
-        parameters: numbers in all tensors.
-        dtype: number type of most of them.
+        parameters: numbers that are computed with.
+        dtype: number type of most of them, or how most matrices are quantised.
         capabilities: generate, chat, embed, rerank; none of an adapter.
         facts: more for people to read, by name.
     """
@@ -61,11 +64,13 @@ def judge(folder: Folder) -> Verdict:
         EngineError: the code and the message say what is wrong with it.
     """
     _refuse_code(folder)
-    _refuse_quantisation(folder)
     served = read_served(lambda path: folder.read(path, MAX_CONFIG_BYTES))
     config = served.config
+    if served.quantisation is None:
+        _refuse_quantisation(folder)
     entries = read_tensors(folder)
-    _compare(entries, served)
+    tensors = layout(served, entries)
+    formats = assign(tensors.shapes, tensors.matrices, served.quantisation, entries, tensors.spare)
     _check_templates(folder)
     with cpu_limit(LOAD_CPU_S, "loading the tokenizer and the chat template", "TEXT_TOO_COSTLY"):
         text = load_text_model(lambda path: folder.read(path, MAX_FILE_BYTES), config.max_context_tokens)
@@ -75,14 +80,16 @@ def judge(folder: Folder) -> Verdict:
             f"the tokenizer has ids up to {text.tokenizer.size - 1}, the model only {config.vocab_size} tokens",
         )
     _probe_template(text)
-    dtype, parameters = most_common_dtype(entries)
+    facts = _facts(served, text)
+    if formats:
+        facts["quantised matrices"] = f"{len(formats)} of {len(tensors.matrices)}"
     return Verdict(
         config.architecture,
         config.max_context_tokens,
-        parameters,
-        dtype,
+        sum(map(math.prod, tensors.shapes.values())),
+        _number_type(entries, tensors, formats),
         served.capabilities(can_chat=text.template is not None),
-        _facts(served, text),
+        facts,
     )
 
 
@@ -118,18 +125,12 @@ def _refuse_code(folder: Folder) -> None:
 
 
 def _refuse_quantisation(folder: Folder) -> None:
-    """No packed or scaled weights, which this engine would take for plain numbers."""
-    config = load_object(folder.read("config.json", MAX_CONFIG_BYTES) or b"{}", "config.json", "CONFIG_INVALID")
-    for name in _QUANTISATION:
-        if config.get(name) is not None:
-            method = config[name].get("quant_method") if isinstance(config[name], dict) else None
-            raise EngineError(
-                "QUANTISATION_UNSUPPORTED",
-                f"config.json: {name} {str(method)[:40]}; plain weights are computed with",
-            )
+    """No file that calls the weights quantised where config.json, which decides, does not."""
     for path in folder.paths:
         if path.rpartition("/")[2].lower() in _QUANTISATION_FILES:
-            raise EngineError("QUANTISATION_UNSUPPORTED", f"{path} says that the weights are quantised")
+            raise EngineError(
+                "QUANTISATION_UNSUPPORTED", f"{path} says that the weights are quantised, config.json does not"
+            )
 
 
 def _check_templates(folder: Folder) -> None:
@@ -162,21 +163,14 @@ def _named(given: object) -> list[tuple[str, str]]:
     return [(str(name), text) for name, text in named if isinstance(text, str)]
 
 
-def _compare(entries: dict[str, TensorEntry], served: Served) -> None:
-    """Refuse a tensor that is missing, surplus, or of another shape than the configuration implies."""
-    tensors = layout(served, entries)
-    expected = tensors.shapes
-    missing = sorted(expected.keys() - entries.keys())
-    surplus = sorted(entries.keys() - expected.keys() - tensors.spare)
-    if missing:
-        raise EngineError("TENSORS_MISMATCH", f"tensor {missing[0]} is missing, {len(missing)} in all")
-    if surplus:
-        raise EngineError("TENSORS_MISMATCH", f"tensor {surplus[0]} is not part of a {served.config.architecture}")
-    for name, shape in sorted(expected.items()):
-        if entries[name].shape != tuple(shape):
-            raise EngineError(
-                "TENSORS_MISMATCH", f"tensor {name} has shape {list(entries[name].shape)}, not {list(shape)}"
-            )
+def _number_type(entries: Mapping[str, TensorEntry], tensors: Layout, formats: Mapping[str, Format]) -> str:
+    """As people call it: of a quantised model, how most of its matrices are stored."""
+    if not formats:
+        return most_common_dtype(entries)[0]
+    numbers = Counter[str]()
+    for name, found in formats.items():
+        numbers[found.label] += math.prod(tensors.shapes[name])
+    return " and ".join(label for label, _ in numbers.most_common())
 
 
 def _probe_template(text: TextModel) -> None:

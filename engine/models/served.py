@@ -18,6 +18,7 @@ from engine.models.spec import ModelConfig
 from engine.models.tensors import Names, Shapes
 from engine.request import Task
 from engine.strict_json import load_object
+from engine.weights.quantisation import Quantisation
 
 _CAUSAL, _BARE = "ForCausalLM", "Model"
 _DECODER = "model."  # what the tensors of a decoder begin with that is not alone in its files
@@ -37,6 +38,11 @@ class Served:
     config: ModelConfig | EncoderConfig
     task: Task
     pooling: Pooling | None = None
+
+    @property
+    def quantisation(self) -> Quantisation | None:
+        """Of its matrices; None: they are plain."""
+        return self.config.quantisation if isinstance(self.config, ModelConfig) else None
 
     @property
     def num_types(self) -> int:

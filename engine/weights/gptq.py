@@ -5,8 +5,10 @@ Of a layer L: `L.qweight` I32 [in · bits / 32, out], in each word successive in
 the group of each input. Version 1 ("gptq") stores zero points less one, and one is then added without a mask, for
 16 is legal; version 2 ("gptq_v2") stores them as they are.
 
-The trap: some writers say version 1 and store version 2. The zero point of a symmetric matrix is 2 ** (bits - 1):
-there the values tell, and the label is not believed; other values in a symmetric matrix are refused.
+Two traps. Some writers say version 1 and store version 2: the zero point of a symmetric matrix is 2 ** (bits - 1),
+so there the values tell and the label is not believed; other values in a symmetric matrix are refused. And some
+make version 1 by taking one off all codes of a word at once, so that a zero point of 0 borrows from its neighbour:
+where `meta` says that GPTQModel wrote it, one is added to whole words, as GPTQModel itself does.
 
 Source: Frantar et al., "GPTQ", ICLR 2023; the packing of AutoGPTQ and GPTQModel; vllm-project/vllm#38966.
 """
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 
 _VERSIONS = {"gptq": 1, "gptq_v2": 2}
 _HOW_MADE = (
-    *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "dataset", "tokenizer", "meta"),
+    *("damp_percent", "damp_auto_increment", "true_sequential", "static_groups", "dataset", "tokenizer"),
     *("model_seqlen", "block_name_to_quantize", "module_name_preceding_first_block", "batch_size", "mse"),
     *("pad_token_id", "use_cuda_fp16", "use_exllama", "disable_exllama", "max_input_length", "exllama_config"),
     *("cache_block_outputs", "modules_in_block_to_quantize", "model_name_or_path", "model_file_base_name"),
@@ -56,6 +58,7 @@ class Gptq:
         ordered: inputs were quantised in an order of their own (desc_act).
         symmetric: all zero points are the middle.
         version: 1 or 2.
+        borrows: one was taken off words, not codes.
     """
 
     bits: int
@@ -63,6 +66,7 @@ class Gptq:
     ordered: bool
     symmetric: bool
     version: int
+    borrows: bool = False
 
     @property
     def label(self) -> str:
@@ -93,7 +97,7 @@ class Gptq:
         empty_bias(name, tensors)
         codes = unpack(get["qweight"].t(), self.bits)[:, :inner].contiguous()
         scales = check_scales(name, get["scales"]).t().contiguous()
-        zeros = self._zeros(name, unpack(get["qzeros"], self.bits)[:, :out])
+        zeros = self._zeros(name, get["qzeros"])[:, :out]
         order = self._order(name, get.get("g_idx"), inner)
         if order is not None:
             codes = codes[:, order]
@@ -103,9 +107,13 @@ class Gptq:
         """Inputs have an order that matters."""
         return self.ordered and groups(shape[1], self.group) > 1
 
-    def _zeros(self, name: str, stored: Tensor) -> Tensor:
+    def _zeros(self, name: str, words: Tensor) -> Tensor:
         """Zero points [groups, out]."""
+        stored = unpack(words, self.bits)
         if not self.symmetric:
+            if self.version == 1 and self.borrows:
+                ones = sum(1 << place for place in range(0, 32, self.bits))
+                return unpack(words + ones, self.bits).float()  # words of 32 bits, which wrap around
             return stored.float().add_(2 - self.version)
         middle = 2 ** (self.bits - 1)
         for value in (middle - 1, middle):
@@ -140,4 +148,5 @@ def parse(settings: Settings) -> tuple[Gptq]:
     settings.one_of("method", "gptq", default="gptq")
     settings.empty("is_marlin_format", "dynamic", "adapter", "rotation", "awq_gemm_checkpoint")
     settings.ignore(*_HOW_MADE)
-    return (Gptq(bits, max(group, 0), ordered, symmetric, version),)
+    borrows = "gptqmodel" in str(settings.take("meta", "")).lower()
+    return (Gptq(bits, max(group, 0), ordered, symmetric, version, borrows),)

@@ -157,7 +157,7 @@ def _check_plain(name: str, shape: Shape, entries: Mapping[str, Entry]) -> None:
     if name not in entries:
         raise EngineError("TENSORS_MISMATCH", f"tensor {name} is missing")
     entry = entries[name]
-    if entry.shape != tuple(shape):
-        raise EngineError("TENSORS_MISMATCH", f"tensor {name} has shape {list(entry.shape)}, not {list(shape)}")
     if entry.dtype not in FLOATS:
         raise EngineError("DTYPE_UNSUPPORTED", f"tensor {name} is {entry.dtype}; plain are {', '.join(FLOATS)}")
+    if entry.shape != tuple(shape):
+        raise EngineError("TENSORS_MISMATCH", f"tensor {name} has shape {list(entry.shape)}, not {list(shape)}")

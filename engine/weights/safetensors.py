@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.errors import EngineError
 from engine.strict_json import load_object
-from engine.weights.files import File, FileSet, OpenFile, verified
+from engine.weights.files import File, OpenFile, verified
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,33 +115,6 @@ def read_tensors(file: File, open_file: OpenFile) -> dict[str, tuple[TensorEntry
             dtype = getattr(torch, _TORCH_NAMES[entry.dtype])
             content = reading.read(entry.end - entry.begin)
             tensors[name] = (entry, torch.frombuffer(content, dtype=dtype).view(entry.shape))
-    return tensors
-
-
-def load_weights(
-    files: FileSet, open_file: OpenFile, shapes: Mapping[str, tuple[int, ...]], spare: Collection[str] = ()
-) -> dict[str, Tensor]:
-    """The tensors of `shapes` from the file set's safetensors files, every byte hashed before use.
-
-    Each tensor has a buffer of its own, which goes when the tensor goes: whoever prepares the model takes them out
-    one by one, so that the weights are not in memory twice.
-
-    Raises:
-        EngineError: WEIGHTS_DIGEST_MISMATCH, WEIGHTS_INVALID, or TENSORS_MISMATCH (a tensor missing, surplus or of
-            another shape than the model's configuration implies; the message names it).
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in files.matching(".safetensors"):
-        for name, (_, tensor) in read_tensors(file, open_file).items():
-            if name in spare:
-                continue
-            if name in tensors or tuple(tensor.shape) != tuple(shapes.get(name, ())):
-                wanted = shapes.get(name)
-                raise EngineError("TENSORS_MISMATCH", f"tensor {name} is {tuple(tensor.shape)}, wanted {wanted}")
-            tensors[name] = tensor
-    missing = sorted(set(shapes) - set(tensors))
-    if missing:
-        raise EngineError("TENSORS_MISMATCH", f"{len(missing)} tensors are missing, {missing[0]} the first")
     return tensors
 
 

@@ -250,10 +250,10 @@ def test_a_template_that_is_too_long_or_reaches_for_hidden_names_is_refused_wher
             assert refusal(other).code == code
 
 
-def test_quantised_weights_and_unknown_number_types_are_refused_by_name(copied: Path) -> None:
-    edit_json(copied / "config.json", lambda config: config.update(quantization_config={"quant_method": "gptq"}))
+def test_unknown_quantisation_and_number_types_are_refused_by_name(copied: Path) -> None:
+    edit_json(copied / "config.json", lambda config: config.update(quantization_config={"quant_method": "hqq"}))
     error = refusal(copied)
-    assert (error.code, "gptq" in error.message) == ("QUANTISATION_UNSUPPORTED", True)
+    assert (error.code, "hqq" in error.message) == ("QUANTISATION_UNSUPPORTED", True)
     edit_json(copied / "config.json", lambda config: config.pop("quantization_config"))
     (copied / "quantize_config.json").write_text("{}")
     assert refusal(copied).code == "QUANTISATION_UNSUPPORTED"
@@ -266,6 +266,9 @@ def test_quantised_weights_and_unknown_number_types_are_refused_by_name(copied: 
     edit_header(copied / "model.safetensors", pack)
     error = refusal(copied)
     assert (error.code, "U8" in error.message) == ("DTYPE_UNSUPPORTED", True)
+    edit_header(copied / "model.safetensors", lambda header: header["model.norm.weight"].update(dtype="BOOL"))
+    error = refusal(copied)
+    assert (error.code, "BOOL" in error.message) == ("DTYPE_UNSUPPORTED", True)
 
 
 RANK = 4

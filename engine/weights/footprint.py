@@ -1,0 +1,67 @@
+"""Bytes of quantised matrices, prepared and while they are prepared and multiplied with; needs no torch.
+
+Prepared bytes are exact; what the rest stands for, `kernels/packed_cpu.py` and `kernels/packed.py` make.
+"""
+
+from collections.abc import Iterator, Mapping
+from math import prod
+
+from engine.weights.formats import Format, Shape
+from kernels.packed import Layout, cpu_block_rows, cpu_bytes, cpu_kernel
+
+_UNPACKED = (
+    5  # bytes for each number while one matrix is unpacked: bytes of words, halves, and their copies in order
+)
+_PLAIN = 8  # and while it is prepared: float32 or int32, twice
+_KEPT = 2  # of each of a stack that is not prepared yet: its code, and its share of scales and zero points
+_BLOCK = 24  # of each number of a block that is made plain: its code as an index, float32 thrice, and its own type
+
+
+def prepared_bytes(found: Format, shape: Shape, is_cpu: bool, item: int) -> int:
+    """The matrices that `found` makes of the tensor of `shape`, as a backend keeps them.
+
+    Args:
+        found: how it is stored.
+        shape: of the plain tensor.
+        is_cpu: the cpu backend computes; otherwise the reference, which makes them plain.
+        item: bytes of the backend's number type.
+    """
+    if not is_cpu:
+        return prod(shape) * item
+    count, each = _matrices(shape)
+    return count * cpu_bytes(found.layout(shape), each, item)
+
+
+def preparing_bytes(formats: Mapping[str, Format], shapes: Mapping[str, Shape], stack: int, is_cpu: bool) -> int:
+    """Most that is there beside what the files hold while a stack of `stack` numbers is prepared.
+
+    The cpu backend prepares matrix by matrix, the reference all of a stack together.
+    """
+    if not formats:
+        return 0
+    largest = max(prod(_matrices(shapes[name])[1]) for name in formats)
+    return stack * _KEPT + (largest if is_cpu else max(stack, largest)) * (_UNPACKED + _PLAIN)
+
+
+def multiplying_bytes(formats: Mapping[str, Format], shapes: Mapping[str, Shape], item: int) -> int:
+    """Most that one block takes of a matrix that the cpu backend makes plain at each product."""
+    rows = (
+        min(out, cpu_block_rows(inner)) * inner
+        for layout, (out, inner) in _layouts(formats, shapes)
+        if cpu_kernel(layout, (out, inner), item) == "codes"
+    )
+    return _BLOCK * max(rows, default=0)
+
+
+def _layouts(
+    formats: Mapping[str, Format], shapes: Mapping[str, Shape]
+) -> Iterator[tuple[Layout, tuple[int, int]]]:
+    for name, found in formats.items():
+        yield found.layout(shapes[name]), _matrices(shapes[name])[1]
+
+
+def _matrices(shape: Shape) -> tuple[int, tuple[int, int]]:
+    """How many matrices a tensor is, and [out, in] of each."""
+    if len(shape) == 3:
+        return shape[0], (shape[2], shape[1])
+    return 1, (shape[0], shape[1])
