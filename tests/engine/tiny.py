@@ -71,8 +71,9 @@ def byte_tokenizer(size: int = VOCAB) -> Tokenizer:
 
 def file_set(folder: Path) -> tuple[FileSet, OpenFile]:
     """The files of `folder`, and what opens them by digest."""
-    paths = {hashlib.sha256(p.read_bytes()).hexdigest(): p for p in sorted(folder.iterdir()) if p.is_file()}
-    files = tuple(File(path.name, path.stat().st_size, digest) for digest, path in paths.items())
+    found = [(hashlib.sha256(p.read_bytes()).hexdigest(), p) for p in sorted(folder.rglob("*")) if p.is_file()]
+    files = tuple(File(str(p.relative_to(folder)), p.stat().st_size, digest) for digest, p in found)
+    paths = dict(found)
     return FileSet("0" * 64, files), lambda digest: os.open(paths[digest], os.O_RDONLY)
 
 
@@ -99,6 +100,7 @@ class Answer:
         self.pieces: list[str] = []
         self.logprobs: list[TokenLogprob] = []
         self.prompt_logprobs: list[TokenLogprob] = []
+        self.values: list[float] = []
         self.ends: list[End] = []
 
     @property
@@ -121,6 +123,7 @@ def run(loop: EngineLoop, after_step: Callable[[], None] = lambda: None) -> dict
             answer.pieces.append(row.text)
             answer.logprobs.extend(row.logprobs)
             answer.prompt_logprobs.extend(row.prompt_logprobs)
+            answer.values.extend(row.values)
             if row.end is not None:
                 answer.ends.append(row.end)
         loop.scheduler.check()
