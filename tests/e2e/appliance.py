@@ -108,14 +108,14 @@ def cloister(*argv: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def build_bundle(folder: Path, model: Path = DEMO_MODEL, sequence: int = 1) -> Path:
+def build_bundle(folder: Path, model: Path = DEMO_MODEL, sequence: int = 1, name: str = "demo-notes-s") -> Path:
     """Make keys in `folder` (once) and a signed bundle of `model` beside them."""
     keys = folder / "keys"
     if not keys.exists():
         cloister("trust", "init", "--out", str(keys))
-    bundle = folder / f"model-{sequence}.bundle"
+    bundle = folder / f"{name}-{sequence}.bundle"
     version = f"1.0.{sequence}"
-    cloister("bundle", "build", "--model", str(model), "--name", "demo-notes-s", "--version", version,
+    cloister("bundle", "build", "--model", str(model), "--name", name, "--version", version,
              "--sequence", str(sequence), "--out", str(bundle))  # fmt: skip
     cloister("bundle", "sign", str(bundle), "--release-key", str(keys / "release.key"),
              "--publisher-key", str(keys / "publisher.key"), "--root", str(keys / "root.json"))  # fmt: skip
