@@ -1,0 +1,185 @@
+"""A GGUF file made into the folder that Hugging Face would publish: config.json, tokenizer.json, safetensors.
+
+Tensors are read, turned and written one by one. F16, BF16 and F32 keep their numbers; blocks of quantised numbers
+become bfloat16, rounded to nearest, which is far finer than the blocks were.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import EngineError
+from engine.prepare.gguf import BLOCKS, Container, TensorInfo, read_container
+from engine.prepare.gguf_blocks import Floats, dequantise
+from engine.prepare.gguf_metadata import Metadata
+from engine.prepare.gguf_models import ROPE_FACTORS, Converted, convert_model
+from engine.prepare.gguf_tokenizer import TokenizerFiles, read_tokenizer
+from engine.prepare.question import Told
+from engine.prepare.weights_file import TensorPlan, writing
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+_PIECE = 1 << 22  # numbers turned at once; a multiple of every block
+
+
+def convert_gguf(source: Path, folder: Path, told: Told) -> dict[str, Any]:
+    """Write the folder; what was done, for the record.
+
+    Args:
+        source: the GGUF file.
+        folder: an empty folder.
+        told: hears of the bytes.
+
+    Raises:
+        EngineError: GGUF_INVALID, GGUF_UNSUPPORTED, GGUF_TOKENIZER, SOURCE_UNREADABLE, DISK_FULL.
+    """
+    container = read_container(source)
+    metadata = Metadata(container.metadata)
+    with source.open("rb") as stream:
+        factors = _rope_factors(container, stream.fileno())
+        model = convert_model(metadata, {n: t.shape for n, t in container.tensors.items()}, factors)
+        tokenizer = read_tokenizer(metadata)
+        _check(model, container, tokenizer)
+        plans = {name: _plan(container.tensors[given]) for given, name in model.names.items()}
+        total, done = sum(plan.size for plan in plans.values()), 0
+        with writing(folder, plans) as writer:
+            for given, name in model.names.items():
+                writer.write(name, _turned(given, container.tensors[given], model, stream.fileno()))
+                done += plans[name].size
+                told("converting", done, total)
+    _write_texts(folder, metadata, model, tokenizer)
+    kinds = sorted({tensor.type for tensor in container.tensors.values()})
+    return {"from": "gguf", "architecture": model.family.architecture, "types": kinds}
+
+
+def _rope_factors(container: Container, fd: int) -> list[float]:
+    tensor = container.tensors.get(ROPE_FACTORS)
+    if tensor is None:
+        return []
+    if tensor.type != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 1024:
+        raise EngineError("GGUF_INVALID", f"{ROPE_FACTORS} is no short list of F32")
+    return [float(value) for value in dequantise(tensor.type, _read(fd, tensor.offset, tensor.length))]
+
+
+def _check(model: Converted, container: Container, tokenizer: TokenizerFiles) -> None:
+    """Refuse tensors that the steps below could not turn, and a tokenizer of another model."""
+    config = model.config
+    if tokenizer.size > config["vocab_size"]:
+        raise EngineError("GGUF_INVALID", f"{tokenizer.size} tokens, and a table for {config['vocab_size']}")
+    for given, name in model.names.items():
+        heads = _HEADS.get(name.split(".")[-2])
+        rows, count = container.tensors[given].shape[0], config[heads] if heads else 0
+        if model.family.permuted and heads and (not count or rows != count * config["head_dim"]):
+            raise EngineError("GGUF_INVALID", f"{given[:80]!a} has {rows} rows, not {count} heads of them")
+
+
+def _plan(tensor: TensorInfo) -> TensorPlan:
+    return TensorPlan(tensor.type if tensor.type in ("F32", "F16", "BF16") else "BF16", tensor.shape)
+
+
+def _turned(given: str, tensor: TensorInfo, model: Converted, fd: int) -> Iterator[bytes]:
+    """A tensor's bytes as they are written: of the plan's type, its rows in Hugging Face's order."""
+    name = model.names[given]
+    pieces = _numbers(given, tensor, fd)
+    if model.family.norm_offset and name.endswith("norm.weight"):
+        pieces = (_less(given, tensor, piece, model.family.norm_offset) for piece in pieces)
+    heads = _HEADS.get(name.split(".")[-2])
+    if model.family.permuted and heads is not None:
+        count = model.config[heads]
+        paired = np.concatenate(list(pieces)).reshape(count, tensor.shape[0] // count // 2, 2, -1)
+        pieces = iter([paired.swapaxes(1, 2)])
+    return (piece.tobytes() for piece in pieces)
+
+
+def _numbers(given: str, tensor: TensorInfo, fd: int) -> Iterator[NDArray[Any]]:
+    """The tensor's numbers one after another, in the type they are written in.
+
+    Raises:
+        EngineError: GGUF_INVALID, a number is infinite or none.
+    """
+    block, size = BLOCKS[tensor.type]
+    plan = _plan(tensor)
+    step = _PIECE // block * size
+    for begin in range(0, tensor.length, step):
+        content = _read(fd, tensor.offset + begin, min(step, tensor.length - begin))
+        with np.errstate(all="ignore"):
+            values = dequantise(tensor.type, content)
+        if not np.isfinite(values).all():
+            raise EngineError("GGUF_INVALID", f"tensor {given[:80]!a} has a number that is infinite or none")
+        yield _as(plan.dtype, values, content)
+
+
+def _as(dtype: str, values: Floats, content: bytes) -> NDArray[Any]:
+    """Numbers in the type they are written in; those that are in it are taken over bit for bit."""
+    if dtype == "F32":
+        return values.astype("<f4")
+    if dtype == "F16":
+        return np.frombuffer(content, "<u2")
+    return _bfloat16(values)
+
+
+def _bfloat16(values: Floats) -> NDArray[np.uint16]:
+    """Rounded to the nearest, ties to even; exact for what was one."""
+    bits = values.view(np.uint32).astype(np.uint64)
+    rounded = (bits + np.uint64(0x7FFF) + (bits >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
+    return rounded.astype("<u2")
+
+
+def _less(given: str, tensor: TensorInfo, plain: NDArray[Any], offset: float) -> NDArray[Any]:
+    """The weight of a norm without what the converter added; in float32, as the converter computed."""
+    if tensor.type != "F32":
+        raise EngineError("GGUF_UNSUPPORTED", f"{given[:80]!a} is {tensor.type}; norms are F32")
+    less: NDArray[Any] = plain - np.float32(offset)
+    return less
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    parts = []
+    while length:
+        part = os.pread(fd, length, offset)
+        if not part:
+            raise EngineError("SOURCE_UNREADABLE", "the file became shorter while it was read")
+        parts.append(part)
+        offset, length = offset + len(part), length - len(part)
+    return b"".join(parts)
+
+
+def _write_texts(folder: Path, metadata: Metadata, model: Converted, tokenizer: TokenizerFiles) -> None:
+    """config.json, the tokenizer's files, the chat template, and a model card of what the file says of itself."""
+    ends = {"eos_token_id": list(tokenizer.eos)}
+    begins = {"bos_token_id": tokenizer.bos} if tokenizer.bos is not None else {}
+    _write_json(folder / "config.json", {**model.config, **begins, **ends})
+    _write_json(folder / "generation_config.json", {**begins, **ends})
+    _write_json(folder / "tokenizer.json", tokenizer.document)
+    _write_json(folder / "tokenizer_config.json", tokenizer.settings)
+    if tokenizer.template:
+        (folder / "chat_template.jinja").write_text(tokenizer.template, encoding="utf-8")
+    (folder / "README.md").write_text(_card(metadata), encoding="utf-8")
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _card(metadata: Metadata) -> str:
+    """A model card with the facts of the file that are plain words."""
+    name = _plain(metadata.text("general.name", "")) or "A model"
+    licence = _plain(metadata.text("general.license", ""))
+    lines = ["---", *([f"license: {licence}"] if licence else []), "---", ""]
+    made = _plain(metadata.text("general.organization", "") or metadata.text("general.author", ""))
+    return "\n".join(
+        [*lines, f"# {name}", "", *([f"By {made}.", ""] if made else []), "Converted from a GGUF file.", ""]
+    )
+
+
+def _plain(text: str) -> str:
+    """A text that is one line of ordinary characters, or nothing."""
+    return text if text.isprintable() and len(text) <= 100 else ""

@@ -1,0 +1,85 @@
+"""What engine-prepare is asked on standard input: one JSON object, all of whose fields are there.
+
+{"do": "convert", "source": "/media/model.gguf", "out": "/tmp/x"} or {"do": "quantise", "source": "/models/m",
+"out": "/tmp/y", "bits": 4, "group": 32, "symmetric": false, "calibration": "/texts.jsonl", "tokens": 32768,
+"threads": 2}; `calibration` may be null.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from engine.errors import EngineError
+
+Told = Callable[[str, int, int], None]
+"""Hears what is done, how much of it, and of how much; 0 where nobody knows."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is quantised.
+
+    Attributes:
+        bits: 8 or 4.
+        group: columns that share a scale; 0: all.
+        symmetric: no zeros.
+        calibration: JSON lines of texts; needed for int4.
+        tokens: most of them that errors are fed back for.
+        threads: of the processor.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool
+    calibration: Path | None
+    tokens: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be made, of what, and where.
+
+    Attributes:
+        source: a GGUF file to convert, or a model's folder to quantise.
+        out: an empty folder.
+        settings: how to quantise; None: convert.
+    """
+
+    source: Path
+    out: Path
+    settings: Settings | None
+
+
+def read_question(source: BinaryIO) -> Question:
+    """The question on standard input.
+
+    Raises:
+        EngineError: INVALID_QUESTION.
+    """
+    try:
+        asked: dict[str, Any] = json.loads(source.read())
+        match asked.pop("do"):
+            case "convert":
+                settings = None
+            case "quantise":
+                settings = _settings(asked)
+            case other:
+                raise ValueError(other)
+        return Question(Path(asked["source"]), Path(asked["out"]), settings)
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError("INVALID_QUESTION", "standard input is no question to engine-prepare") from error
+
+
+def _settings(asked: dict[str, Any]) -> Settings:
+    calibration = asked["calibration"]
+    return Settings(
+        bits=int(asked["bits"]),
+        group=int(asked["group"]),
+        symmetric=bool(asked["symmetric"]),
+        calibration=None if calibration is None else Path(calibration),
+        tokens=int(asked["tokens"]),
+        threads=int(asked["threads"]),
+    )
