@@ -6,6 +6,7 @@ where in the tile it lies, and of torch's functions, that a number's bits do not
 lies, tests/kernels/test_determinism.py checks.
 """
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -21,6 +22,11 @@ from kernels.logprobs import logprobs
 from kernels.ops import Attending, Draw, Heads, KvSpec, Logprobs, Matrix, QkNorm, Routing, Rows, Sampling
 from kernels.packed import Packed
 from kernels.sampling import sample
+
+# oneDNN compiles a kernel for each shape of a bfloat16 product, of 0.6 MB, and keeps 1024 of them, and torch keeps
+# as many again: steps of many sizes made 700 MB that no plan knew. Both read this at their first product.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "16")
 
 
 class _Plain(NamedTuple):

@@ -262,12 +262,18 @@ def _cap_and_hide(scores: Tensor, softcap: float, invalid: Tensor) -> None:
 
 
 def _numerators(scores: Tensor, over: int | tuple[int, ...], sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What softmax divides, for each score and for the sink, if there is one; the maximum is that over `over`."""
+    """What softmax divides, for each score, in its place, and for the sink, if there is one.
+
+    Args:
+        scores: with a number for each row that counts.
+        over: dimensions of the maximum.
+        sinks: broadcast to the maximum.
+    """
     highest = scores.amax(over, keepdim=True)
     if sinks is None:
-        return torch.exp(scores - highest), None
+        return scores.sub_(highest).exp_(), None
     highest = torch.maximum(highest, sinks)
-    return torch.exp(scores - highest), torch.exp(sinks - highest)
+    return scores.sub_(highest).exp_(), torch.exp(sinks - highest)
 
 
 def _add_in_order(parts: Sequence[Tensor]) -> Tensor:
