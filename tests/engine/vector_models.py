@@ -30,13 +30,15 @@ FAMILIES = {
     "modernbert": ("ModernBertConfig", "ModernBert"),
     "qwen3": ("Qwen3Config", "Qwen3"),
 }
-_SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+_SPECIAL = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+_OF_MODERNBERT = {"cls_token_id": 0, "sep_token_id": 2}
 
 
 def save(folder: Path, family: str, kind: str = "Model", seed: int = 0, **fields: Any) -> Any:
     """A random model of a family in `folder`, and that model; its weights are large, so that vectors differ."""
     config_name, prefix = FAMILIES[family]
-    config = getattr(transformers, config_name)(**(SIZES | _SPECIAL | fields))
+    special = _SPECIAL | (_OF_MODERNBERT if family == "modernbert" else {})
+    config = getattr(transformers, config_name)(**(SIZES | special | fields))
     torch.manual_seed(seed)
     model = getattr(transformers, f"{prefix}{kind}")(config).eval()
     generator = torch.Generator().manual_seed(seed)
