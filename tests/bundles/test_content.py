@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,23 @@ def test_weights_that_are_an_archive_as_well_are_refused_and_stray_signatures_ar
     for stray in (b"PK\x05\x06", b"PK\x05\x06" + b"\x01" * 40, b"PK\x05\x06" + bytes(30)):
         put(stray)
         _judge(model, INSPECTOR)
+
+
+def test_many_archive_ends_among_weights_are_refused_before_one_is_looked_behind() -> None:
+    """Whoever keeps little reads a chunk again for each: a bundle must not make that hours."""
+    size, reads = 200_000, 0
+    end = b"PK\x05\x06" + struct.pack("<4xHHIIH", 1, 1, 100_000, 50_000, 0)
+
+    def read(offset: int, length: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        return content[offset : offset + length]
+
+    for count, refused in ((8, False), (9, True), (2000, True)):
+        content, reads = (count * end).rjust(size, b"\x01"), 0
+        with pytest.raises(BundleError, match="CONTENT_ARCHIVE") if refused else nullcontext():
+            forbidden.check_end("w.safetensors", size, read)
+        assert reads <= (1 if refused else 1 + 3 * count)
 
 
 def test_both_kinds_of_model_files_of_tokenizers_are_accepted(tmp_path: Path) -> None:
