@@ -75,7 +75,7 @@ def served(appliance: Appliance, bundle: Path, alias: str) -> Iterator[str]:
     appliance.cloister("bundle", "import", str(bundle))
     appliance.cloister("model", "load", name, "--as", alias)
     appliance.cloister("alias", "set", alias, alias)
-    grant(appliance, granted(appliance) + [alias])
+    grant(appliance, [*granted(appliance), alias])
     try:
         yield alias
     finally:
@@ -262,7 +262,7 @@ def test_documents_are_ranked_as_transformers_scores_them(
         assert one.score == pytest.approx(known[one.index], abs=1e-4)
     assert max(known) - min(known) > 1e-2, "they can be told apart"
     assert [one.index for one in ranking.results if one.truncated] == [4]
-    assert best.results == tuple(one for one in ranking.results if one.index != 4)[:2]
+    assert [one.index for one in best.results] == [one.index for one in ranking.results if one.index != 4][:2]
     assert (error.value.code, error.value.field) == ("CONTEXT_OVERFLOW", "documents[4]")
     assert other.value.code == "CAPABILITY_MISSING"
 
@@ -299,15 +299,10 @@ def test_nothing_of_an_input_is_in_any_log_or_record(appliance: Appliance, searc
     assert appliance.json("audit", "verify")["intact"] is True
 
 
-@pytest.mark.parametrize(
-    "extra", ["pytorch_model.bin", "onnx/model.onnx", "openvino/openvino_model.bin", "tf_model.h5", "train.py"]
-)
-def test_what_a_published_folder_holds_beside_is_refused_by_name(reranker: Path, folder: Path, extra: str) -> None:
-    model = shutil.copytree(reranker, folder / "with-extras", dirs_exist_ok=True)
-    (model / extra).parent.mkdir(exist_ok=True)
-    (model / extra).write_bytes(b"x")
+def test_what_a_published_folder_often_holds_beside_is_refused_by_name(reranker: Path, folder: Path) -> None:
+    model = shutil.copytree(reranker, folder / "with-extras")
+    (model / "onnx").mkdir()
+    (model / "onnx" / "model.onnx").write_bytes(b"x")
     done = cloister("bundle", "build", "--model", str(model), "--name", "x", "--version", "1", "--sequence", "1",
                     "--out", str(folder / "x.bundle"), expect=3)  # fmt: skip
-    assert "error: CONTENT_" in done.stderr
-    assert extra in done.stderr
-    (model / extra).unlink()
+    assert "error: CONTENT_PICKLE: 'onnx/model.onnx'" in done.stderr
