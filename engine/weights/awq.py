@@ -23,7 +23,7 @@ from engine.weights.formats import (
     groups,
     prefix,
 )
-from engine.weights.settings import Settings, unsupported
+from engine.weights.settings import Settings
 from kernels.packed import Layout, Packed
 
 if TYPE_CHECKING:
@@ -89,9 +89,8 @@ def parse(settings: Settings) -> tuple[Awq]:
     settings.one_of("bits", 4)
     group = settings.one_of("group_size", -1, 32, 64, 128, 256)
     settings.one_of("zero_point", True, default=True)
-    kinds = [str(settings.take(name, "gemm")).lower() for name in ("version", "format", "checkpoint_format")]
-    if set(kinds) != {"gemm"}:
-        raise unsupported(settings.where, f"the kind {' '.join(sorted(set(kinds)))[:60]}; known: gemm")
+    for name in ("version", "format", "checkpoint_format"):
+        settings.one_of(name, "gemm", "GEMM", default="gemm")
     settings.one_of("pack_dtype", "int32", default="int32")
     settings.one_of("method", "awq", default="awq")
     settings.empty("desc_act", "dynamic")

@@ -171,7 +171,7 @@ def parse(settings: Settings) -> tuple[CompressedTensors, ...]:
     settings.ignore("use_optimized_inference")
     groups = settings.take("config_groups")
     if not isinstance(groups, dict) or not groups:
-        raise unsupported(settings.where, "config_groups must name the quantised layers")
+        raise unsupported(settings.where, f"config_groups = {str(groups)[:60]!r} must say what is quantised")
     return tuple(_group(group, f"{settings.where} {name[:40]}", kind) for name, group in groups.items())
 
 
@@ -222,7 +222,9 @@ def _weights(weights: Settings, kind: str) -> CompressedTensors:
     weights.ignore("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
     kind = {"int": _INT, "float": _FLOAT}[number] if kind == _NAIVE else kind
     if (number == "float") != (kind == _FLOAT) or (kind == _FLOAT and (bits, symmetric) != (8, True)):
-        raise unsupported(weights.where, f"{number}{bits} in the format {kind}")
+        raise unsupported(
+            weights.where, f"type = {number}, num_bits = {bits}, symmetric = {symmetric} in the format {kind}"
+        )
     rows, columns = _sides(weights)
     if not symmetric and kind == _PACKED and rows != 1:
         raise unsupported(weights.where, "packed zero points of a whole tensor or of blocks")

@@ -139,10 +139,11 @@ def parse(settings: Settings) -> tuple[Gptq]:
     group = settings.take("group_size", 128)
     if type(group) is not int or not (group == -1 or 1 <= group <= 2**16):
         raise unsupported(settings.where, f"group_size = {str(group)[:40]!r}")
-    kinds = {settings.take(name) for name in ("checkpoint_format", "format")} - {None}
-    if len(kinds) > 1 or not kinds <= _VERSIONS.keys():
-        raise unsupported(settings.where, f"format = {', '.join(map(str, kinds))[:60]}; known: gptq, gptq_v2")
-    version = _VERSIONS[kinds.pop() if kinds else "gptq"]
+    kind = settings.one_of("checkpoint_format", *_VERSIONS, None)
+    also = settings.one_of("format", *_VERSIONS, None)
+    if kind and also and kind != also:
+        raise unsupported(settings.where, f"format = {also} beside checkpoint_format = {kind}")
+    version = _VERSIONS[kind or also or "gptq"]
     ordered, symmetric = settings.flag("desc_act", default=False), settings.flag("sym", default=True)
     settings.one_of("pack_dtype", "int32", default="int32")
     settings.one_of("method", "gptq", default="gptq")
