@@ -7,13 +7,15 @@ Letters: T tokens of a step, L tokens of the longest prompt, H hidden, I interme
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from engine.footprint import ITEM
 from engine.models.encoders.spec import EncoderConfig
 from engine.models.tensors import Shapes
 from engine.options import EngineOptions
+from engine.weights.footprint import multiplying_bytes, prepared_bytes, preparing_bytes
+from engine.weights.formats import Format
 
 _FLOAT = 4
 _INT = 8
@@ -31,16 +33,23 @@ class EncoderSizes:
         config: of the model.
         shapes: its tensors.
         options: with every default filled in.
+        formats: of the tensors that are quantised.
     """
 
     config: EncoderConfig
     shapes: Shapes
     options: EngineOptions
+    formats: Mapping[str, Format] = field(default_factory=dict)
 
     @property
     def item(self) -> int:
         """Bytes of a number."""
         return ITEM[self.options.dtype]
+
+    @property
+    def is_cpu(self) -> bool:
+        """The cpu backend computes; otherwise the reference."""
+        return self.options.backend == "cpu"
 
     @property
     def step(self) -> int:
@@ -69,7 +78,14 @@ def resolve(config: EncoderConfig, options: EngineOptions, cores: int) -> Engine
 
 def weights_bytes(of: EncoderSizes) -> int:
     """Every prepared tensor: stacked matrices are as large as their parts."""
-    return sum(map(prod, of.shapes.values())) * of.item + _turns_bytes(of)
+    return sum(_prepared(of).values()) + _turns_bytes(of)
+
+
+def _prepared(of: EncoderSizes) -> dict[str, int]:
+    """Each tensor as a backend keeps it."""
+    return {name: prod(shape) * of.item for name, shape in of.shapes.items()} | {
+        name: prepared_bytes(found, of.shapes[name], of.is_cpu, of.item) for name, found in of.formats.items()
+    }
 
 
 def _turns_bytes(of: EncoderSizes) -> int:
@@ -84,13 +100,14 @@ def loading_peak(of: EncoderSizes, stored: Mapping[str, int]) -> int:
         of: the sizes.
         stored: bytes of each tensor in its file; of those that are not needed, one at a time is held.
     """
-    prepared = {name: prod(shape) * of.item for name, shape in of.shapes.items()}
+    prepared = _prepared(of)
     between = sum(max(stored.get(name, size), size) for name, size in prepared.items())
     spare = max((size for name, size in stored.items() if name not in prepared), default=0)
     stack = max(3 * of.config.hidden_size, of.inner, of.config.vocab_size) * of.config.hidden_size
     widest = max((-(-stored.get(name, 0) // prod(shape)) for name, shape in of.shapes.items()), default=of.item)
     converts = any(stored.get(name, size) != size for name, size in prepared.items())
     copies = stack * max(of.item, widest) if converts else 0
+    copies += preparing_bytes(of.formats, of.shapes, stack, of.is_cpu)
     angles = of.options.max_context_tokens * of.config.head_dim // 2 * (_FLOAT + 6 * 8)
     return between + spare + stack * of.item + copies + _turns_bytes(of) + (angles if of.config.thetas else 0)
 
@@ -103,7 +120,15 @@ def activation_bytes(of: EncoderSizes) -> int:
     """
     numbers = 3 * of.step * _INT
     stream = 5 * of.step * of.config.hidden_size * of.item
-    return numbers + stream + max(_attention(of), _mlp(of)) + _SCRATCH
+    return numbers + stream + max(_attention(of), _mlp(of)) + _products(of) + _SCRATCH
+
+
+def _products(of: EncoderSizes) -> int:
+    """Of the cpu backend with quantised matrices: a block of one, an input in its order, and answers in parts."""
+    if not of.formats or not of.is_cpu:
+        return 0
+    longest = max(max(of.shapes[name]) for name in of.formats)
+    return multiplying_bytes(of.formats, of.shapes, of.item) + 2 * of.step * longest * of.item
 
 
 def _attention(of: EncoderSizes) -> int:

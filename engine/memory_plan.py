@@ -197,7 +197,7 @@ def plan_memory(model: Model, options: EngineOptions, available: int, cores: int
     config = model.config
     if isinstance(config, EncoderConfig):
         options = encoder_footprint.resolve(config, options, cores)
-        parts = _encoder_parts(EncoderSizes(config, model.shapes, options), model.stored)
+        parts = _encoder_parts(EncoderSizes(config, model.shapes, options, model.formats), model.stored)
     else:
         options = _resolve(model, config, options, available, cores)
         parts = _decoder_parts(Sizes(config, model.shapes, options, model.formats), model.stored)

@@ -42,7 +42,7 @@ class Served:
     @property
     def quantisation(self) -> Quantisation | None:
         """Of its matrices; None: they are plain."""
-        return self.config.quantisation if isinstance(self.config, ModelConfig) else None
+        return self.config.quantisation
 
     @property
     def num_types(self) -> int:
@@ -100,7 +100,7 @@ def decoder_family(config: ModelConfig, stored: Collection[str]) -> tuple[ModelC
     family = architecture(config)
     if not any(name.startswith(_DECODER) for name in stored):
         family = family._replace(names=_without_prefix(family.names))
-    if f"{family.names.head}.weight" not in stored:
+    if not any(name.startswith(f"{family.names.head}.") for name in stored):
         config = replace(config, tie_word_embeddings=True)
     return config, family
 

@@ -15,6 +15,7 @@ from engine.errors import EngineError
 from engine.loop import EngineLoop
 from engine.memory_plan import plan_memory, read_model
 from engine.models.encoders.registry import ENCODERS
+from engine.models.served import layout
 from engine.options import EngineOptions
 from engine.request import Task
 from kernels.encoder_ops import Span
@@ -266,6 +267,37 @@ def test_weights_are_planned_to_the_byte_and_there_are_no_pages(
     assert plan.options.kv_blocks == 0
     assert loop.status().blocks_total == 0
     assert plan.parameters == sum(math.prod(shape) for shape in read_model(*file_set(folder)).shapes.values())
+
+
+@pytest.mark.parametrize("variant", ["bert", "modernbert"])
+def test_quantised_encoders_equal_what_their_matrices_stand_for_and_are_planned_to_the_byte(
+    models: dict[str, tuple[Path, Any]], tmp_path: Path, variant: str
+) -> None:
+    source = models[variant][0]
+    quantised, plain = tmp_path / "quantised", tmp_path / "plain"
+    tensors, stands_for = load_file(source / "model.safetensors"), {}
+    for name in layout(read_model(*file_set(source)).served, tensors).matrices:
+        weight = tensors.pop(name)
+        scales = weight.abs().amax(1, keepdim=True) / 127
+        codes = (weight / scales).round()
+        stands_for[name] = codes * scales
+        module = name.removesuffix(".weight")
+        tensors |= {f"{module}.codes": codes.to(torch.int8), f"{module}.scales": scales}
+    given = {"quant_method": "cloister", "bits": 8, "group_size": 0, "symmetric": True}
+    for folder in (quantised, plain):
+        folder.mkdir()
+        (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    change_config(quantised, quantization_config=given)
+    save_file(tensors, quantised / "model.safetensors")
+    save_file(load_file(source / "model.safetensors") | stands_for, plain / "model.safetensors")
+    for options in OPTIONS.values():
+        loop = engine(quantised, **options)
+        expected = vectors(engine(plain, **options), texts(4))
+        torch.testing.assert_close(vectors(loop, texts(4)), expected, rtol=0, atol=1e-4)
+        asked = EngineOptions(threads=1, **options)
+        plan = plan_memory(read_model(*file_set(quantised)), asked, 1 << 40, cores=1)
+        runner: Any = loop._runner
+        assert plan.weights == held_bytes(runner._model)
 
 
 def test_a_step_takes_no_more_than_is_planned(tmp_path: Path) -> None:
