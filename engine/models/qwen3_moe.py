@@ -42,8 +42,8 @@ def _layers(fields: Fields, config: ModelConfig) -> tuple[LayerSpec, ...]:
 
 def _experts(fields: Fields) -> int:
     """Which transformers 4 and 5 call differently."""
-    old = fields.take("num_experts")
-    experts = fields.size("num_local_experts", old)
-    if old is not None:
-        as_one_of("num_experts", old, (experts,))
+    if "num_experts" not in fields.raw:
+        return fields.size("num_local_experts")
+    experts = fields.size("num_experts")
+    as_one_of("num_local_experts", fields.take("num_local_experts", experts), (experts,))
     return experts

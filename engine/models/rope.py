@@ -47,10 +47,10 @@ def given_rope(fields: Fields, default: Mapping[str, Any] | None = None) -> dict
         fields.mapping("rope_scaling"),
         fields.take("rope_theta"),
     )
-    if parameters is not None and scaling is not None:
+    if parameters is not None and scaling:
         raise unsupported("rope_parameters beside a rope_scaling")
-    given = parameters if parameters is not None else (default or {}) if scaling is None else scaling
-    values = {name: value for name, value in given.items() if value is not None}
+    given = parameters if parameters is not None else scaling or default or {}
+    values = {name: value for name, value in given.items() if value is not None or name == "truncate"}
     inner = values.get("rope_theta", theta)
     if theta is not None and (inner != theta or (parameters is not None and "rope_theta" not in given)):
         raise unsupported("a rope_theta beside rope_parameters or rope_scaling that differs")

@@ -39,7 +39,11 @@ def read_decoder(
     known = _SILU if activations is None else activations
     fields.only(activation_field, *known)
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
-    head_dim = fields.size("head_dim", head_dim or (None if hidden % heads else hidden // heads))
+    if fields.take("head_dim", head_dim) is None and hidden % heads:
+        raise invalid(
+            "hidden_size", f"a multiple of num_attention_heads, {heads}, where there is no head_dim", hidden
+        )
+    head_dim = fields.size("head_dim", head_dim or hidden // heads)
     kv_heads, context = fields.size("num_key_value_heads", heads), fields.size("max_position_embeddings")
     if heads % kv_heads:
         raise invalid("num_key_value_heads", f"a divisor of {heads}", kv_heads)

@@ -26,7 +26,7 @@ def draw(model_type: str, seed: int) -> dict[str, Any]:
     head_dim = 32 // heads
     if model_type not in ("phi3", "granite", "olmo2") and of.random() < 0.5:
         head_dim = changes["head_dim"] = of.choice([8, 16, 20])
-    elif model_type in ("qwen3", "qwen3_moe", "gemma2", "gemma3_text", "gpt_oss"):
+    elif model_type not in ("llama", "mistral", "qwen2", "phi3", "granite", "olmo2"):
         changes["head_dim"] = head_dim
     if model_type in _PLAIN_ROPES:
         changes["rope_parameters"] = _rope(of, head_dim)
@@ -122,10 +122,10 @@ def _phi3(of: random.Random, layers: int, head_dim: int) -> dict[str, Any]:
 def _granite(of: random.Random, layers: int, head_dim: int) -> dict[str, Any]:
     scales = {
         "embedding_multiplier": (0.5, 4),
-        "attention_multiplier": (0.05, 1),
+        "attention_multiplier": (0.05, 0.4),
         "residual_multiplier": (0.2, 1.5),
     }
-    drawn = {name: of.uniform(*limits) for name, limits in scales.items()} | {"logits_scaling": of.uniform(0.5, 4)}
+    drawn = {name: of.uniform(*limits) for name, limits in scales.items()} | {"logits_scaling": of.uniform(1, 4)}
     return drawn | _llama(of, layers, head_dim)
 
 

@@ -87,7 +87,7 @@ def randomise(model: Any, seed: int) -> None:
             if "norm" in name:
                 weight.add_(noise * 0.1)
             else:
-                weight.copy_(noise * (small if "embed_tokens" in name else 0.3))
+                weight.copy_(noise * (small if "embed_tokens" in name else 0.22))
 
 
 def expected(tiny: Tiny, tokens: Sequence[int]) -> torch.Tensor:
@@ -175,7 +175,6 @@ def compare(tiny: Tiny, ops: Backend, prompts: Sequence[Sequence[int]], context:
         best = oracle.topk(2).values
         clear = best[:, 0] - best[:, 1] > 2e-4
         assert torch.equal(logits.argmax(-1)[clear], oracle.argmax(-1)[clear])
-        assert clear.float().mean() > 0.8
     return worst
 
 
@@ -183,6 +182,8 @@ def check_that_it_tells(tiny: Tiny, prompt: Sequence[int]) -> None:
     """A model that is flat, collapsed, or forgets its context would pass any comparison."""
     logits = expected(tiny, prompt)
     other = expected(tiny, [*prompt[:-1][::-1], prompt[-1]])[-1]
+    best = logits.topk(2).values
     assert logits.std() > 0.3, "it is flat"
+    assert (best[:, 0] - best[:, 1] > 2e-4).float().mean() > 0.9, "it cannot choose"
     assert len(set(logits.argmax(-1).tolist())) > 4, "it is collapsed"
     assert (other - logits[-1]).abs().max() > 0.05, "it forgets its context"
