@@ -62,9 +62,13 @@ def completed(ends: Mapping[int, engine.End], prompt_tokens: int) -> api.Complet
     )
 
 
-def batch_usage(ends: Iterable[engine.End], prompt_tokens: int) -> api.Usage:
+def batch_usage(ends: Sequence[engine.End], prompt_tokens: int) -> api.Usage:
     """The bill of a request of many inputs; nothing was generated."""
-    return api.Usage(prompt_tokens=prompt_tokens, recomputed_tokens=sum(end.recomputed_tokens for end in ends))
+    return api.Usage(
+        prompt_tokens=prompt_tokens,
+        cached_prompt_tokens=sum(end.cached_prompt_tokens for end in ends),
+        recomputed_tokens=sum(end.recomputed_tokens for end in ends),
+    )
 
 
 def batch_timings(ends: Sequence[engine.End]) -> api.BatchTimings:

@@ -247,7 +247,13 @@ async def computed(submit: Any, send: Send) -> None:
     """A script: of a vector, three numbers that tell the tokens; of a pair, a score that does."""
     tokens = len(submit.token_ids)
     values = [float(tokens), 0.0, 4.0] if submit.task == engine_pb2.TASK_EMBED else [float(tokens % 7)]
-    last = end(prompt_tokens=tokens, queue_ns=2_000_000_000, prefill_ns=1_000_000_000 * submit.handle)
+    last = end(
+        prompt_tokens=tokens,
+        cached_prompt_tokens=1,
+        recomputed_tokens=2,
+        queue_ns=2_000_000_000,
+        prefill_ns=1_000_000_000 * submit.handle,
+    )
     send(end=last, values=values)
 
 

@@ -67,7 +67,9 @@ async def test_each_input_has_its_vector_and_all_are_one_request(house: House) -
     assert [(one.index, one.prompt_tokens, one.truncated) for one in answer.embeddings] == [
         (0, 3, False), (1, 4, False),
     ]  # fmt: skip
-    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (7, 0)
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (7, 0)
+    assert (usage.cached_prompt_tokens, usage.recomputed_tokens) == (2, 4)
     assert (answer.timings.queue.total_seconds(), answer.timings.compute.total_seconds()) == (2.0, 2.0)
     assert (answer.model_digest, answer.receipt.request_id) == ("d" * 64, answer.request_id)
     assert (answer.receipt.audit_sequence, answer.receipt.leaf_hash) == (8, b"L" * 32)

@@ -215,7 +215,7 @@ def test_the_service_gives_each_task_its_tokens() -> None:
     text = "the cat sat on mat."  # eight tokens
 
     def ask(**request: Any) -> Any:
-        return asyncio.run(service.Prepare(engine_pb2.PrepareRequest(**request), context))  # type: ignore[arg-type]
+        return asyncio.run(service.Prepare(engine_pb2.PrepareRequest(**request), context))  # type: ignore[arg-type]  # a context of ours
 
     embed, score = engine_pb2.TASK_EMBED, engine_pb2.TASK_SCORE
     assert len(ask(text=text, task=embed).token_ids) == 8
