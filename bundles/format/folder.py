@@ -217,9 +217,7 @@ class FolderReader:
     def _close_member(self) -> None:
         self._left = 0
         if self._fd >= 0:
-            if self._name.startswith(
-                "c/"
-            ):  # nobody reads a chunk twice; what is small went through the page cache
+            if self._name.startswith("c/"):  # read once, and through the page cache where it is small
                 os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(self._fd)
         self._fd = -1
