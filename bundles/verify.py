@@ -104,7 +104,7 @@ class KeptFiles(Sink):
         self._pieces: dict[str, list[_Piece]] = {}
         self._files: dict[str, File] = {}
         self._sizes: dict[str, int] = {}
-        self._at = File.model_construct(path="", size=0)
+        self._path = ""
         self._head = self._end = 0
 
     @property
@@ -134,7 +134,7 @@ class KeptFiles(Sink):
         self._pieces[file.path] = []
         self._files[file.path] = file
         self._sizes[file.path] = file.size
-        self._at = file
+        self._path = file.path
         self._head = 0 if file.role == "weights" else file.size
         return 0
 
@@ -144,9 +144,9 @@ class KeptFiles(Sink):
             # A header that cannot be is refused in judging; its first bytes are enough for that.
             self._head = HEAD_BYTES
             with suppress(BundleError):
-                self._head = max(HEAD_BYTES, header_end(bytes(block[:8]), self._at.size, "the file"))
+                self._head = max(HEAD_BYTES, header_end(bytes(block[:8]), self._sizes[self._path], "the file"))
         kept = max(0, min(len(block), self._head - offset))
-        tail = min(len(block), max(kept, self._at.size - TAIL_BYTES - offset))
+        tail = min(len(block), max(kept, self._sizes[self._path] - TAIL_BYTES - offset))
         self._keep(offset, block[:kept])
         self._keep(offset + tail, block[tail:])
 
@@ -168,7 +168,7 @@ class KeptFiles(Sink):
         if block:
             self._kept.seek(self._end)
             self._kept.write(block)
-            self._pieces[self._at.path].append(_Piece(offset, len(block), self._end))
+            self._pieces[self._path].append(_Piece(offset, len(block), self._end))
             self._end += len(block)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from weakref import WeakValueDictionary
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 
 from bundles.format import strict_json
 from bundles.format.chunks import CHUNK_SIZE, EMPTY_SHA256, MIN_CHUNK_SIZE
@@ -105,8 +106,9 @@ class Resources(_Strict):
     gpus: Annotated[int, Field(ge=0, le=1024)]
 
 
-class File(_Strict):
-    """One file of the model's folder and its chunks, in order."""
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True, extra="forbid"))
+class File:
+    """One file of the model's folder and its chunks, in order; with slots, for there may be 100 000."""
 
     path: str
     size: Size

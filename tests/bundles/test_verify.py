@@ -270,8 +270,10 @@ def test_what_judging_reads_again_is_kept_whole_and_beyond_memory_in_a_nameless_
     monkeypatch.setattr(verifying, "MOST_MEMORY", 1000)
     kept = verifying.KeptFiles()
     content = bytes(range(256)) * 1024
-    small = File.model_construct(path="a.json", size=len(content), role="config")
-    weights = File.model_construct(path="w.safetensors", size=len(content), role="weights")
+    small, weights = (
+        File(path=path, size=len(content), sha256="0" * 64, media_type="", role=role, chunks=())
+        for path, role in (("a.json", "config"), ("w.safetensors", "weights"))
+    )
     for file in (small, weights):
         kept.begin(file, lambda _: None)
         for at in range(0, len(content), 5000):
