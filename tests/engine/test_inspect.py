@@ -16,7 +16,8 @@ import pytest
 from engine.errors import EngineError
 from engine.inspect import adapter, verdict
 from engine.inspect.folder import Entry, Folder
-from tests.engine.tiny_models import CONTEXT, VOCABULARY
+from tests.engine.tiny_models import CONTEXT, VOCABULARY, byte_tokenizer, write_tokenizer
+from tests.engine.vector_models import add_modules, save
 
 PARAMETERS = VOCABULARY * 32 + 32 + 2 * (2 * 32 + 2 * 32 * 32 + 2 * 16 * 32 + 3 * 64 * 32)
 
@@ -97,6 +98,31 @@ def test_a_sound_model_is_described(tiny_llama: Path) -> None:
             "tokenizer vocabulary": str(VOCABULARY),
         },
     }
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "capability", "facts"),
+    [
+        ("bert", "Model", "embed", {"vectors": "cls pooling, normalised"}),
+        ("modernbert", "Model", "embed", {"vectors": "cls pooling, normalised"}),
+        ("xlm-roberta", "ForSequenceClassification", "rerank", {"scores": "sigmoid"}),
+        ("qwen3", "Model", "embed", {"vectors": "last pooling, normalised", "key-value heads": "2"}),
+    ],
+)
+def test_encoders_and_embedders_are_described_by_what_they_are_for(
+    tmp_path: Path, family: str, kind: str, capability: str, facts: dict[str, str]
+) -> None:
+    fields = {"bert": {}, "modernbert": {}, "xlm-roberta": {"num_labels": 1}, "qwen3": {"num_key_value_heads": 2}}
+    save(tmp_path, family, kind, vocab_size=VOCABULARY, num_hidden_layers=1, **fields[family])
+    write_tokenizer(tmp_path, byte_tokenizer())
+    if kind == "Model":
+        mode = "pooling_mode_lasttoken" if family == "qwen3" else "pooling_mode_cls_token"
+        add_modules(tmp_path, mode, "Normalize", max_seq_length=50)
+    with packed(tmp_path) as (fd, entries):
+        found = verdict.judge(Folder(fd, entries))
+    assert found.capabilities == (capability,)
+    assert found.max_context_tokens == {"embed": 50, "rerank": 94}[capability]
+    assert facts.items() <= found.facts.items()
 
 
 def test_the_process_never_loads_torch_and_lowers_its_limits(tiny_llama: Path) -> None:
