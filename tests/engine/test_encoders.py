@@ -370,7 +370,8 @@ def oracle(folder: Path, like: Any, prompt: list[int]) -> torch.Tensor | None:
     from transformers import AutoConfig, AutoModel
 
     try:
-        model = AutoModel.from_config(AutoConfig.from_pretrained(folder)).eval()
+        build: Any = AutoModel.from_config
+        model = build(AutoConfig.from_pretrained(folder)).eval()
         model.load_state_dict(like.state_dict())
         return hidden_states(model, prompt).mean(0)
     except Exception:

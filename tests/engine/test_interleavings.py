@@ -1,9 +1,9 @@
 """Whatever happens in whatever order, a request gets the answer it gets alone, from pages of its own scope only.
 
 A Hypothesis state machine drives a real model with real KV pages through submissions, continued conversations,
-groups of answers to one prompt (of which some belong to another owner), aborts, steps, steps that run out of
-memory, and steps that fail for one request or for all, in a pool so small that prefix hits, evictions and
-preemptions happen by themselves. Every page that nobody keeps is filled with NaN.
+groups of answers to one prompt (of which some belong to another owner), prompts of which a vector is wanted,
+aborts, steps, steps that run out of memory, and steps that fail for one request or for all, in a pool so small
+that prefix hits, evictions and preemptions happen by themselves. Every page that nobody keeps is filled with NaN.
 """
 
 import logging
@@ -26,7 +26,7 @@ from engine.block_pool import BlockPool
 from engine.detokenizer import Vocabulary
 from engine.loop import EngineLoop
 from engine.plan import StepPlan, StepResult
-from engine.request import EndReason, Request
+from engine.request import EndReason, Request, Task
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
 from tests.engine.tiny import Answer, engine, request, save_llama
@@ -34,7 +34,7 @@ from tests.engine.tiny import Answer, engine, request, save_llama
 BLOCKS, SIZE, RUNNING, STEP, LONGEST = 12, 4, 5, 24, 16
 STREAMS = [[40 + (i * step) % 200 for i in range(40)] for step in (7, 11)]
 OWNERS = [("a", b"salt"), ("b", b"salt"), ("a", b"other"), ("b", b"")]
-SEEN = ("answers", "hits", "preemptions", "recomputed", "lost_steps")
+SEEN = ("answers", "vectors", "hits", "preemptions", "recomputed", "lost_steps")
 Owner = tuple[str, bytes]
 Group = tuple[str, bytes | int]
 
@@ -94,7 +94,8 @@ def loop_over(watch: Watch, model: EngineLoop, blocks: int) -> EngineLoop:
     pool = BlockPool(blocks, SIZE)
     limits = Limits(STEP, RUNNING, model.max_context_tokens, whole_blocks=True)
     vocabulary: Vocabulary = model._vocabulary
-    return EngineLoop(watch, Scheduler(pool, limits, "digest"), vocabulary, (), model.options)
+    tasks = (Task.GENERATE, Task.EMBED)
+    return EngineLoop(watch, Scheduler(pool, limits, "digest"), vocabulary, (), model.options, tasks=tasks)
 
 
 class Live(NamedTuple):
@@ -108,7 +109,7 @@ class Machine(RuleBasedStateMachine):
     """All requests of one small deployment."""
 
     model: EngineLoop
-    alone: dict[tuple[tuple[int, ...], float], list[int]]
+    alone: dict[tuple[tuple[int, ...], float, Task], list[float]]
     happened: Counter[str]
 
     def __init__(self) -> None:
@@ -146,6 +147,15 @@ class Machine(RuleBasedStateMachine):
         for i, its_owner in enumerate([owner, *(other or owner for other in others)]):
             rest = {"repetition_penalty": penalty, "prompt_logprobs": None if i else judged}
             self.add([*stream[:shared], *own], max(1, answer - i), its_owner, follows=first if i else None, **rest)
+
+    @rule(
+        stream=st.sampled_from(STREAMS),
+        shared=st.integers(0, 34),
+        own=st.lists(st.integers(2, 250), min_size=1, max_size=3),
+        owner=st.sampled_from(OWNERS),
+    )
+    def embed(self, stream: list[int], shared: int, own: list[int], owner: Owner) -> None:
+        self.add([*stream[:shared], *own], 1, owner, task=Task.EMBED)
 
     @precondition(lambda self: self.turns)
     @rule(data=st.data(), owner=st.sampled_from(OWNERS), answer=st.integers(1, 6))
@@ -194,6 +204,7 @@ class Machine(RuleBasedStateMachine):
             answer = self.live[row.handle].answer
             answer.token_ids.extend(row.token_ids)
             answer.prompt_logprobs.extend(row.prompt_logprobs)
+            answer.values.extend(row.values)
             if row.end is not None:
                 answer.ends.append(row.end)
                 self.finish(*self.live.pop(row.handle))
@@ -204,7 +215,11 @@ class Machine(RuleBasedStateMachine):
         end = answer.end
         broken = "ENGINE_STEP_FAILED" if one.handle in self.watch.breaking else "OUT_OF_MEMORY"
         assert end.reason is not EndReason.ERROR or end.error_code == broken
-        assert answer.token_ids == self.expected(one)[: len(answer.token_ids)]
+        if one.task is Task.EMBED:
+            assert answer.values == (self.expected(one) if end.reason is EndReason.STOP else [])
+            assert answer.token_ids == []
+        else:
+            assert answer.token_ids == self.expected(one)[: len(answer.token_ids)]
         if end.reason is EndReason.LENGTH:
             assert len(answer.token_ids) == one.limit
             judged = 0 if one.prompt_logprobs is None else len(one.prompt) - 1
@@ -219,6 +234,7 @@ class Machine(RuleBasedStateMachine):
             recomputed=end.recomputed_tokens > 0,
             out_of_memory=end.error_code == "OUT_OF_MEMORY",
             answers=end.reason is EndReason.LENGTH,
+            vectors=one.task is Task.EMBED and end.reason is EndReason.STOP,
         )
 
     def may_have_hit(self, one: Request, cached: int) -> None:
@@ -229,18 +245,19 @@ class Machine(RuleBasedStateMachine):
         own = [tokens for group, tokens in self.computed + running if group == self.watch.group_of(one)]
         assert cached == 0 or any(tokens[:cached] == list(one.prompt[:cached]) for tokens in own)
 
-    def expected(self, one: Request) -> list[int]:
-        """The answer in an engine that has never done anything else."""
-        key = tuple(one.prompt), one.sampling.repetition_penalty
+    def expected(self, one: Request) -> list[float]:
+        """The answer, or the vector, in an engine that has never done anything else."""
+        key = tuple(one.prompt), one.sampling.repetition_penalty, one.task
         if key not in self.alone:
             runner: Any = self.model._runner
             watch = Watch(runner, 2 * BLOCKS)
             loop = loop_over(watch, self.model, 2 * BLOCKS)
-            watch.requests[0] = request(0, key[0], LONGEST, repetition_penalty=key[1], ignore_eos=True)
+            rest = {"repetition_penalty": key[1], "ignore_eos": True, "task": one.task}
+            watch.requests[0] = request(0, key[0], LONGEST, **rest)
             loop.submit(watch.requests[0])
             self.alone[key] = []
             while loop.has_work:
-                self.alone[key].extend(token for row in loop.step() for token in row.token_ids)
+                self.alone[key].extend(number for row in loop.step() for number in (*row.token_ids, *row.values))
         return self.alone[key]
 
     @invariant()
