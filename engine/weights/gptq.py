@@ -97,7 +97,7 @@ class Gptq:
         empty_bias(name, tensors)
         codes = unpack(get["qweight"].t(), self.bits)[:, :inner].contiguous()
         scales = check_scales(name, get["scales"]).t().contiguous()
-        zeros = self._zeros(name, get["qzeros"])[:, :out]
+        zeros = self._zeros(name, get["qzeros"], out)
         order = self._order(name, get.get("g_idx"), inner)
         if order is not None:
             codes = codes[:, order]
@@ -107,13 +107,13 @@ class Gptq:
         """Inputs have an order that matters."""
         return self.ordered and groups(shape[1], self.group) > 1
 
-    def _zeros(self, name: str, words: Tensor) -> Tensor:
+    def _zeros(self, name: str, words: Tensor, out: int) -> Tensor:
         """Zero points [groups, out]."""
-        stored = unpack(words, self.bits)
+        stored = unpack(words, self.bits)[:, :out]
         if not self.symmetric:
             if self.version == 1 and self.borrows:
                 ones = sum(1 << place for place in range(0, 32, self.bits))
-                return unpack(words + ones, self.bits).float()  # words of 32 bits, which wrap around
+                return unpack(words + ones, self.bits)[:, :out].float()  # words of 32 bits, which wrap around
             return stored.float().add_(2 - self.version)
         middle = 2 ** (self.bits - 1)
         for value in (middle - 1, middle):

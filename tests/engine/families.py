@@ -13,7 +13,9 @@ from engine.models.config import parse_config
 from engine.models.registry import architecture
 from engine.models.spec import Mixture
 from engine.weights.loading import LoadedWeights
+from engine.weights.quantisation import assign
 from kernels.ops import Backend, KvSpec, Rows
+from tests.engine.quantised import entries
 
 VOCAB = 300
 CONTEXT = 128
@@ -119,11 +121,13 @@ def computed(
 ) -> list[torch.Tensor]:
     """Logits of every token of `prompts` in this engine's decoder, all in the same steps over paged keys.
 
-    The first half of each prompt goes in chunks, the rest token by token; pages lie in disorder.
+    The first two thirds of each prompt go in chunks, the rest token by token; pages lie in disorder.
     """
     config = parse_config(config_json)
     family = architecture(config)
-    weights = LoadedWeights(dict(tensors), family.tensor_shapes(config), {})
+    shapes = family.tensor_shapes(config)
+    formats = assign(shapes, family.matrices(config), config.quantisation, entries(tensors))
+    weights = LoadedWeights(dict(tensors), shapes, formats)
     model = family.build(config, weights, ops, max_positions=context, context=context)
     assert not weights.names
     pages = -(-max(map(len, prompts)) // PAGE)
@@ -137,16 +141,10 @@ def computed(
     with torch.inference_mode():
         while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
             rows = [i for i, prompt in enumerate(prompts) if done[i] < len(prompt)]
-            counts = [
-                min(chunk, len(prompts[i]) // 2 - done[i]) if done[i] < len(prompts[i]) // 2 else 1 for i in rows
-            ]
-            step = [list(prompts[i][done[i] : done[i] + n]) for i, n in zip(rows, counts, strict=True)]
-            batch = ops.begin(
-                Rows(
-                    [t for part in step for t in part], [done[i] for i in rows], counts, [tables[i] for i in rows]
-                ),
-                kv,
-            )
+            counts = [max(1, min(chunk, 2 * len(prompts[i]) // 3 - done[i])) for i in rows]
+            step = [prompts[i][done[i] : done[i] + n] for i, n in zip(rows, counts, strict=True)]
+            starts, blocks = [done[i] for i in rows], [tables[i] for i in rows]
+            batch = ops.begin(Rows([token for part in step for token in part], starts, counts, blocks), kv)
             logits = model.logits(ops, model(ops, kv, batch), range(sum(counts)))
             for i, part in zip(rows, torch.split(logits, counts), strict=True):
                 found[i].append(part)
@@ -154,7 +152,10 @@ def computed(
     return [torch.cat(parts) for parts in found]
 
 
-def draw_tokens(seed: int, count: int = 44) -> list[int]:
+]
+
+
+def draw_tokens(seed: int, count: int = 36) -> list[int]:
     """Tokens that are not special."""
     return torch.randint(2, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 

@@ -194,3 +194,51 @@ def fp8(block: tuple[int, int] | None, scale: str) -> Packer:
         return Quantised({"weight": codes, scale: scales if block is not None else scales.reshape(1)}, made)
 
     return pack
+
+
+def config(method: str, **rest: Any) -> dict[str, Any]:
+    return {"quant_method": method} | rest
+
+
+def packed_config(
+    bits: int, group: int, symmetric: bool, kind: str = "pack-quantized", **rest: Any
+) -> dict[str, Any]:
+    weights = {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": symmetric,
+        "strategy": "group" if group else "channel",
+    }
+    weights |= ({"group_size": group} if group else {}) | rest
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return config("compressed-tensors", format=kind, quantization_status="compressed", config_groups=groups)
+
+
+def gptq_config(bits: int, group: int, sym: bool, desc_act: bool, kind: str) -> dict[str, Any]:
+    return config("gptq", bits=bits, group_size=group, sym=sym, desc_act=desc_act, checkpoint_format=kind)
+
+
+AWQ = config("awq", bits=4, group_size=32, zero_point=True, version="GEMM")
+FP8 = config("fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=None)
+FP8_BLOCK = FP8 | {"weight_block_size": [16, 32]}
+FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
+    "int8 (ours)": (config("cloister", bits=8, group_size=0, symmetric=True), ours(8, 0, True)),
+    "int8 g32, zeros (ours)": (config("cloister", bits=8, group_size=32, symmetric=False), ours(8, 32, False)),
+    "int4 g32 (ours)": (config("cloister", bits=4, group_size=32, symmetric=True), ours(4, 32, True)),
+    "int4 g128, zeros (ours)": (config("cloister", bits=4, group_size=128, symmetric=False), ours(4, 128, False)),
+    "awq g32": (AWQ, awq(32)),
+    "awq, whole rows": (AWQ | {"group_size": -1}, awq(0)),
+    "gptq": (gptq_config(4, 32, True, False, "gptq"), gptq(4, 32, True, False, 1)),
+    "gptq that is v2 and says v1": (gptq_config(4, 32, True, False, "gptq"), gptq(4, 32, True, False, 2)),
+    "gptq v2, zeros, act-order": (gptq_config(4, 32, False, True, "gptq_v2"), gptq(4, 32, False, True, 2)),
+    "gptq act-order": (gptq_config(4, 32, False, True, "gptq"), gptq(4, 32, False, True, 1)),
+    "gptq int8": (gptq_config(8, -1, True, False, "gptq"), gptq(8, 0, True, False, 1)),
+    "compressed int4": (packed_config(4, 32, True), compressed(4, 32, True)),
+    "compressed int4, zeros": (packed_config(4, 64, False), compressed(4, 64, False)),
+    "compressed int8, zeros": (packed_config(8, 0, False), compressed(8, 0, False)),
+    "compressed w8a8": (packed_config(8, 0, True, "int-quantized"), compressed_int8),
+    "compressed fp8": (packed_config(8, 0, True, "float-quantized", type="float"), fp8((1, 0), "weight_scale")),
+    "fp8": (FP8, fp8(None, "weight_scale")),
+    "fp8, as transformers names it": (FP8, fp8(None, "weight_scale_inv")),
+    "fp8 blocks": (FP8_BLOCK, fp8((16, 32), "weight_scale_inv")),
+}

@@ -19,7 +19,21 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 from engine.errors import EngineError
 from engine.weights.quantisation import parse_quantisation
 from kernels.packed import Packed, dequantise
-from tests.engine.quantised import Packer, awq, compressed, compressed_int8, fp8, gptq, load, ours, plain, read
+from tests.engine.quantised import (
+    AWQ,
+    FORMATS,
+    FP8,
+    compressed,
+    compressed_int8,
+    config,
+    gptq,
+    gptq_config,
+    load,
+    ours,
+    packed_config,
+    plain,
+    read,
+)
 
 UPSTREAM = json.loads(Path(__file__).with_name("packed_by_upstream.json").read_text())
 
@@ -132,54 +146,6 @@ def test_blocks_of_fp8_are_those_of_transformers(out: int, inner: int, seed: int
         assert torch.equal(found, Fp8Dequantize(None)._dequantize_one(codes, scales, torch.float32))
 
 
-def config(method: str, **rest: Any) -> dict[str, Any]:
-    return {"quant_method": method} | rest
-
-
-def packed_config(
-    bits: int, group: int, symmetric: bool, kind: str = "pack-quantized", **rest: Any
-) -> dict[str, Any]:
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "group" if group else "channel",
-    }
-    weights |= ({"group_size": group} if group else {}) | rest
-    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    return config("compressed-tensors", format=kind, quantization_status="compressed", config_groups=groups)
-
-
-def gptq_config(bits: int, group: int, sym: bool, desc_act: bool, kind: str) -> dict[str, Any]:
-    return config("gptq", bits=bits, group_size=group, sym=sym, desc_act=desc_act, checkpoint_format=kind)
-
-
-AWQ = config("awq", bits=4, group_size=32, zero_point=True, version="GEMM")
-FP8 = config("fp8", fmt="e4m3", activation_scheme="dynamic", weight_block_size=None)
-FP8_BLOCK = FP8 | {"weight_block_size": [16, 32]}
-FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
-    "int8 (ours)": (config("cloister", bits=8, group_size=0, symmetric=True), ours(8, 0, True)),
-    "int8 g32, zeros (ours)": (config("cloister", bits=8, group_size=32, symmetric=False), ours(8, 32, False)),
-    "int4 g32 (ours)": (config("cloister", bits=4, group_size=32, symmetric=True), ours(4, 32, True)),
-    "int4 g128, zeros (ours)": (config("cloister", bits=4, group_size=128, symmetric=False), ours(4, 128, False)),
-    "awq g32": (AWQ, awq(32)),
-    "awq, whole rows": (AWQ | {"group_size": -1}, awq(0)),
-    "gptq": (gptq_config(4, 32, True, False, "gptq"), gptq(4, 32, True, False, 1)),
-    "gptq that is v2 and says v1": (gptq_config(4, 32, True, False, "gptq"), gptq(4, 32, True, False, 2)),
-    "gptq v2, zeros, act-order": (gptq_config(4, 32, False, True, "gptq_v2"), gptq(4, 32, False, True, 2)),
-    "gptq act-order": (gptq_config(4, 32, False, True, "gptq"), gptq(4, 32, False, True, 1)),
-    "gptq int8": (gptq_config(8, -1, True, False, "gptq"), gptq(8, 0, True, False, 1)),
-    "compressed int4": (packed_config(4, 32, True), compressed(4, 32, True)),
-    "compressed int4, zeros": (packed_config(4, 64, False), compressed(4, 64, False)),
-    "compressed int8, zeros": (packed_config(8, 0, False), compressed(8, 0, False)),
-    "compressed w8a8": (packed_config(8, 0, True, "int-quantized"), compressed_int8),
-    "compressed fp8": (packed_config(8, 0, True, "float-quantized", type="float"), fp8((1, 0), "weight_scale")),
-    "fp8": (FP8, fp8(None, "weight_scale")),
-    "fp8, as transformers names it": (FP8, fp8(None, "weight_scale_inv")),
-    "fp8 blocks": (FP8_BLOCK, fp8((16, 32), "weight_scale_inv")),
-}
-
-
 @pytest.mark.parametrize("name", FORMATS)
 @settings(max_examples=6, deadline=None)
 @given(out=st.integers(1, 6), groups=st.integers(1, 3), seed=st.integers(0, 99))
@@ -201,6 +167,14 @@ def test_int4_of_an_odd_number_of_inputs_is_read_to_the_last() -> None:
         EngineError, match="WEIGHTS_INVALID: the quantised layer has a code beyond its last column"
     ):
         plain(given_config, quantised.tensors, (3, 7))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("meta", [{}, {"meta": {"quantizer": ["gptqmodel:1.4.0"]}}], ids=["", "gptqmodel"])
+def test_gptqs_words_may_have_room_for_more_outputs_than_there_are(symmetric: bool, meta: dict[str, Any]) -> None:
+    quantised = gptq(4, 32, symmetric, False, 1)(torch.randn(12, 64))
+    given_config = gptq_config(4, 32, symmetric, False, "gptq") | meta
+    assert torch.allclose(plain(given_config, quantised.tensors, (12, 64)), quantised.plain, rtol=1e-6)
 
 
 def test_inputs_that_name_their_groups_are_read_in_their_order() -> None:
