@@ -64,6 +64,7 @@ def read_calibration(path: Path, model: TextModel, end: int, most_tokens: int) -
     digest = hashlib.sha256()
     found: tuple[list[Sample], list[Sample]] = ([], [])
     most = (most_tokens, MOST_HELD_OUT)
+    number = 0
     for number, line in enumerate(_lines(path, digest), 1):
         which = int(number % HELD_OUT_EVERY == 0)
         left = min(LONGEST, model.max_context_tokens, most[which] - count(found[which]))
@@ -72,10 +73,9 @@ def read_calibration(path: Path, model: TextModel, end: int, most_tokens: int) -
         sample = _sample(line, number, model, end)
         if sample.first < min(left, len(sample.ids)):
             found[which].append(Sample(sample.ids[:left], sample.first))
-    if sum(map(len, found)) < LEAST_TEXTS or not found[1]:
+    if number < LEAST_TEXTS or not all(found):
         raise EngineError(
-            "CALIBRATION_TOO_SMALL",
-            f"{sum(map(len, found))} texts in {path.name}; at least {LEAST_TEXTS} are needed",
+            "CALIBRATION_TOO_SMALL", f"{number} texts in {path.name}; at least {LEAST_TEXTS} are needed"
         )
     return Calibration(*found, digest.hexdigest())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from engine.errors import EngineError
-from engine.models.config import parse_config
 from engine.models.registry import Family, architecture
+from engine.models.served import layout, read_served
 from engine.models.spec import ModelConfig
+from engine.request import Task
 from engine.strict_json import load_object
 from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
-from engine.weights.quantisation import FIELDS, assign, parse_quantisation, stored_names
+from engine.weights.quantisation import assign, stored_names
 from engine.weights.safetensors import TensorEntry, read_header
 from kernels.packed import Packed
 
@@ -49,32 +49,48 @@ class ModelFolder:
     Attributes:
         path: the folder.
         raw: config.json as an object.
-        config: as it was read.
-        family: of the model.
+        served: what the model is, and is for.
         shapes: of the plain tensors, by name.
+        matrices: those of them that may be quantised, and are worth it: all but the matrix of the logits.
         entries: what each tensor of the files is, by name.
 
     Raises:
-        EngineError: as `parse_config`, `parse_quantisation`, `read_header` and `assign`; MODEL_FILE_MISSING.
+        EngineError: as `read_served`, `read_header` and `assign`.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        content = self.read("config.json", _MAX_CONFIG_BYTES)
-        if content is None:
-            raise EngineError("MODEL_FILE_MISSING", "the model has no config.json")
+        self.served = read_served(lambda name: self.read(name, _MAX_CONFIG_BYTES))
+        content = self.read("config.json", _MAX_CONFIG_BYTES) or b"{}"
         self.raw = load_object(content, "config.json", "CONFIG_INVALID")
-        plain = json.dumps({name: value for name, value in self.raw.items() if name not in FIELDS}).encode()
-        self.config: ModelConfig = parse_config(plain, self.read("generation_config.json", _MAX_CONFIG_BYTES))
-        self.family: Family = architecture(self.config)
-        self.shapes = self.family.tensor_shapes(self.config)
         self._files: dict[str, Path] = {}
         self.entries: dict[str, TensorEntry] = {}
         for file in sorted(path.glob("*.safetensors")):
             self._list(file)
-        quantisation = parse_quantisation(self.raw)
-        matrices = self.family.matrices(self.config)
-        self._formats: Mapping[str, Format] = assign(self.shapes, matrices, quantisation, self.entries)
+        known = layout(self.served, self.entries)
+        self.shapes = known.shapes
+        self._formats: Mapping[str, Format] = assign(
+            known.shapes, known.matrices, self.served.quantisation, self.entries, known.spare
+        )
+        self.matrices = known.matrices - self._heads()
+
+    @property
+    def decoder(self) -> tuple[ModelConfig, Family]:
+        """The configuration and family of a model that generates.
+
+        Raises:
+            EngineError: QUANTISE_UNSUPPORTED, it is none.
+        """
+        config = self.served.config
+        if self.served.task is not Task.GENERATE or not isinstance(config, ModelConfig):
+            raise EngineError(
+                "QUANTISE_UNSUPPORTED", "only a model that generates text is measured with a calibration"
+            )
+        return config, architecture(config)
+
+    def _heads(self) -> set[str]:
+        config = self.served.config
+        return {f"{architecture(config).names.head}.weight"} if isinstance(config, ModelConfig) else set()
 
     @property
     def quantised(self) -> bool:
@@ -101,7 +117,8 @@ class ModelFolder:
 
     def text(self) -> TextModel:
         """Tokenizer and chat template."""
-        return load_text_model(lambda name: self.read(name, MAX_FILE_BYTES), self.config.max_context_tokens)
+        limit = self.served.config.max_context_tokens
+        return load_text_model(lambda name: self.read(name, MAX_FILE_BYTES), limit)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the files, read now."""

@@ -88,9 +88,8 @@ def quantise_folder(source: Path, out: Path, settings: Settings, told: Told) -> 
 
 def _calibration(folder: ModelFolder, settings: Settings) -> Calibration | None:
     if settings.calibration is not None:
-        return read_calibration(
-            settings.calibration, folder.text(), folder.config.eos_token_ids[0], settings.tokens
-        )
+        config, _ = folder.decoder
+        return read_calibration(settings.calibration, folder.text(), config.eos_token_ids[0], settings.tokens)
     if settings.bits == 4:
         raise EngineError("CALIBRATION_MISSING", "int4 needs a calibration text, such as the model is used for")
     return None
@@ -111,13 +110,10 @@ def _told_of(calibration: Calibration | None, before: float, after: float) -> di
 
 
 def _check_memory(folder: ModelFolder, calibration: Calibration | None, settings: Settings) -> None:
-    matrices = [shape for name, shape in folder.shapes.items() if len(shape) == 2]
-    largest = (max(shape[0] for shape in matrices[1:]), max(shape[1] for shape in matrices[1:]))
-    tokens = 0
-    if calibration is not None:
-        tokens = max(calibration.tokens, count(calibration.held_out))
-    table = next(entry for entry in folder.entries.values() if len(entry.shape) == 2)
-    needed = peak_bytes(folder.config, tokens, table.end - table.begin, largest, settings.bits == 4)
+    shapes = [folder.shapes[name][-2:] for name in folder.matrices]
+    largest = (max(out for out, _ in shapes), max(inner for _, inner in shapes))
+    tokens = 0 if calibration is None else max(calibration.tokens, count(calibration.held_out))
+    needed = peak_bytes(folder, tokens, largest, settings.bits == 4)
     free = available_bytes()
     if needed > free:
         raise EngineError(
@@ -142,8 +138,7 @@ class _Work:
         self._folder = folder
         self._grid = grid
         self._told = told
-        head = f"{folder.family.names.head}.weight"
-        self._wanted = sorted(folder.family.matrices(folder.config) - {head})
+        self._wanted = sorted(folder.matrices)
         if any(len(folder.shapes[name]) != 2 for name in self._wanted):
             raise EngineError("QUANTISE_UNSUPPORTED", "experts in one tensor are not quantised here")
         self._format = IntWeights(grid.bits, grid.group, grid.symmetric)

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 
-from engine.models.spec import Dense
 from engine.prepare.calibration import Sample
 from engine.prepare.folder import ModelFolder, Named, StreamedWeights
 from kernels.cpu import CpuBackend
@@ -22,8 +21,6 @@ from kernels.packed import Packed, dequantise
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from engine.models.spec import ModelConfig
 
 _PAGE = 64
 _SLICE_BYTES = 256 << 20  # of a plain copy of the table, or of logits
@@ -105,10 +102,10 @@ class Step(NamedTuple):
 
 def compute(folder: ModelFolder, texts: Sequence[Sample], multiply: Multiply) -> Step:
     """Compute all layers over texts, each from its beginning."""
-    ops, config = StreamingBackend(multiply), folder.config
+    ops, (config, family) = StreamingBackend(multiply), folder.decoder
     longest = max(len(text.ids) for text in texts)
     with torch.inference_mode():
-        model = folder.family.build(config, StreamedWeights(folder), ops, longest, config.max_context_tokens)
+        model = family.build(config, StreamedWeights(folder), ops, longest, config.max_context_tokens)
         tables, pages = [], 0
         for text in texts:
             needed = -(-len(text.ids) // _PAGE)
@@ -145,7 +142,7 @@ def perplexity(folder: ModelFolder, texts: Sequence[Sample]) -> float:
         places += range(position + text.first - 1, position + len(text.ids) - 1)
         nexts += text.ids[text.first :]
         position += len(text.ids)
-    at_once = max(1, _SLICE_BYTES // (4 * folder.config.vocab_size))
+    at_once = max(1, _SLICE_BYTES // (4 * folder.served.config.vocab_size))
     total = 0.0
     with torch.inference_mode():
         for begin in range(0, len(places), at_once):
@@ -155,23 +152,21 @@ def perplexity(folder: ModelFolder, texts: Sequence[Sample]) -> float:
     return math.exp(total / len(places))
 
 
-def peak_bytes(
-    config: ModelConfig, tokens: int, table_bytes: int, largest: tuple[int, int], feedback: bool
-) -> int:
-    """Bytes that a step over so many tokens takes at its highest, the process itself left out.
+def peak_bytes(folder: ModelFolder, tokens: int, largest: tuple[int, int], feedback: bool) -> int:
+    """Bytes that quantising takes at its highest, the process itself left out.
 
     Args:
-        config: of the model.
-        tokens: of all texts together.
-        table_bytes: of the table of embeddings in the files.
-        largest: shape of the largest matrix.
-        feedback: errors are fed back, which needs three square matrices of the inputs.
+        folder: the model.
+        tokens: of all texts together; 0: nothing is computed but the matrices themselves.
+        largest: most rows and most columns of a matrix.
+        feedback: errors are fed back, which needs four square matrices of the inputs.
     """
-    inner = max(
-        layer.mlp.intermediate if isinstance(layer.mlp, Dense) else layer.mlp.intermediate * 2
-        for layer in config.layers
-    )
+    matrix = 4 * (8 if feedback else 4) * largest[0] * largest[1]
+    if not tokens:
+        return matrix
+    config, family = folder.decoder
+    inner = max(layer.mlp.intermediate for layer in config.layers)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    numbers = tokens * (4 * config.hidden_size + max(3 * inner, 4 * heads))
-    matrix = (8 if feedback else 3) * largest[0] * largest[1]
-    return table_bytes + 4 * (numbers + matrix + (4 * largest[1] ** 2 if feedback else 0))
+    table = folder.entries[family.names.embedding]
+    activations = 4 * tokens * (4 * config.hidden_size + max(3 * inner, 4 * heads))
+    return table.end - table.begin + activations + matrix + (16 * largest[1] ** 2 if feedback else 0)
