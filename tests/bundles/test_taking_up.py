@@ -418,6 +418,26 @@ def test_only_deaths_while_an_import_works_are_counted_and_after_three_it_waits_
     place.ledger.close()
 
 
+def test_an_import_that_waits_for_a_volume_is_not_at_work_and_at_work_again_once_it_has_it(
+    place: Workplace, tmp_path: Path, trust: Trust
+) -> None:
+    first, second = media(tmp_path, trust, 5)
+    left = leave(place, first)
+    deaths: dict[int, int] = {}
+
+    def told(progress: Progress) -> None:
+        place.ledger.bury()
+        ((deaths[progress.volume_wanted],),) = place.ledger._db.rows("SELECT deaths FROM import")
+        if progress.volume_wanted:
+            steering.offer(second)
+        elif deaths.get(2) is not None:
+            steering.end(StoppingError())
+
+    steering = Steering()
+    take_up(place, left, told, steering)
+    assert (deaths[2], deaths[0]) == (1, 2), "one before it waited, none while it did, one after"
+
+
 def test_staging_of_an_import_under_way_is_kept_however_long_it_waits(
     place: Workplace, tmp_path: Path, trust: Trust
 ) -> None:
