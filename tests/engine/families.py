@@ -152,9 +152,6 @@ def computed(
     return [torch.cat(parts) for parts in found]
 
 
-]
-
-
 def draw_tokens(seed: int, count: int = 36) -> list[int]:
     """Tokens that are not special."""
     return torch.randint(2, VOCAB, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
