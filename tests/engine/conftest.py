@@ -1,6 +1,7 @@
 """Model folders shared by the tests of the engine's processes."""
 
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,13 @@ import pytest
 
 from engine.protos import engine_pb2
 from tests.engine.tiny_models import into_store, write_llama
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What repeats the models that this run drew, if it drew any."""
+    drawn = sys.modules.get("tests.engine.drawn")
+    if drawn is not None:
+        terminalreporter.write_line(f"models drawn with CLOISTER_SEED={drawn.SEED}")
 
 
 @pytest.fixture(scope="session")
