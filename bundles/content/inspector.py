@@ -55,6 +55,7 @@ class Verdict:
         dtype: number type of most of them.
         capabilities: generate, chat, embed, rerank; none of an adapter.
         facts: more for people to read, by name; nothing is decided on them.
+        quantisation: how its matrices are quantised; None: they are plain.
     """
 
     architecture: str
@@ -63,6 +64,7 @@ class Verdict:
     dtype: str
     capabilities: tuple[str, ...]
     facts: Mapping[str, str] = field(default_factory=dict)
+    quantisation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -189,10 +191,11 @@ def _read(verdict: Mapping[str, object]) -> Verdict:
             "dtype": str(dtype),
             "capabilities": list(capabilities),
             "facts": dict(facts),
+            "quantisation": str() | None as quantisation,
         }:
             names = tuple(map(str, capabilities))
             more = {str(name): str(value) for name, value in facts.items()}
-            return Verdict(architecture, max_context_tokens, parameters, dtype, names, more)
+            return Verdict(architecture, max_context_tokens, parameters, dtype, names, more, quantisation)
     raise BundleError("INSPECT_FAILED", "engine-inspect answered in an unknown form")
 
 

@@ -61,7 +61,7 @@ def model_of(verdict: Verdict, digests: Mapping[str, str]) -> Model:
     return Model(
         architecture=verdict.architecture,
         dtype=verdict.dtype,
-        quantisation=None,
+        quantisation=verdict.quantisation,
         max_context_tokens=verdict.max_context_tokens,
         parameters=verdict.parameters,
         capabilities=verdict.capabilities,

@@ -14,7 +14,7 @@ from engine.inspect.folder import Folder
 from engine.inspect.tensors import most_common_dtype, read_tensors
 from engine.models.encoders.spec import EncoderConfig
 from engine.models.served import Layout, Served, layout, read_served
-from engine.models.spec import ModelConfig
+from engine.models.spec import Mixture, ModelConfig
 from engine.strict_json import load_object
 from engine.text.conversation import render_marked
 from engine.text.limits import LOAD_CPU_S, cpu_limit
@@ -22,11 +22,11 @@ from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
 from engine.text.template import MAX_SOURCE_CHARS, Message, private_names
 from engine.weights.formats import Format
 from engine.weights.quantisation import assign
-from engine.weights.safetensors import TensorEntry
 
 MAX_CONFIG_BYTES = 1 << 20
 MAX_SETTINGS_BYTES = 4 << 20  # of the tokenizer, which may have templates in them
 TEMPLATE_LIMIT_S = 2.0
+_MAX_DTYPE, _MAX_QUANTISATION = 32, 64  # characters of a bundle's manifest
 _CODE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
 _QUANTISATION_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 _PROBES = (
@@ -44,9 +44,10 @@ class Verdict:
         max_context_tokens: prompt and answer together, or the longest text where there is no answer; 0 for an
             adapter.
         parameters: numbers that are computed with.
-        dtype: number type of most of them, or how most matrices are quantised.
+        dtype: number type of most of them, or how most matrices are quantised; at most 32 characters.
         capabilities: generate, chat, embed, rerank; none of an adapter.
         facts: more for people to read, by name.
+        quantisation: how matrices are quantised, most of them first; at most 64 characters; None: they are plain.
     """
 
     architecture: str
@@ -55,6 +56,7 @@ class Verdict:
     dtype: str
     capabilities: tuple[str, ...]
     facts: Mapping[str, str] = field(default_factory=dict)
+    quantisation: str | None = None
 
 
 def judge(folder: Folder) -> Verdict:
@@ -80,16 +82,17 @@ def judge(folder: Folder) -> Verdict:
             f"the tokenizer has ids up to {text.tokenizer.size - 1}, the model only {config.vocab_size} tokens",
         )
     _probe_template(text)
-    facts = _facts(served, text)
+    facts, labels = _facts(served, text), _labels(tensors, formats)
     if formats:
         facts["quantised matrices"] = f"{len(formats)} of {len(tensors.matrices)}"
     return Verdict(
         config.architecture,
         config.max_context_tokens,
         sum(map(math.prod, tensors.shapes.values())),
-        _number_type(entries, tensors, formats),
+        labels[0][:_MAX_DTYPE] if labels else most_common_dtype(entries)[0],
         served.capabilities(can_chat=text.template is not None),
         facts,
+        " and ".join(labels)[:_MAX_QUANTISATION] or None,
     )
 
 
@@ -109,8 +112,20 @@ def _facts(served: Served, text: TextModel) -> dict[str, str]:
 def _facts_of_kind(config: ModelConfig | EncoderConfig) -> dict[str, str]:
     """What only a decoder has, or only a classifier."""
     if not isinstance(config, EncoderConfig):
-        return {"key-value heads": str(config.num_kv_heads)}
+        return {"key-value heads": str(config.num_kv_heads), **_facts_of_layers(config)}
     return {} if config.head is None else {"scores": config.head.score}
+
+
+def _facts_of_layers(config: ModelConfig) -> dict[str, str]:
+    """Experts and windows, where there are any."""
+    facts = {}
+    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, Mixture)]
+    if mixtures:
+        facts["experts"] = f"{mixtures[0].experts} in {len(mixtures)} layers, {mixtures[0].top_k} for each token"
+    windows = [layer.window for layer in config.layers if layer.window]
+    if windows:
+        facts["sliding window"] = f"{windows[0]} tokens in {len(windows)} layers"
+    return facts
 
 
 def _refuse_code(folder: Folder) -> None:
@@ -163,14 +178,12 @@ def _named(given: object) -> list[tuple[str, str]]:
     return [(str(name), text) for name, text in named if isinstance(text, str)]
 
 
-def _number_type(entries: Mapping[str, TensorEntry], tensors: Layout, formats: Mapping[str, Format]) -> str:
-    """As people call it: of a quantised model, how most of its matrices are stored."""
-    if not formats:
-        return most_common_dtype(entries)[0]
+def _labels(tensors: Layout, formats: Mapping[str, Format]) -> list[str]:
+    """How matrices are quantised, as people call it; the way of most numbers first."""
     numbers = Counter[str]()
     for name, found in formats.items():
         numbers[found.label] += math.prod(tensors.shapes[name])
-    return " and ".join(label for label, _ in numbers.most_common())
+    return [label for label, _ in numbers.most_common()]
 
 
 def _probe_template(text: TextModel) -> None:

@@ -14,6 +14,7 @@ def read(path):  # type: ignore[no-untyped-def]  # a script without imports of o
 
 
 verdict = {"ok": True, "max_context_tokens": 512, "dtype": "float16", "capabilities": ["generate"], "facts": {}}
+verdict["quantisation"] = None
 if question["kind"] == "adapter":
     rank = read("adapter_config.json")["r"]
     verdict |= {"architecture": "LoRA", "max_context_tokens": 0, "capabilities": [], "facts": {"rank": str(rank)}}

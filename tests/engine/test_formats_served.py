@@ -181,7 +181,8 @@ def test_a_quantised_model_is_sound_and_described_by_how_it_is_stored(
     save_file(pair.quantised, folder / "model.safetensors")
     with packed(folder) as (fd, entries):
         found = verdict.judge(Folder(fd, entries))
-    assert (found.dtype, found.parameters) == (label, before.parameters)
+    assert (found.dtype, found.quantisation, found.parameters) == (label, label, before.parameters)
+    assert before.quantisation is None
     assert found.facts == {**before.facts, "quantised matrices": "14 of 14"}
     save_file(
         {n: t for n, t in pair.quantised.items() if "layers.1.mlp.up" not in n}, folder / "model.safetensors"

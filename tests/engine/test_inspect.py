@@ -97,6 +97,7 @@ def test_a_sound_model_is_described(tiny_llama: Path) -> None:
             "vocabulary": str(VOCABULARY),
             "tokenizer vocabulary": str(VOCABULARY),
         },
+        "quantisation": None,
     }
 
 
@@ -361,6 +362,7 @@ def test_a_sound_adapter_is_described(tmp_path: Path) -> None:
             "targets": "down_proj, q_proj",
             "layers": "2",
         },
+        "quantisation": None,
     }
 
 
