@@ -48,6 +48,10 @@ class Family(NamedTuple):
         """Those of them that may be quantised."""
         return tensors.matrices(config, self.names)
 
+    def spare(self, config: ModelConfig) -> frozenset[str]:
+        """Tensors that files may hold beside, and that nothing reads."""
+        return tensors.spare(config, self.names)
+
     def build(
         self, config: ModelConfig, weights: Weights, ops: Backend, max_positions: int, context: int
     ) -> Decoder:

@@ -114,7 +114,7 @@ def layout(served: Served, stored: Collection[str]) -> Layout:
     family = architecture(config)
     if served.pooling is not None:
         config, family = decoder_family(config, stored)
-    return Layout(family.tensor_shapes(config), family.matrices(config))
+    return Layout(family.tensor_shapes(config), family.matrices(config), family.spare(config) & set(stored))
 
 
 def _encoder(config: EncoderConfig, read: ReadFile) -> Served:

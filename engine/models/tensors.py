@@ -106,6 +106,11 @@ def matrices(config: ModelConfig, names: Names) -> frozenset[str]:
     return frozenset(found + head)
 
 
+def spare(config: ModelConfig, names: Names) -> frozenset[str]:
+    """Tensors that older files hold beside, and that nothing reads: frequencies, which follow from config.json."""
+    return frozenset(f"{names.layer.format(i)}self_attn.rotary_emb.inv_freq" for i in range(config.num_layers))
+
+
 def _matrices(config: ModelConfig, names: Names, layer: LayerSpec) -> dict[str, Shape]:
     """Projections and MLPs, without biases and routers."""
     hidden, query, kv = (
