@@ -45,6 +45,7 @@ class State(StrEnum):
     CONTENT = "content"
     COMMITTED = "committed"
     REJECTED = "rejected"
+    PREPARING = "preparing"  # of a bundle that is built, before all: its model is converted or quantised
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from appliance.cli import bundle_page, bundle_signing
+from appliance.cli import bundle_page, bundle_preparing, bundle_signing
 from appliance.cli.arguments import days, whole
 from appliance.cli.failure import UsageError
 from appliance.cli.output import emit, printable, size
@@ -89,7 +89,9 @@ def _add_bases(parser: argparse.ArgumentParser) -> None:
 
 
 def _register_build(build: argparse.ArgumentParser) -> None:
-    build.add_argument("--model", type=Path, required=True, metavar="DIR", help="the model's folder")
+    build.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="the model's folder, or a GGUF file"
+    )
     build.add_argument("--name", required=True, help="the model's name: lower case letters, digits, '.', '_', '-'")
     build.add_argument("--version", required=True, help="shown to people")
     build.add_argument("--sequence", type=int, required=True, help="grows with every release of this name")
@@ -105,6 +107,7 @@ def _register_build(build: argparse.ArgumentParser) -> None:
     )
     _register_terms(build)
     _register_form(build)
+    bundle_preparing.add_options(build)
     bundle_signing.add_options(build, required=False)
     build.set_defaults(run=_build)
 
@@ -164,14 +167,21 @@ def _register_form(build: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from bundles.builder import build, check_signing, sign, written
+    from bundles.builder import build, check_signing, prepared, sign, written
 
+    quantisation = bundle_preparing.read_quantisation(args)
+    bundle_preparing.check_signing(args, quantisation)
     signing = bundle_signing.read_signing(args) if bundle_signing.wanted(args) else None
     if signing:
         check_signing(signing)
     release, output = _release(args), _output(args)
-    with _progress(args) as report:
-        manifest = build(release, args.model, args.out, output=output, report=report)
+    with (
+        _progress(args) as preparing,
+        prepared(args.model, args.out, quantisation, preparing) as source,
+        _progress(args) as report,
+    ):
+        preparation = source.preparation
+        manifest = build(release, source.folder, args.out, output=output, report=report, preparation=preparation)
         paths = written(args.out, manifest)
         bases = [args.base] if args.base else []
         signers = sign(paths[0], signing, bases=bases, report=report) if signing else ()
@@ -179,7 +189,9 @@ def _build(args: argparse.Namespace) -> int:
     state = f"signed by {len(signers)} release key(s)" if signers else "not signed yet: cloister bundle sign"
     volumes = f" and {len(paths) - 1} more volume(s)" if len(paths) > 1 else ""
     text = f"{printable(str(paths[0]))}{volumes}: {manifest.reference}, {size(manifest.total_size)}, {state}"
-    emit(args, value, text)
+    if preparation is not None:
+        value["preparation"] = {"steps": preparation.steps, "sources": dict(preparation.sources)}
+    emit(args, value, "\n".join(filter(None, [text, bundle_preparing.summary(preparation)])))
     return 0
 
 

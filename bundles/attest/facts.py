@@ -18,6 +18,21 @@ _BYTES_PER_FILE = 400  # of a statement, beyond the path, which stands in it thr
 
 
 @dataclass(frozen=True)
+class Made:
+    """What a converted or quantised model was made from.
+
+    Attributes:
+        steps: what was done, and what came of it.
+        sources: name and SHA-256 of each file.
+        statement: name and SHA-256 of the document that tells of it in full.
+    """
+
+    steps: tuple[Mapping[str, object], ...]
+    sources: tuple[tuple[str, str], ...]
+    statement: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Facts:
     """A release and its files.
 
@@ -37,6 +52,7 @@ class Facts:
         base: SHA-256 of the manifest that a delta builds on, or None.
         upstream: SHA-256 of the publisher's signature of the source, and whether it is over these very files.
         parameters: what the builder was told beyond all this.
+        made: what the files were made from, where they are not a publisher's own.
     """
 
     name: str
@@ -54,6 +70,7 @@ class Facts:
     base: str | None
     upstream: tuple[str, bool] | None
     parameters: Mapping[str, object]
+    made: Made | None = None
 
     @cached_property
     def listed(self) -> tuple[File, ...]:

@@ -90,8 +90,26 @@ def _properties(facts: Facts) -> list[dict[str, str]]:
         "files-listed": str(len(facts.listed)),
         "bytes": str(sum(file.size for file in facts.files)),
     }
+    values |= dict(_made(facts))
     values |= {name.replace(" ", "-"): value for name, value in facts.details.items()}
     return [{"name": f"{TOOL}:{name}", "value": value} for name, value in values.items() if value]
+
+
+def _made(facts: Facts) -> Iterator[tuple[str, str]]:
+    """What was done to the model on its way into the bundle, value by value."""
+    for step in facts.made.steps if facts.made else ():
+        for name, value in step.items():
+            match value:
+                case dict():
+                    yield from (
+                        (f"prepared-{name}-{key}".replace("_", "-"), str(given)) for key, given in value.items()
+                    )
+                case list() | None:
+                    pass
+                case _:
+                    yield f"prepared-{name}".replace("_", "-"), str(value)
+    if facts.made is not None:
+        yield "prepared-statement-sha256", facts.made.statement[1]
 
 
 def _licence(licence: Licence) -> dict[str, object]:

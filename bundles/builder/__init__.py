@@ -8,6 +8,9 @@ signs for bytes that are not there.
 """
 
 from bundles.builder.building import build as build
+from bundles.builder.preparing import Preparation as Preparation
+from bundles.builder.preparing import Quantisation as Quantisation
+from bundles.builder.preparing import prepared as prepared
 from bundles.builder.release import Output as Output
 from bundles.builder.release import Release as Release
 from bundles.builder.signing import Signing as Signing

@@ -11,6 +11,7 @@ from threading import Lock
 from pydantic import ValidationError
 
 from bundles.builder import sources
+from bundles.builder.preparing import Preparation
 from bundles.builder.release import Output, Release
 from bundles.builder.sources import ModelFolder
 from bundles.builder.stating import (
@@ -52,22 +53,26 @@ def build(
     output: Output | None = None,
     inspector: Inspector | None = None,
     report: Report = _silent,
+    preparation: Preparation | None = None,
 ) -> Manifest:
     """Write an unsigned bundle of the files in `model`; its manifest. The same input gives the same bytes.
 
     Hidden files are left out. `canaries.json` becomes the manifest's canaries and `model.sig` the publisher's
     signature, or provenance where the site signs itself; neither is a file of the model. Statements of provenance
-    and the bill of materials are made here. The first volume, or the bundle, is `volume_paths(out, ..)`.
+    and the bill of materials are made here; `preparation` says what `model` was made from, and makes it the site's
+    to sign. The first volume, or the bundle, is `volume_paths(out, ..)`.
 
     Raises:
         BundleError: RELEASE_INVALID, OUTPUT_EXISTS; the folder, its files or the base are refused.
     """
     output = output or Output()
+    if preparation is not None:
+        release = replace(release, site_publisher=True)
     _check_release(release, output)
     check_place(out, directory=output.directory)
     base = _read_base(release, output)
     with sources.opened(model) as files:
-        parts = _look(release, model, files, inspector or Inspector(), report)
+        parts = replace(_look(release, model, files, inspector or Inspector(), report), preparation=preparation)
         attestations = [*make_statements(release, output, base, parts), *parts.given]
         manifest = make_manifest(release, output, base, parts, [document for document, _ in attestations])
         documents = {document.member: content for document, content in (*attestations, *parts.licences)}

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from bundles.attest.card import Card
-from bundles.attest.facts import Facts
+from bundles.attest.facts import Facts, Made, encode
 from bundles.attest.mlbom import bill_of_materials
 from bundles.attest.slsa import provenance
 from bundles.builder import sources
+from bundles.builder.preparing import Preparation
 from bundles.builder.release import Output, Release
 from bundles.builder.volumes import member_size, plan_volumes
 from bundles.format import manifest as manifests
@@ -24,6 +25,7 @@ from bundles.trust import dsse, oms
 from bundles.trust.policy import ENGINE_VERSION
 
 SLSA, MLBOM, UPSTREAM = "attest/slsa.json", "attest/mlbom.json", "attest/upstream-model.sig"
+PREPARATION = "attest/preparation.json"
 _BYTES_SIGNED_PER_FILE = 160  # in an OMS signature, beyond the path: digest, names of fields, base64
 
 
@@ -49,6 +51,7 @@ class Parts:
         signature: the publisher's, to be kept as it is.
         upstream: the publisher's, to be kept as provenance.
         given: attestations that the caller names, with their contents.
+        preparation: what the folder was made from, where it is not a person's own.
     """
 
     files: tuple[File, ...]
@@ -60,10 +63,12 @@ class Parts:
     signature: bytes | None
     upstream: bytes | None
     given: list[tuple[Document, bytes]]
+    preparation: Preparation | None = None
 
 
 def make_statements(release: Release, output: Output, base: Base, parts: Parts) -> list[tuple[Document, bytes]]:
     """The attestations made here."""
+    prepared = None if parts.preparation is None else encode({"steps": parts.preparation.steps})
     facts = Facts(
         name=release.name,
         version=release.version,
@@ -79,6 +84,7 @@ def make_statements(release: Release, output: Output, base: Base, parts: Parts) 
         requires=release.requires,
         base=base.digest,
         upstream=_upstream(parts),
+        made=_made(parts.preparation, prepared),
         parameters={
             "targets": release.targets,
             "acceptLicence": release.accept_licence,
@@ -92,7 +98,16 @@ def make_statements(release: Release, output: Output, base: Base, parts: Parts) 
     )
     made = [(SLSA, provenance(facts)), (MLBOM, bill_of_materials(facts))]
     made += [(UPSTREAM, parts.upstream)] if parts.upstream is not None else []
+    made += [(PREPARATION, prepared)] if prepared is not None else []
     return [sources.document(member, content) for member, content in made]
+
+
+def _made(preparation: Preparation | None, statement: bytes | None) -> Made | None:
+    """What statements say of a preparation: its steps without the line for each matrix, its sources."""
+    if preparation is None or statement is None:
+        return None
+    steps = tuple({key: value for key, value in step.items() if key != "matrices"} for step in preparation.steps)
+    return Made(steps, preparation.sources, (PREPARATION, hashlib.sha256(statement).hexdigest()))
 
 
 def _upstream(parts: Parts) -> tuple[str, bool] | None:

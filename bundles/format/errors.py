@@ -19,6 +19,9 @@ _FAILED = frozenset(
         "SCRUB_FAILED",
         "LEDGER_NEWER",
         "INTERRUPTED",
+        "PREPARE_FAILED",
+        "DISK_FULL",
+        "OUT_OF_MEMORY",
         "STOPPING",
         "IMPORT_CANCELLED",
         "IMPORT_RUNNING",
@@ -30,7 +33,9 @@ _FAILED = frozenset(
         "INTERNAL",
     }
 )
-_BAD_USAGE = frozenset({"RELEASE_INVALID", "ALREADY_SIGNED", "OUTPUT_EXISTS", "PATH_NOT_ABSOLUTE"})
+_BAD_USAGE = frozenset(
+    {"RELEASE_INVALID", "ALREADY_SIGNED", "OUTPUT_EXISTS", "PATH_NOT_ABSOLUTE", "CALIBRATION_MISSING"}
+)
 
 
 def exit_status_of(code: str) -> int:

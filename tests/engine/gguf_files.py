@@ -3,33 +3,24 @@
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy as np
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Gemma2Config,
-    Gemma3TextConfig,
-    LlamaConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 Q = gguf.GGMLQuantizationType
 SIZE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 128,
         "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}  # fmt: skip
-CONFIGS: Mapping[str, Callable[[], PretrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**SIZE, tie_word_embeddings=False),
-    "qwen2": lambda: Qwen2Config(**SIZE, tie_word_embeddings=True),
-    "qwen3": lambda: Qwen3Config(**SIZE, tie_word_embeddings=True),
-    "gemma2": lambda: Gemma2Config(**SIZE, sliding_window=16, query_pre_attn_scalar=16),
-    "gemma3": lambda: Gemma3TextConfig(**SIZE, sliding_window=16, query_pre_attn_scalar=16),
+_GEMMA_SIZE = {"sliding_window": 16, "query_pre_attn_scalar": 16}
+FAMILIES: Mapping[str, tuple[str, dict[str, Any]]] = {  # model type and fields, by the name GGUF has
+    "llama": ("llama", {"tie_word_embeddings": False}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"tie_word_embeddings": True}),
+    "gemma2": ("gemma2", _GEMMA_SIZE),
+    "gemma3": ("gemma3_text", _GEMMA_SIZE),
 }
 _PARTS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
@@ -46,8 +37,12 @@ TEMPLATE = "{%- for m in messages -%}<|user|>{{ m.content }}<|end|>{%- endfor -%
 
 def make_network(name: str, seed: int = 0) -> Any:
     """A tiny random model of a family; norms are moved off one, or an offset would not show."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
     torch.manual_seed(seed)
-    network = AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    model_type, fields = FAMILIES[name]
+    network = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**SIZE, **fields)).eval()
     with torch.no_grad():
         for key, value in network.named_parameters():
             if key.endswith(("norm.weight", ".bias")):
@@ -74,18 +69,43 @@ def write_gguf(
     change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
     rope_factors: "np.ndarray[Any, Any] | None" = None,
 ) -> Path:
+    """Write a network of transformers as GGUF."""
+    tensors = {key: value.float().numpy() for key, value in network.state_dict().items()}
+    return write_tensors(path, name, network.config, tensors, kind, change, rope_factors)
+
+
+def write_llama(path: Path) -> Path:
+    """A Llama of one layer and random numbers, without any network's help."""
+    random, fields = np.random.default_rng(0), {**SIZE, "num_hidden_layers": 1, "rms_norm_eps": 1e-6}
+    shapes = {f"self_attn.{x}_proj": (n, 64) for x, n in zip("qkvo", (64, 32, 32, 64), strict=True)}
+    shapes |= {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
+    shapes |= {"input_layernorm": (64,), "post_attention_layernorm": (64,)}
+    named = {f"model.layers.0.{part}.weight": shape for part, shape in shapes.items()}
+    named |= {"model.embed_tokens.weight": (320, 64), "model.norm.weight": (64,)}
+    tensors = {key: random.standard_normal(shape, np.float32) for key, shape in named.items()}
+    config = SimpleNamespace(**fields, tie_word_embeddings=True, rope_parameters={"rope_theta": 10000.0})
+    return write_tensors(path, "llama", config, tensors)
+
+
+def write_tensors(
+    path: Path,
+    name: str,
+    config: Any,
+    tensors: Mapping[str, Any],
+    kind: Q = Q.F32,
+    change: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+    rope_factors: "np.ndarray[Any, Any] | None" = None,
+) -> Path:
     """Write a model as GGUF; matrices as `kind`, `change` adds keys and tensors of its own."""
     writer = gguf.GGUFWriter(path, name)
-    _write_keys(writer, name, network.config)
+    _write_keys(writer, name, config)
     _write_tokenizer(writer)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors.astype(np.float32))
     change(writer)
-    tied = network.config.tie_word_embeddings
-    for key, value in network.state_dict().items():
-        if not (tied and key == "lm_head.weight"):
-            numbers = _turned(key, value.float().numpy(), name, network.config)
-            _write_tensor(writer, _gguf_name(key, name), numbers, kind)
+    for key, value in tensors.items():
+        if not (config.tie_word_embeddings and key == "lm_head.weight"):
+            _write_tensor(writer, _gguf_name(key, name), _turned(key, value, name, config), kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -180,5 +200,8 @@ def any_blocks(kind: Q, count: int, random: np.random.Generator) -> Any:
 
 def load_converted(folder: Path) -> Any:
     """A folder as transformers reads it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()

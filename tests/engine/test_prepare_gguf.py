@@ -18,8 +18,8 @@ from engine.prepare.gguf_blocks import dequantise
 from engine.prepare.gguf_metadata import Metadata
 from engine.prepare.gguf_tokenizer import read_tokenizer
 from tests.engine.gguf_files import (
-    CONFIGS,
     CORPUS,
+    FAMILIES,
     Q,
     any_blocks,
     load_converted,
@@ -58,7 +58,7 @@ def test_every_type_of_block_stands_for_the_numbers_that_the_gguf_package_makes_
     assert np.array_equal(dequantise(kind, raw.tobytes()), wanted)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", sorted(FAMILIES))
 def test_a_converted_model_computes_what_the_one_it_was_made_of_computes(name: str, tmp_path: Path) -> None:
     network = make_network(name)
     folder = convert(write_gguf(tmp_path / "x.gguf", name, network), tmp_path / "out")

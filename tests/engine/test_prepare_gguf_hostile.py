@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.errors import EngineError
 from engine.prepare.converting import convert_gguf
 from engine.prepare.gguf import MAX_ELEMENTS, MAX_STRING_BYTES, read_container
-from tests.engine.gguf_files import make_network, write_gguf
+from tests.engine.gguf_files import write_llama
 
 U32, STRING, ARRAY = 4, 8, 9
 Info = tuple[str, Sequence[int], int, int]
@@ -133,7 +133,7 @@ def test_a_false_length_is_refused_before_memory_for_it_is_taken(tmp_path: Path)
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    return write_gguf(tmp_path_factory.mktemp("gguf") / "x.gguf", "llama", make_network("llama")).read_bytes()
+    return write_llama(tmp_path_factory.mktemp("gguf") / "x.gguf").read_bytes()
 
 
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
