@@ -88,7 +88,8 @@ class MemoryPlan:
             ways.append(f"lower kv_blocks (now {self.options.kv_blocks})")
         ways.append(f"lower max_context_tokens (now {self.options.max_context_tokens})")
         if self.activations > self.kv:
-            ways.append(f"lower max_running (now {self.options.max_running})")
+            name = "max_running" if self.kv_block else "max_step_tokens"
+            ways.append(f"lower {name} (now {getattr(self.options, name)})")
         if self.options.dtype == "float32":
             ways.append("take bfloat16")
         return f"{', '.join(ways)}, or free memory: unload another deployment"

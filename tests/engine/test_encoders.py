@@ -266,6 +266,9 @@ def test_weights_are_planned_to_the_byte_and_there_are_no_pages(
     assert plan.options == loop.options
     assert plan.options.kv_blocks == 0
     assert loop.status().blocks_total == 0
+    short = plan_memory(read_model(*file_set(folder)), asked, plan.total - 1, cores=1)
+    assert "max_step_tokens" in short.advice
+    assert "kv_blocks" not in short.advice
     assert plan.parameters == sum(math.prod(shape) for shape in read_model(*file_set(folder)).shapes.values())
 
 
