@@ -264,16 +264,15 @@ def _cap_and_hide(scores: Tensor, softcap: float, invalid: Tensor) -> None:
 def _numerators(scores: Tensor, over: int | tuple[int, ...], sinks: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """What softmax divides, for each score, in its place, and for the sink, if there is one.
 
+    That of a sink may be infinite, far above all scores: their shares are zero then, as they should be.
+
     Args:
         scores: with a number for each row that counts.
-        over: dimensions of the maximum.
+        over: dimensions of the maximum, which is taken off.
         sinks: broadcast to the maximum.
     """
     highest = scores.amax(over, keepdim=True)
-    if sinks is None:
-        return scores.sub_(highest).exp_(), None
-    highest = torch.maximum(highest, sinks)
-    return scores.sub_(highest).exp_(), torch.exp(sinks - highest)
+    return scores.sub_(highest).exp_(), None if sinks is None else torch.exp(sinks - highest)
 
 
 def _add_in_order(parts: Sequence[Tensor]) -> Tensor:
