@@ -1,0 +1,48 @@
+"""What the hub holds of each family is read: sizes are those published, frequencies those of transformers."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from engine.footprint import parameters
+from engine.models.config import parse_config
+from engine.models.registry import DECODERS, architecture
+from tests.engine.published import PUBLISHED
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_model_has_as_many_numbers_as_it_is_said_to(name: str) -> None:
+    fields, count = PUBLISHED[name]
+    config = parse_config(json.dumps(fields).encode())
+    assert parameters(architecture(config).tensor_shapes(config)) == count
+
+
+def test_there_is_one_of_every_family() -> None:
+    assert {fields["architectures"][0] for fields, _ in PUBLISHED.values()} == set(DECODERS)
+
+
+@pytest.mark.parametrize("name", [name for name, (fields, _) in PUBLISHED.items() if fields.get("rope_scaling")])
+def test_frequencies_of_a_published_model_are_those_of_transformers(name: str) -> None:
+    from transformers import CONFIG_MAPPING
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    fields: dict[str, Any] = PUBLISHED[name][0]
+    config = parse_config(json.dumps(fields).encode())
+    theirs = CONFIG_MAPPING[config.model_type].from_dict(dict(fields))
+    (rope,) = config.ropes
+    for context in (4096, 8192):  # on either side of the context that LongRoPE changes at
+        wanted, scale = ROPE_INIT_FUNCTIONS[rope.kind](theirs, torch.device("cpu"), seq_len=context)
+        torch.testing.assert_close(
+            torch.tensor(rope.inv_freq(config.head_dim, context)), wanted, rtol=3e-7, atol=0
+        )
+        assert rope.scale == pytest.approx(scale, rel=1e-12)
+
+
+def test_a_published_context_of_another_length_is_chosen_by_what_is_served() -> None:
+    config = parse_config(json.dumps(PUBLISHED["Phi 4 mini"][0]).encode())
+    (rope,) = config.ropes
+    assert len(rope.inv_freq(config.head_dim, 4096)) == 48
+    assert rope.inv_freq(config.head_dim, 4096) != rope.inv_freq(config.head_dim, 4097)
+    assert rope.inv_freq(config.head_dim, 4097) == rope.inv_freq(config.head_dim, 131072)
