@@ -19,7 +19,7 @@ from typing import Any
 import grpc
 
 from appliance.client import AsyncClient, Client
-from engine.protos.engine_pb2 import GetStatusRequest
+from engine.protos.engine_pb2 import GetStatusRequest, GetStatusResponse
 from engine.protos.engine_pb2_grpc import WorkerServiceStub
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,9 +70,13 @@ class Appliance:
 
     def owned_pages(self) -> int:
         """KV pages that requests own at present, as the worker itself counts them."""
-        with grpc.insecure_channel(f"unix:{self.home}/run/worker-{ALIAS}.sock") as channel:
-            counters = WorkerServiceStub(channel).GetStatus(GetStatusRequest(), timeout=10)
+        counters = self.counters()
         return counters.blocks_total - counters.blocks_free - counters.blocks_cached
+
+    def counters(self, deployment: str = ALIAS) -> GetStatusResponse:
+        """What a worker says of itself."""
+        with grpc.insecure_channel(f"unix:{self.home}/run/worker-{deployment}.sock") as channel:
+            return WorkerServiceStub(channel).GetStatus(GetStatusRequest(), timeout=10)
 
     def pid_of(self, process: str, deployment: str = ALIAS) -> int:
         """The process id of one process of this home, or of one deployment, found by what it was started as."""

@@ -211,12 +211,37 @@ def test_vectors_and_answers_of_two_models_come_side_by_side(appliance: Applianc
     assert len(asyncio.run(ask())) == 8
 
 
+def computing(appliance: Appliance) -> bool:
+    """The worker that makes vectors has something to do."""
+    counters = appliance.counters(SEARCH)
+    return counters.waiting + counters.running > 0
+
+
+def test_a_deadline_and_a_client_that_goes_away_leave_the_engine_nothing_to_do(
+    appliance: Appliance, search: str
+) -> None:
+    async def ask() -> CloisterError:
+        async with appliance.async_client() as client:
+            asked = asyncio.create_task(client.embed(search, [LONG] * 256, truncate=True))
+            await asyncio.to_thread(eventually, lambda: computing(appliance), "its inputs are computed")
+            asked.cancel()
+            with pytest.raises(CloisterError) as error:
+                await client.embed(search, [LONG] * 256, truncate=True, timeout=1)
+            return error.value
+
+    assert asyncio.run(ask()).code == "DEADLINE_EXCEEDED"
+    eventually(lambda: appliance.status()["open_leases"] == 0, "both are settled")
+    counters = appliance.counters(SEARCH)
+    assert (counters.waiting, counters.running) == (0, 0)
+    ends = [r["decision"] for r in appliance.records() if r["phase"] == "outcome" and r["tenant"] == "ward-notes"]
+    assert "cancelled" in ends
+
+
 def test_a_worker_that_is_killed_ends_the_request_and_comes_back(appliance: Appliance, search: str) -> None:
     async def ask() -> CloisterError:
         async with appliance.async_client() as client:
             asked = asyncio.create_task(client.embed(search, [LONG] * 256, truncate=True))
-            while not await asyncio.to_thread(lambda: appliance.status()["open_leases"]):
-                pass
+            await asyncio.to_thread(eventually, lambda: computing(appliance), "its inputs are computed")
             os.kill(appliance.pid_of("worker", SEARCH), signal.SIGKILL)
             with pytest.raises(CloisterError) as error:
                 await asked

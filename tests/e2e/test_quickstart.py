@@ -41,7 +41,6 @@ NOT_TOLD = {
     "INVALID_PARAMETERS": "only a gateway's defect",
     "INVALID_TYPE_IDS": "engine-text makes them",
     "LISTEN_FAILED": "only the start of the gateway",
-    "MODEL_FILE_MISSING": "only the loading of a model",
     "NOT_INITIALISED": "only the start of the gateway",
     "POLICY_INCOMPLETE": "only a start",
     "ROLE_REQUIRED": "an operator's call",
