@@ -1,16 +1,22 @@
 """An engine over the files of each family says what transformers says, and takes the memory that was planned."""
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from engine.errors import EngineError
+from engine.inspect.folder import Folder
+from engine.inspect.verdict import judge
 from engine.memory_plan import plan_memory, read_model
 from engine.options import EngineOptions
 from tests.engine.families import FAMILIES, Tiny, draw_tokens, expected, make
 from tests.engine.plan_against_process import held_bytes
+from tests.engine.test_inspect import packed
 from tests.engine.tiny import byte_tokenizer, engine, file_set, teacher_forced
 
 LAYOUTS: list[dict[str, Any]] = [
@@ -52,6 +58,34 @@ def test_weights_and_pages_of_each_family_are_planned_to_the_byte(
         runner: Any = loop._runner
         plan = plan_memory(read_model(*file_set(folder)), EngineOptions(**options), 1 << 40, cores=3)
         assert (plan.weights, plan.kv) == (held_bytes(runner._model), held_bytes(runner._kv)), layout
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_each_family_is_judged_sound(models: dict[str, tuple[Path, Tiny]], model_type: str) -> None:
+    folder, tiny = models[model_type]
+    with packed(folder) as (fd, entries):
+        found = judge(Folder(fd, entries))
+    assert found.architecture == tiny.config["architectures"][0]
+    assert found.parameters == sum(tensor.numel() for tensor in tiny.tensors.values())
+    assert found.capabilities == ("generate",)
+    assert ("experts" in found.facts) == (model_type in ("mixtral", "qwen3_moe", "gpt_oss"))
+    assert ("sliding window" in found.facts) == (model_type in ("gemma2", "gemma3_text", "gpt_oss"))
+
+
+@pytest.mark.parametrize("held", ["self_attn.rotary_emb.inv_freq", "self_attn.rotary_emb.inv_freqs"])
+def test_frequencies_that_older_files_hold_are_left_unread_and_nothing_else(
+    models: dict[str, tuple[Path, Tiny]], tmp_path: Path, held: str
+) -> None:
+    folder = Path(shutil.copytree(models["llama"][0], tmp_path / "model"))
+    frequencies = torch.arange(4) + 1.0
+    save_file(models["llama"][1].tensors | {f"model.layers.1.{held}": frequencies}, folder / "model.safetensors")
+    tokens = draw_tokens(3, count=20)
+    if held.endswith("freqs"):
+        with pytest.raises(EngineError, match=r"TENSORS_MISMATCH.*inv_freqs"):
+            engine(folder)
+        return
+    logits = teacher_forced(engine(folder), tokens, prompt_length=15)
+    torch.testing.assert_close(logits, expected(models["llama"][1], tokens)[14:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
