@@ -34,7 +34,7 @@ _BY_NAME = (
     (_PICKLES, "CONTENT_PICKLE", "is of a kind that can carry code; convert to safetensors"),
     (_CODE, "CONTENT_CODE", "is a program; a model is data only"),
     (_ARCHIVES, "CONTENT_ARCHIVE", "is an archive; unpack it"),
-    (re.compile(r"\.gguf$", re.I), "CONTENT_GGUF", "is a GGUF file; convert to safetensors"),
+    (re.compile(r"\.gguf$", re.I), "CONTENT_GGUF", "is a GGUF file; name it with --model to convert it"),
 )
 _MAGIC: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "CONTENT_PICKLE", "a zip archive, as torch.save writes"),

@@ -10,7 +10,17 @@ from tests.bundles.making import (
     members_of,
 )
 
-_NOT_REFUSALS = {"LC_ALL", "VIRTUAL_ENV", "F8_E4M3", "F8_E5M2", "F8_E8M0", "NEWOBJ_EX", "STACK_GLOBAL"}
+_NOT_REFUSALS = {
+    "LC_ALL",
+    "VIRTUAL_ENV",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F8_E8M0",
+    "NEWOBJ_EX",
+    "STACK_GLOBAL",
+}
 
 
 def test_the_engine_version_is_the_distribution_s() -> None:
