@@ -125,16 +125,16 @@ class _Import:
         self._manifest: Manifest | None = None
 
     def carry_out(self, path: Path) -> Progress:
-        place, check = self._place, self._steering.check
-        with place.desk.turn(check) as ticket, self._held:
-            check()
+        place = self._place
+        with place.desk.turn(self._steering), self._held:
+            self._steering.check()
             place.ledger.works(self.import_id, True)
             digest = self._left.model_digest if self._left else self._known_as(path)
             head = open_kept(place.store.fs, place.store.staging(digest), digest) if digest else None
             volumes = Volumes(
                 path,
                 self._steering,
-                partial(self._aside, ticket),
+                self._aside,
                 self._want,
                 partial(place.ledger.offered, self.import_id),
                 digest,
@@ -250,12 +250,12 @@ class _Import:
         self._report(self._shown)
 
     @contextmanager
-    def _aside(self, ticket: object) -> Iterator[None]:
+    def _aside(self) -> Iterator[None]:
         """Let other imports work while this one waits for a person; what it has is recorded first."""
         self._staging.record()
         self._promise()
         self._place.ledger.works(self.import_id, False)
-        with self._place.desk.aside(ticket, self._steering.check):
+        with self._place.desk.aside(self._steering):
             yield
         self._place.ledger.works(self.import_id, True)
         self._rate.pause()

@@ -143,6 +143,7 @@ class Jobs:
 
     def _begin(self, job: Job, ready: asyncio.Event | None = None) -> Job:
         self._running[job.path] = job
+        self._place.desk.line_up(job.steering)  # here: its thread may begin later than those behind it
         self._tasks[job.import_id] = asyncio.create_task(self._run(job, ready))
         return job
 
@@ -210,6 +211,7 @@ class Jobs:
             reason = Progress(State.REJECTED, reason="INTERNAL", message=f"a defect: {type(error).__name__}")
             job.publish(reason)
         finally:
+            self._place.desk.leave(job.steering)
             job.stop()
             if self._running.get(job.path) is job:
                 del self._running[job.path]

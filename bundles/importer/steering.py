@@ -141,6 +141,8 @@ class Steering:
 class Desk:
     """One import works at a time, in the order in which they came; others wait. Safe to call from several threads.
 
+    Each is known by its steering.
+
     Attributes:
         publishing: held while files become a version's, and while those of no version are deleted.
     """
@@ -148,25 +150,41 @@ class Desk:
     def __init__(self) -> None:
         self.publishing = threading.Lock()
         self._changed = threading.Condition()
-        self._queue: deque[object] = deque()
+        self._queue: deque[Steering] = deque()
         self._claims: dict[str, int] = {}
 
-    @contextmanager
-    def turn(self, check: Callable[[], None]) -> Iterator[object]:
-        """Hold the desk for the block; the ticket for it. `check` may raise while waiting."""
-        ticket = object()
-        try:
-            self._take(ticket, check)
-            yield ticket
-        finally:
-            self._leave(ticket)
+    def line_up(self, steering: Steering) -> None:
+        """Take a place behind those that are here; nothing where it has one. Who does so must `leave`."""
+        with self._changed:
+            if steering not in self._queue:
+                self._queue.append(steering)
+
+    def leave(self, steering: Steering) -> None:
+        """Give a place up; nothing where there is none."""
+        with self._changed:
+            if steering in self._queue:
+                self._queue.remove(steering)
+            self._changed.notify_all()
 
     @contextmanager
-    def aside(self, ticket: object, check: Callable[[], None]) -> Iterator[None]:
+    def turn(self, steering: Steering) -> Iterator[None]:
+        """Hold the desk for the block.
+
+        Raises:
+            BundleError: the import is to end, before its turn came.
+        """
+        try:
+            self._take(steering)
+            yield
+        finally:
+            self.leave(steering)
+
+    @contextmanager
+    def aside(self, steering: Steering) -> Iterator[None]:
         """Let others work during the block, which waits for a person; hold the desk again unless it raised."""
-        self._leave(ticket)
+        self.leave(steering)
         yield
-        self._take(ticket, check)
+        self._take(steering)
 
     @contextmanager
     def claim(self, model_digest: str) -> Iterator[None]:
@@ -199,18 +217,12 @@ class Desk:
         with self._changed:
             return sum(needed for digest, needed in self._claims.items() if digest != model_digest)
 
-    def _take(self, ticket: object, check: Callable[[], None]) -> None:
+    def _take(self, steering: Steering) -> None:
+        self.line_up(steering)
         with self._changed:
-            self._queue.append(ticket)
-            while self._queue[0] is not ticket:
-                check()
+            while self._queue[0] is not steering:
+                steering.check()
                 self._changed.wait(_LOOK_S)
-
-    def _leave(self, ticket: object) -> None:
-        with self._changed:
-            if ticket in self._queue:
-                self._queue.remove(ticket)
-            self._changed.notify_all()
 
 
 class Volumes:

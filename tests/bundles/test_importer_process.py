@@ -21,17 +21,20 @@ from bundles.content.files import ModelFiles
 from bundles.content.inspector import Inspector, Verdict
 from bundles.format.errors import BundleError
 from bundles.format.manifest import Kind
-from bundles.importer.importing import import_bundle
+from bundles.importer import jobs as importer_jobs
+from bundles.importer.importing import import_bundle, take_up
 from bundles.importer.jobs import Job, Jobs
 from bundles.importer.rate import Rate
+from bundles.importer.records import Import
 from bundles.importer.scrubbing import Pace, Scrubber
 from bundles.importer.service import ImporterService
+from bundles.importer.steering import Steering
 from bundles.importer.workplace import Workplace
-from bundles.pipeline import State
+from bundles.pipeline import Progress, Report, State
 from bundles.protos import importer_pb2 as pb
 from bundles.protos import importer_pb2_grpc
 from tests.bundles.making import INSPECTOR, Trust, make_bundle, split
-from tests.bundles.stores import spoil
+from tests.bundles.stores import Unquestioning, spoil
 
 ROOT = Path(__file__).parents[2]
 JUDGING, RELEASED = threading.Event(), threading.Event()
@@ -220,6 +223,33 @@ async def test_stopping_leaves_what_waits_and_the_next_importer_goes_on_with_it(
     assert states == list(State)[:6]
     await jobs.stop()
     again.ledger.close()
+
+
+async def test_what_is_taken_up_keeps_its_order_whichever_thread_begins_first(
+    home: Path, bundle: Path, tmp_path: Path, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A newer release that came first would end the older one, a delta its base."""
+    place = Workplace.open(home, Unquestioning())
+    paths = [bundle, *(make_bundle(tmp_path / f"{n}.bundle", trust, sequence=n) for n in (2, 3))]
+    for path in paths:
+        place.ledger.begin(path.name, path)
+    at_its_place = threading.Event()
+
+    def late(place: Workplace, left: Import, report: Report, steering: Steering) -> Progress:
+        if left.path == str(paths[-1]):
+            threading.Timer(0.2, at_its_place.set).start()
+        else:
+            at_its_place.wait(30)
+        return take_up(place, left, report, steering)
+
+    monkeypatch.setattr(importer_jobs, "take_up", late)
+    jobs = Jobs(place, lambda: None)
+    jobs.take_up()
+    ended = [[p async for p in jobs.start(path).watch()][-1] for path in paths]
+    assert [(p.state, p.reason) for p in ended] == [(State.COMMITTED, "")] * 3
+    assert [version.sequence for version in place.ledger.versions()] == [1, 2, 3]
+    await jobs.stop()
+    place.ledger.close()
 
 
 async def test_a_database_that_cannot_be_written_ends_the_process(home: Path, bundle: Path) -> None:
