@@ -49,7 +49,8 @@ class Watch:
         if sum(len(row.token_ids) for row in plan.rows) > self.out_of_memory_above:
             raise MemoryError
         self.plans.append(plan)
-        return self.runner.execute(plan)
+        result: StepResult = self.runner.execute(plan)
+        return result
 
     @property
     def steps(self) -> list[list[tuple[int, int]]]:
@@ -87,14 +88,15 @@ def test_what_no_step_or_model_can_take_is_refused_when_it_is_submitted(bert: tu
     loop = engine(bert[0])
     assert loop.max_context_tokens == 96
     ask(loop, [[7] * 96])
-    for prompt, task, rest, code in (
+    cases: list[tuple[list[int], Task, dict[str, Any], str]] = [
         ([7] * 97, Task.EMBED, {}, "CONTEXT_OVERFLOW"),
         ([7, 99], Task.EMBED, {}, "TOKEN_OUT_OF_RANGE"),
         ([7], Task.SCORE, {}, "TASK_UNSUPPORTED"),
         ([7], Task.GENERATE, {}, "TASK_UNSUPPORTED"),
         ([7, 8], Task.EMBED, {"type_ids": [0, 2]}, "INVALID_TYPE_IDS"),
         ([7, 8], Task.EMBED, {"type_ids": [0]}, "INVALID_TYPE_IDS"),
-    ):
+    ]
+    for prompt, task, rest, code in cases:
         with pytest.raises(EngineError) as error:
             loop.submit(request(1, prompt, task=task, **rest))
         assert error.value.code == code

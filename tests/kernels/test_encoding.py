@@ -26,7 +26,7 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def deterministic() -> list[EncoderBackend]:
+def deterministic() -> list[ReferenceBackend | CpuBackend]:
     return [ReferenceBackend(), CpuBackend(deterministic=True), CpuBackend(torch.bfloat16, deterministic=True)]
 
 
