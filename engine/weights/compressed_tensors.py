@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PACKED, _INT, _FLOAT, _NAIVE = "pack-quantized", "int-quantized", "float-quantized", "naive-quantized"
+_MAX_GROUPS = 64
 _FORMATS = (_PACKED, _INT, _FLOAT, _NAIVE)
 
 
@@ -164,13 +165,15 @@ def _signed(codes: Tensor, bits: int) -> Tensor:
 def parse(settings: Settings) -> tuple[CompressedTensors, ...]:
     """See `engine.weights.quantisation`."""
     kind = settings.one_of("format", *_FORMATS, "mixed-precision")
-    settings.one_of("quantization_status", "compressed", default="compressed")
+    settings.one_of(
+        "quantization_status", "compressed", "frozen", default="compressed"
+    )  # old writers never said more
     settings.empty("kv_cache_scheme", "transform_config", "moe_sparsity_config")
     _check_sparsity(settings)
     settings.ignore("ignore", "global_compression_ratio", "version", "run_compressed", "dequantize")
     settings.ignore("use_optimized_inference")
     groups = settings.take("config_groups")
-    if not isinstance(groups, dict) or not groups:
+    if not isinstance(groups, dict) or not 0 < len(groups) <= _MAX_GROUPS:
         raise unsupported(settings.where, f"config_groups = {str(groups)[:60]!r} must say what is quantised")
     return tuple(_group(group, f"{settings.where} {name[:40]}", kind) for name, group in groups.items())
 
