@@ -418,25 +418,23 @@ def test_only_deaths_while_an_import_works_are_counted_and_after_three_it_waits_
     place.ledger.close()
 
 
-def test_an_import_that_waits_for_a_volume_is_not_at_work_and_at_work_again_once_it_has_it(
+def test_an_import_is_at_work_but_for_where_it_waits_for_a_volume(
     place: Workplace, tmp_path: Path, trust: Trust
 ) -> None:
     first, second = media(tmp_path, trust, 5)
     left = leave(place, first)
-    deaths: dict[int, int] = {}
+    steering, at_work = Steering(), set()
 
     def told(progress: Progress) -> None:
-        if progress.volume_wanted or deaths:
-            place.ledger.bury()
-            ((deaths[progress.volume_wanted],),) = place.ledger._db.rows("SELECT deaths FROM import")
+        ((working,),) = place.ledger._db.rows("SELECT working FROM import")
         if progress.volume_wanted:
             steering.offer(second)
-        elif deaths:
+        elif (2, False) in at_work:
             steering.end(StoppingError())
+        at_work.add((progress.volume_wanted, bool(working)))
 
-    steering = Steering()
-    take_up(place, left, told, steering)
-    assert deaths == {2: 0, 0: 1}
+    assert take_up(place, left, told, steering).state is State.STREAMING
+    assert at_work == {(0, True), (2, False)}
 
 
 def test_staging_of_an_import_under_way_is_kept_however_long_it_waits(
