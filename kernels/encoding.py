@@ -7,6 +7,7 @@ are computed from those whose bits do not depend on where a number lies in memor
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -73,7 +74,9 @@ class EncoderOps:
 
     def pointwise(self, x: Tensor, function: str) -> Tensor:
         """See `kernels.encoder_ops.EncoderBackend`."""
-        return _FUNCTIONS[function](x.to(_wide(self.dtype))).to(self.dtype)
+        if not self.deterministic:
+            return _FAST[function](x)
+        return _EXACT[function](x.to(_wide(self.dtype))).to(self.dtype)
 
     def attend(self, qkv: Tensor, looking: Looking, rope: Tensor | None, batch: _Passages) -> Tensor:
         """See `kernels.encoder_ops.EncoderBackend`."""
@@ -145,9 +148,18 @@ def _pool(row: Tensor, pooling: str) -> Tensor:
     return (row.to(_wide(row.dtype)).sum(0) / len(row)).to(row.dtype)
 
 
+_FAST: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": torch.relu,
+    "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+
 # torch's own gelu, silu and sigmoid give other bits to the numbers left over where a thread's share ends; erf,
 # tanh and exp do not.
-_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+_EXACT: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu": lambda x: 0.5 * x * (1 + torch.erf(x * math.sqrt(0.5))),
     "gelu_tanh": lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))),
     "relu": torch.relu,

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from engine.errors import EngineError
@@ -66,7 +67,7 @@ def judge(folder: Folder) -> Verdict:
         EngineError: the code and the message say what is wrong with it.
     """
     _refuse_code(folder)
-    served = read_served(lambda path: folder.read(path, MAX_CONFIG_BYTES))
+    served = read_served(partial(_read, folder))
     config = served.config
     if served.quantisation is None:
         _refuse_quantisation(folder)
@@ -94,6 +95,11 @@ def judge(folder: Folder) -> Verdict:
         facts,
         " and ".join(labels)[:_MAX_QUANTISATION] or None,
     )
+
+
+def _read(folder: Folder, path: str) -> bytes | None:
+    """A file that says what the model is; only its tokenizer may be large."""
+    return folder.read(path, MAX_FILE_BYTES if path == "tokenizer.json" else MAX_CONFIG_BYTES)
 
 
 def _facts(served: Served, text: TextModel) -> dict[str, str]:

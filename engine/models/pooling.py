@@ -26,7 +26,6 @@ _FLAGS = {
 _MODES = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
 _SIZES = ("word_embedding_dimension", "embedding_dimension")
 _TEXT_SETTINGS = {  # of the module that reads text: what each may say
-    "do_lower_case": (False,),
     "transformer_task": ("feature-extraction", "sequence-classification"),
     "modality_config": ({"text": {"method": "forward", "method_output_name": "last_hidden_state"}},),
     "module_output_name": ("token_embeddings",),
@@ -117,6 +116,8 @@ def _longest(read: ReadFile) -> int:
     path = "sentence_bert_config.json"
     fields = _optional(read, path)
     longest = fields.pop("max_seq_length", None)
+    if fields.pop("do_lower_case", False) is not False and not _lowers(read):
+        raise _unsupported(path, "do_lower_case beside a tokenizer that leaves letters as they are")
     for name, supported in _TEXT_SETTINGS.items():
         if fields.pop(name, supported[0]) not in supported:
             raise _unsupported(path, name)
@@ -125,6 +126,25 @@ def _longest(read: ReadFile) -> int:
     if longest is not None and (type(longest) is not int or longest < 1):
         raise EngineError("CONFIG_INVALID", f"{path}: max_seq_length must be a positive whole number")
     return longest or 0
+
+
+def _lowers(read: ReadFile) -> bool:
+    """Whether the tokenizer makes letters small by itself, so that doing it before changes nothing."""
+    content = read("tokenizer.json")
+    return content is not None and _lowering(
+        load_object(content, "tokenizer.json", "TOKENIZER_INVALID").get("normalizer")
+    )
+
+
+def _lowering(normalizer: object) -> bool:
+    if not isinstance(normalizer, dict):
+        return False
+    inner = normalizer.get("normalizers")
+    if normalizer.get("type") == "Sequence" and isinstance(inner, list):
+        return any(map(_lowering, inner))
+    return normalizer.get("type") == "Lowercase" or (
+        normalizer.get("type") == "BertNormalizer" and normalizer.get("lowercase") is True
+    )
 
 
 def _check_prompts(read: ReadFile) -> None:

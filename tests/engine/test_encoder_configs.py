@@ -1,6 +1,7 @@
 """Encoders: what a configuration or a way to vectors says that is not known, is refused by name."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from engine.errors import EngineError
+from engine.models.served import layout, read_served
 from tests.engine.tiny import engine
 from tests.engine.vector_models import add_modules, change_config, hidden_states, save, texts, vectors
 
@@ -140,3 +142,134 @@ def test_modules_that_are_not_computed_are_refused_by_name(
     add_modules(tmp_path, "pooling_mode_mean_tokens", "Dense")
     with pytest.raises(EngineError, match=r"POOLING_UNSUPPORTED: .*Dense"):
         engine(tmp_path)
+
+
+def test_small_letters_are_left_to_a_tokenizer_that_makes_them(
+    models: dict[str, tuple[Path, Any]], tmp_path: Path
+) -> None:
+    for file in models["bert"][0].iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    add_modules(tmp_path, do_lower_case=True)
+    for normalizer, taken in (
+        ({"type": "BertNormalizer", "lowercase": True}, True),
+        ({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}, True),
+        ({"type": "BertNormalizer", "lowercase": False}, False),
+        (None, False),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"normalizer": normalizer}))
+        if taken:
+            assert len(vectors(engine(tmp_path), [[5, 6]])[0]) == 32
+        else:
+            with pytest.raises(EngineError, match="do_lower_case"):
+                engine(tmp_path)
+
+
+_OF_BERT = {
+    "attention_probs_dropout_prob": 0.1,
+    "classifier_dropout": None,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+    "position_embedding_type": "absolute",
+    "use_cache": True,
+}
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "sentence-transformers/all-MiniLM-L6-v2": _OF_BERT
+    | {
+        "_name_or_path": "nreimers/MiniLM-L6-H384-uncased",
+        "architectures": ["BertModel"],
+        "gradient_checkpointing": False,
+        "hidden_size": 384,
+        "intermediate_size": 1536,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "model_type": "bert",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 6,
+        "pad_token_id": 0,
+        "transformers_version": "4.8.2",
+        "type_vocab_size": 2,
+        "vocab_size": 30522,
+    },
+    "BAAI/bge-reranker-v2-m3": _OF_BERT
+    | {
+        "architectures": ["XLMRobertaForSequenceClassification"],
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "hidden_size": 1024,
+        "id2label": {"0": "LABEL_0"},
+        "intermediate_size": 4096,
+        "label2id": {"LABEL_0": 0},
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 8194,
+        "model_type": "xlm-roberta",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "output_past": True,
+        "pad_token_id": 1,
+        "torch_dtype": "float32",
+        "transformers_version": "4.38.1",
+        "type_vocab_size": 1,
+        "vocab_size": 250002,
+    },
+    "Alibaba-NLP/gte-modernbert-base": {
+        "architectures": ["ModernBertModel"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 50281,
+        "classifier_activation": "gelu",
+        "classifier_bias": False,
+        "classifier_dropout": 0.0,
+        "classifier_pooling": "mean",
+        "cls_token_id": 50281,
+        "decoder_bias": True,
+        "deterministic_flash_attn": False,
+        "embedding_dropout": 0.0,
+        "eos_token_id": 50282,
+        "global_attn_every_n_layers": 3,
+        "global_rope_theta": 160000.0,
+        "gradient_checkpointing": False,
+        "hidden_activation": "gelu",
+        "hidden_size": 768,
+        "initializer_cutoff_factor": 2.0,
+        "initializer_range": 0.02,
+        "intermediate_size": 1152,
+        "layer_norm_eps": 1e-05,
+        "local_attention": 128,
+        "local_rope_theta": 10000.0,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "mlp_dropout": 0.0,
+        "model_type": "modernbert",
+        "norm_bias": False,
+        "norm_eps": 1e-05,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 22,
+        "pad_token_id": 50283,
+        "position_embedding_type": "absolute",
+        "reference_compile": None,
+        "repad_logits_with_grad": False,
+        "sep_token_id": 50282,
+        "sparse_pred_ignore_index": -100,
+        "sparse_prediction": False,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float16",
+        "transformers_version": "4.48.0.dev0",
+        "vocab_size": 50368,
+    },
+}
+PARAMETERS = {  # without poolers and buffers, which vectors do not need
+    "sentence-transformers/all-MiniLM-L6-v2": 22_565_376,
+    "BAAI/bge-reranker-v2-m3": 567_755_777,
+    "Alibaba-NLP/gte-modernbert-base": 149_014_272,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_taken_and_mean_models_of_their_size(name: str) -> None:
+    served = read_served({"config.json": json.dumps(PUBLISHED[name]).encode()}.get)
+    assert sum(map(math.prod, layout(served, ()).shapes.values())) == PARAMETERS[name]
+    assert (
+        served.config.max_context_tokens
+        == {"bert": 512, "xlm-roberta": 8192, "modernbert": 8192}[served.config.model_type]
+    )
