@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,10 +18,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from benchmarks.demo_models.answering import Model
-from benchmarks.demo_models.evaluate import COUNT, DEMO, MODELS, Tally, measure
-from benchmarks.demo_models.notes import draw
+from benchmarks.demo_models.evaluate import COUNT, DEMO, MODELS, SEED, Tally
+from benchmarks.demo_models.notes import SPLITS, draw
 from engine.prepare.folder import ModelFolder
-from engine.prepare.quantising import Settings, quantise_folder
+from engine.prepare.quantising import quantise_folder
+from engine.prepare.question import Settings
 from engine.prepare.streaming import read_plain
 
 CALIBRATION_SEED, NOTES = 3000, 512
@@ -63,13 +65,18 @@ def load(folder: Path) -> Model:
     return Model(network, tokenizer)
 
 
-def quantised(source: Path, way: str, calibration: Path, wide: bool, count: int) -> Result:
+def fields_right(model: Model, wide: bool, splits: Sequence[str], count: int) -> dict[str, Tally]:
+    """A tally for each split, of the notes that the models' cards are measured with."""
+    return {split: Tally.of(model.answer(draw(SEED, count, split, wide=wide))) for split in splits}  # type: ignore[arg-type]  # argparse has checked them
+
+
+def quantised(source: Path, way: str, calibration: Path, wide: bool, splits: Sequence[str], count: int) -> Result:
     """Quantise in one way, and measure."""
     bits, group, symmetric = WAYS[way]
     settings = Settings(bits, group, symmetric, calibration, 1 << 15, torch.get_num_threads())
     with tempfile.TemporaryDirectory() as folder:
         report = quantise_folder(source, Path(folder), settings, lambda stage, done, total: None)
-        found = measure(load(Path(folder)), wide, count)
+        found = fields_right(load(Path(folder)), wide, splits, count)
     errors = report["matrices"]
     return Result(
         found,
@@ -108,6 +115,7 @@ def main() -> None:
     which.add_argument("--model", choices=MODELS, help="one of the committed models")
     which.add_argument("--folder", type=Path, help="count the fields of this folder, plain or quantised")
     parser.add_argument("--way", choices=WAYS, action="append", help="(default: all)")
+    parser.add_argument("--split", choices=SPLITS, action="append", help="(default: all)")
     parser.add_argument("--count", type=int, default=COUNT, help=f"notes of each split (default {COUNT})")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="write the calibration notes, and end")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor")
@@ -118,7 +126,8 @@ def main() -> None:
     if chosen.calibration:
         write_calibration(chosen.calibration, wide)
         return
-    plain = measure(load(source), wide, chosen.count)
+    splits = chosen.split or SPLITS
+    plain = fields_right(load(source), wide, splits, chosen.count)
     if chosen.folder:
         print("\n".join(f"{split}: {tally.share():.2%}" for split, tally in plain.items()))
         return
@@ -127,7 +136,7 @@ def main() -> None:
         write_calibration(calibration, wide)
         results = {}
         for way in chosen.way or WAYS:
-            results[way] = quantised(source, way, calibration, wide, chosen.count)
+            results[way] = quantised(source, way, calibration, wide, splits, chosen.count)
     print(table(plain, results))
 
 

@@ -115,9 +115,7 @@ def prepared(
         steps, folder = [], model
         if is_gguf:
             folder = _step(place / "converted")
-            steps.append(
-                _ask(preparer, {"do": "convert", "source": str(model.absolute()), "out": str(folder)}, report)
-            )
+            steps.append(_ask(preparer, _conversion(model, folder, keep=quantisation is None), report))
         if quantisation is not None:
             source, folder = folder, _step(place / "quantised")
             steps.append(_ask(preparer, _question(quantisation, source, folder), report))
@@ -129,6 +127,11 @@ def prepared(
 def _step(folder: Path) -> Path:
     folder.mkdir()
     return folder.absolute()
+
+
+def _conversion(model: Path, folder: Path, *, keep: bool) -> dict[str, object]:
+    """Numbers that are quantised stay so, unless they are to be quantised anew."""
+    return {"do": "convert", "source": str(model.absolute()), "out": str(folder), "keep": keep}
 
 
 def _question(quantisation: Quantisation, source: Path, folder: Path) -> dict[str, object]:

@@ -1,13 +1,16 @@
 """A GGUF file made into the folder that Hugging Face would publish: config.json, tokenizer.json, safetensors.
 
-Tensors are read, turned and written one by one. F16, BF16 and F32 keep their numbers; blocks of quantised numbers
-become bfloat16, rounded to nearest, which is far finer than the blocks were.
+Tensors are read, turned and written one by one. F16, BF16 and F32 keep their numbers, and so do Q8_0 and Q4_0
+where all linear layers are of that type; other blocks of quantised numbers become bfloat16, rounded to nearest,
+which is finer than the blocks were.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,26 +20,29 @@ import numpy as np
 from engine.errors import EngineError
 from engine.prepare.gguf import BLOCKS, Container, TensorInfo, read_container
 from engine.prepare.gguf_blocks import Floats, dequantise
+from engine.prepare.gguf_kept import Kept, find_kept, packed, row_pieces, split_blocks
 from engine.prepare.gguf_metadata import Metadata
 from engine.prepare.gguf_models import ROPE_FACTORS, Converted, convert_model
 from engine.prepare.gguf_tokenizer import TokenizerFiles, read_tokenizer
 from engine.prepare.question import Told
-from engine.prepare.weights_file import TensorPlan, writing
+from engine.prepare.weights_file import TensorPlan, WeightsWriter, writing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+_LINEAR = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
 _PIECE = 1 << 22  # numbers turned at once; a multiple of every block
 
 
-def convert_gguf(source: Path, folder: Path, told: Told) -> dict[str, Any]:
+def convert_gguf(source: Path, folder: Path, told: Told, keep: bool = True) -> dict[str, Any]:
     """Write the folder; what was done, for the record.
 
     Args:
         source: the GGUF file.
         folder: an empty folder.
         told: hears of the bytes.
+        keep: quantised numbers may stay so.
 
     Raises:
         EngineError: GGUF_INVALID, GGUF_UNSUPPORTED, GGUF_TOKENIZER, SOURCE_UNREADABLE, DISK_FULL.
@@ -48,16 +54,77 @@ def convert_gguf(source: Path, folder: Path, told: Told) -> dict[str, Any]:
         model = convert_model(metadata, {n: t.shape for n, t in container.tensors.items()}, factors)
         tokenizer = read_tokenizer(metadata)
         _check(model, container, tokenizer)
-        plans = {name: _plan(container.tensors[given]) for given, name in model.names.items()}
-        total, done = sum(plan.size for plan in plans.values()), 0
-        with writing(folder, plans) as writer:
-            for given, name in model.names.items():
-                writer.write(name, _turned(given, container.tensors[given], model, stream.fileno()))
-                done += plans[name].size
-                told("converting", done, total)
+        kept = _kept(model, container) if keep else None
+        _write_weights(folder, stream.fileno(), container, model, kept, told)
+    if kept is not None:
+        model.config["quantization_config"] = kept.stated
     _write_texts(folder, metadata, model, tokenizer)
     kinds = sorted({tensor.type for tensor in container.tensors.values()})
-    return {"from": "gguf", "architecture": model.family.architecture, "types": kinds}
+    return {
+        "from": "gguf",
+        "architecture": model.family.architecture,
+        "types": kinds,
+        "kept": kept.type if kept else "",
+    }
+
+
+def _kept(model: Converted, container: Container) -> Kept | None:
+    matrices = {name: container.tensors[given] for given, name in model.names.items() if _LINEAR.search(name)}
+    return find_kept(matrices)
+
+
+def _write_weights(
+    folder: Path, fd: int, container: Container, model: Converted, kept: Kept | None, told: Told
+) -> None:
+    plans: dict[str, TensorPlan] = {}
+    for given, name in model.names.items():
+        tensor = container.tensors[given]
+        held = kept is not None and name in kept.matrices
+        plans |= kept.plans(name, tensor.shape) if kept and held else {name: _plan(tensor)}
+    total, done = sum(plan.size for plan in plans.values()), 0
+    with writing(folder, plans) as writer:
+        for given, name in model.names.items():
+            tensor = container.tensors[given]
+            if kept is not None and name in kept.matrices:
+                written = kept.plans(name, tensor.shape)
+                _write_kept(writer, [*written], given, tensor, model, fd)
+            else:
+                written = {name: plans[name]}
+                writer.write(name, _turned(given, tensor, model, fd))
+            done += sum(plan.size for plan in written.values())
+            told("converting", done, total)
+
+
+def _write_kept(
+    writer: WeightsWriter, keys: list[str], given: str, tensor: TensorInfo, model: Converted, fd: int
+) -> None:
+    """A matrix whose blocks stay what they are; its scales, few beside its codes, are written after them."""
+    heads = _permuted_heads(model, model.names[given])
+    most = _PIECE if heads is None else math.prod(tensor.shape)
+    scales: list[bytes] = []
+
+    def pieces() -> Iterator[bytes]:
+        for begin, length in row_pieces(tensor, most):
+            codes, some = split_blocks(given, tensor, _read(fd, tensor.offset + begin, length))
+            scales.append(_in_halves(some, heads).tobytes())
+            yield packed(tensor, _in_halves(codes, heads))
+
+    writer.write(keys[0], pieces())
+    writer.write(keys[1], scales)
+
+
+def _permuted_heads(model: Converted, name: str) -> int | None:
+    """Heads of a matrix whose rows are in pairs; None of any other."""
+    heads = _HEADS.get(name.split(".")[-2])
+    return int(model.config[heads]) if model.family.permuted and heads is not None else None
+
+
+def _in_halves(rows: NDArray[Any], heads: int | None) -> NDArray[Any]:
+    """Rows of heads in pairs (i, i + 1), as (i, i + n/2); other rows as they are."""
+    if heads is None:
+        return rows
+    paired = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return paired.swapaxes(1, 2).reshape(rows.shape)
 
 
 def _rope_factors(container: Container, fd: int) -> list[float]:
@@ -91,11 +158,9 @@ def _turned(given: str, tensor: TensorInfo, model: Converted, fd: int) -> Iterat
     pieces = _numbers(given, tensor, fd)
     if model.family.norm_offset and name.endswith("norm.weight"):
         pieces = (_less(given, tensor, piece, model.family.norm_offset) for piece in pieces)
-    heads = _HEADS.get(name.split(".")[-2])
-    if model.family.permuted and heads is not None:
-        count = model.config[heads]
-        paired = np.concatenate(list(pieces)).reshape(count, tensor.shape[0] // count // 2, 2, -1)
-        pieces = iter([paired.swapaxes(1, 2)])
+    heads = _permuted_heads(model, name)
+    if heads is not None:
+        pieces = iter([_in_halves(np.concatenate(list(pieces)).reshape(tensor.shape), heads)])
     return (piece.tobytes() for piece in pieces)
 
 

@@ -1,8 +1,8 @@
 """What engine-prepare is asked on standard input: one JSON object, all of whose fields are there.
 
-{"do": "convert", "source": "/media/model.gguf", "out": "/tmp/x"} or {"do": "quantise", "source": "/models/m",
-"out": "/tmp/y", "bits": 4, "group": 32, "symmetric": false, "calibration": "/texts.jsonl", "tokens": 32768,
-"threads": 2}; `calibration` may be null.
+{"do": "convert", "source": "/media/model.gguf", "out": "/tmp/x", "keep": true} or {"do": "quantise", "source":
+"/models/m", "out": "/tmp/y", "bits": 4, "group": 32, "symmetric": false, "calibration": "/texts.jsonl", "tokens":
+32768, "threads": 2}; `calibration` may be null.
 """
 
 import json
@@ -46,11 +46,13 @@ class Question:
         source: a GGUF file to convert, or a model's folder to quantise.
         out: an empty folder.
         settings: how to quantise; None: convert.
+        keep: quantised numbers of a GGUF file may stay so.
     """
 
     source: Path
     out: Path
     settings: Settings | None
+    keep: bool = False
 
 
 def read_question(source: BinaryIO) -> Question:
@@ -68,7 +70,8 @@ def read_question(source: BinaryIO) -> Question:
                 settings = _settings(asked)
             case other:
                 raise ValueError(other)
-        return Question(Path(asked["source"]), Path(asked["out"]), settings)
+        keep = settings is None and bool(asked["keep"])
+        return Question(Path(asked["source"]), Path(asked["out"]), settings, keep)
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError("INVALID_QUESTION", "standard input is no question to engine-prepare") from error
 

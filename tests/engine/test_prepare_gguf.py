@@ -13,10 +13,12 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from engine.errors import EngineError
 from engine.models.spec import RopeConfig
 from engine.prepare.converting import convert_gguf
+from engine.prepare.folder import ModelFolder
 from engine.prepare.gguf import BLOCKS, read_container
 from engine.prepare.gguf_blocks import dequantise
 from engine.prepare.gguf_metadata import Metadata
 from engine.prepare.gguf_tokenizer import read_tokenizer
+from engine.prepare.streaming import read_plain
 from tests.engine.gguf_files import (
     CORPUS,
     FAMILIES,
@@ -27,6 +29,7 @@ from tests.engine.gguf_files import (
     make_tokenizer,
     write_gguf,
 )
+from tests.engine.tiny import engine, teacher_forced
 
 TEXTS = (*CORPUS, "a  b\n\n c<|end|>d", "naïve 日本 🙂 x<|unknown|>", "  lead")
 
@@ -69,17 +72,36 @@ def test_a_converted_model_computes_what_the_one_it_was_made_of_computes(name: s
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K"])
-def test_a_converted_matrix_is_what_the_gguf_package_makes_of_it_and_bfloat16_only_where_it_was_quantised(
+def test_a_converted_matrix_is_what_the_gguf_package_makes_of_it_and_bfloat16_only_where_nothing_holds_it_exactly(
     kind: str, tmp_path: Path
 ) -> None:
     network = make_network("qwen2") if kind not in ("Q4_K", "Q6_K") else make_wide()
     source = write_gguf(tmp_path / "x.gguf", "qwen2", network, Q[kind])
-    found = load_converted(convert(source, tmp_path / "out")).state_dict()
-    (tensor,) = [t for t in gguf.GGUFReader(source).tensors if t.name == "blk.1.ffn_down.weight"]
-    wanted = torch.from_numpy(gguf.quants.dequantize(tensor.data, Q[kind]).astype(np.float32))
-    if kind not in ("F16", "BF16"):
-        wanted = wanted.bfloat16().float()
-    assert torch.equal(found["model.layers.1.mlp.down_proj.weight"], wanted)
+    found = ModelFolder(convert(source, tmp_path / "out"))
+    for given, name in (("blk.1.ffn_down", "model.layers.1.mlp.down_proj"), ("token_embd", "model.embed_tokens")):
+        (tensor,) = [t for t in gguf.GGUFReader(source).tensors if t.name == f"{given}.weight"]
+        wanted = torch.from_numpy(gguf.quants.dequantize(tensor.data, Q[kind]).astype(np.float32))
+        exact = kind in ("F16", "BF16") or (kind in ("Q8_0", "Q4_0") and given != "token_embd")
+        assert torch.equal(read_plain(found, f"{name}.weight"), wanted if exact else wanted.bfloat16().float())
+
+
+@pytest.mark.parametrize(("kind", "label"), [("Q8_0", (8, 32)), ("Q4_0", (4, 32))])
+def test_blocks_that_our_own_format_holds_are_moved_and_served_and_are_plain_where_that_is_asked(
+    kind: str, label: tuple[int, int], tmp_path: Path
+) -> None:
+    source = write_gguf(tmp_path / "x.gguf", "llama", make_network("llama"), Q[kind])
+    folder, plain = convert(source, tmp_path / "out"), tmp_path / "plain"
+    plain.mkdir()
+    convert_gguf(source, plain, lambda stage, done, total: None, keep=False)
+    stated = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert (stated["bits"], stated["group_size"], stated["symmetric"]) == (*label, True)
+    kept, rounded = ModelFolder(folder), ModelFolder(plain)
+    assert not rounded.quantised
+    for name in kept.shapes:
+        assert torch.equal(read_plain(kept, name).bfloat16().float(), read_plain(rounded, name).bfloat16().float())
+    tokens = torch.randint(2, 300, (30,), generator=torch.Generator().manual_seed(1)).tolist()
+    found, wanted = (teacher_forced(engine(each), tokens, prompt_length=20) for each in (folder, plain))
+    assert float((found - wanted).norm() / wanted.norm()) < 0.02  # the plain one is rounded to bfloat16
 
 
 def make_wide() -> object:
