@@ -187,7 +187,8 @@ def judged(mutation: Mutation, tiny: Tiny) -> ModelConfig | None:
 
 
 def _named(mutation: Mutation, refusal: EngineError) -> None:
-    names = {mutation.field.rpartition(".")[2], *mutation.config, *_ROPE_FIELDS}
+    inner = mutation.value if isinstance(mutation.value, dict) else {}
+    names = {mutation.field.rpartition(".")[2], *mutation.config, *_ROPE_FIELDS, *inner}
     assert refusal.code in REFUSALS
     assert any(name in refusal.message for name in names), (mutation.field, mutation.value, refusal.message)
 
