@@ -831,7 +831,8 @@ class EmbedRequest(_message.Message):
     """A UUID; idempotency and audit key. The server assigns one when empty."""
     dimensions: _builtins.int
     """Keep the first numbers of each vector, this many, for models that are trained for it (Matryoshka). From 1 to the
-    length of the model's vectors; default all.
+    length of the model's vectors; default all. More is INVALID_DIMENSIONS, which is known once an input has been
+    computed: what was is charged.
     """
     normalize: _builtins.bool
     """Scale each vector, after dimensions, to length 1, so that the dot product of two is the cosine of their angle.
