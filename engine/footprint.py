@@ -167,8 +167,8 @@ def loading_peak(of: Sizes, stored: Mapping[str, int]) -> int:
     converts = any(held[name] != size for name, size in prepared.items())
     widest = max((held[name] // prod(shape) for name, shape in of.shapes.items()), default=of.item)
     copies = stack * max(of.item, widest) if converts else 0
-    copies += preparing_bytes(of.formats, of.shapes, stack, of.is_cpu)
-    return between + stack * of.item + copies + _experts(of, held) + _rope_bytes(of) + _rope_angles(of)
+    moment = max(stack * of.item + copies, preparing_bytes(of.formats, of.shapes, of.is_cpu, of.item))
+    return between + moment + _experts(of, held) + _rope_bytes(of) + _rope_angles(of)
 
 
 def _experts(of: Sizes, held: Mapping[str, int]) -> int:

@@ -14,6 +14,7 @@ _UNPACKED = (
 )
 _PLAIN = 8  # and while it is prepared: float32 or int32, twice
 _KEPT = 2  # of each of a stack that is not prepared yet: its code, and its share of scales and zero points
+_STACKED = 3  # matrices, as large as the largest: queries, keys and values
 _BLOCK = 24  # of each number of a block that is made plain: its code as an index, float32 thrice, and its own type
 
 
@@ -32,15 +33,16 @@ def prepared_bytes(found: Format, shape: Shape, is_cpu: bool, item: int) -> int:
     return count * cpu_bytes(found.layout(shape), each, item)
 
 
-def preparing_bytes(formats: Mapping[str, Format], shapes: Mapping[str, Shape], stack: int, is_cpu: bool) -> int:
-    """Most that is there beside what the files hold while a stack of `stack` numbers is prepared.
+def preparing_bytes(formats: Mapping[str, Format], shapes: Mapping[str, Shape], is_cpu: bool, item: int) -> int:
+    """Most that is there beside what the files hold while a stack of matrices is prepared.
 
-    The cpu backend prepares matrix by matrix, the reference all of a stack together.
+    A stack is of at most three. The cpu backend prepares it matrix by matrix, the reference all together.
     """
     if not formats:
         return 0
     largest = max(prod(_matrices(shapes[name])[1]) for name in formats)
-    return stack * _KEPT + (largest if is_cpu else max(stack, largest)) * (_UNPACKED + _PLAIN)
+    stack = _STACKED * largest
+    return stack * (_KEPT + item) + (largest if is_cpu else stack) * (_UNPACKED + _PLAIN)
 
 
 def multiplying_bytes(formats: Mapping[str, Format], shapes: Mapping[str, Shape], item: int) -> int:
