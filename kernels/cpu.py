@@ -144,6 +144,8 @@ class CpuBackend(EncoderOps):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `kernels.ops.Backend`; rounded before it is multiplied by a weight of its own number type."""
+        if x.dtype == weight.dtype:
+            return F.rms_norm(x, weight.shape, weight, eps)
         return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
     def add_rms_norm(
