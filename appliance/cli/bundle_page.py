@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 WIDTH = 80
 _INDENT = 14
 _MOST_FILES = 20
+_MOST_SOURCES = 4
 _MOST_CANARIES = 3
 _MOST_TEXT = 1600  # of one fact: 25 lines; a bundle may state megabytes
 
@@ -247,6 +248,8 @@ def _about(name: str, content: bytes) -> str:
             return _about_materials(strict_json.parse_object(content, name, any_number=True))
         if name == "slsa.json":
             return _about_provenance(strict_json.parse_object(content, name, any_number=True))
+        if name == "preparation.json":
+            return _about_preparation(strict_json.parse_object(content, name, any_number=True))
     except BundleError:
         return ""
     return "; the signature of the source it was made from, kept" if name == "upstream-model.sig" else ""
@@ -289,9 +292,23 @@ def _about_provenance(statement: Mapping[str, Any]) -> str:
             },
         }:
             sources = _names(definition.get("resolvedDependencies"))
-            made_from = f", from {', '.join(sources)}" if sources else ""
+            more = f" and {len(sources) - _MOST_SOURCES} more" if len(sources) > _MOST_SOURCES else ""
+            made_from = f", from {', '.join(sources[:_MOST_SOURCES])}{more}" if sources else ""
             return f"; SLSA v1: built by {' '.join(f'{k} {v}' for k, v in tools.items())}{made_from}"
     return ""
+
+
+def _about_preparation(account: Mapping[str, Any]) -> str:
+    said = []
+    for step in account.get("steps") or ():
+        match step:
+            case {"from": "gguf"}:
+                said.append("converted from GGUF")
+            case {"bits": int(bits), "calibration": {"perplexity_before": before, "perplexity_after": after}}:
+                said.append(f"quantised to int{bits}, perplexity {before} before and {after} after")
+            case {"bits": int(bits)}:
+                said.append(f"quantised to int{bits}")
+    return "; " + ", ".join(said) if said else ""
 
 
 def _names(listed: object) -> list[str]:

@@ -92,6 +92,15 @@ def test_what_is_quantised_states_its_sources_its_steps_and_where_the_whole_acco
     assert '"cloister:prepared-calibration-perplexity-after", "value": "2.75"' in bill
 
 
+def test_the_page_says_what_was_done_and_names_a_few_of_the_sources(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bundle", "inspect", str(build_quantised(tmp_path))]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "quantised to int4, perplexity 2.5 before and 2.75 after" in page
+    assert "and 3 more" in page
+
+
 def test_the_site_signs_what_is_quantised_and_the_publisher_s_signature_stays_as_provenance(
     tmp_path: Path,
 ) -> None:
