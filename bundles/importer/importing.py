@@ -147,11 +147,11 @@ class _Import:
                 return self._import_model(reader, volumes)
 
     def _known_as(self, path: Path) -> str:
-        """The model that an earlier import found at a path where nothing lies now; empty where none did."""
+        """The model that the last import which came so far found where nothing lies now; empty where none did."""
         if os.path.lexists(path):
             return ""
         earlier = (held.progress.model_digest for held in self._place.ledger.ended() if held.path == str(path))
-        return next(earlier, "")
+        return next(filter(None, earlier), "")
 
     def leave(self) -> Progress:
         """The importer stops: nothing of this import ends; its progress so far."""

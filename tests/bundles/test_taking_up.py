@@ -373,6 +373,9 @@ def test_whoever_imports_a_cancelled_bundle_again_need_not_show_its_first_volume
     assert (told[-1].reason, told[-1].model_version) == ("IMPORT_CANCELLED", "tiny@1.0.1")
     unplugged(first)
     assert bring(place, first.with_name("another")).reason == "SOURCE_UNREADABLE"
+    hasty = Steering()
+    hasty.end(BundleError("IMPORT_CANCELLED", "an operator ended it before its turn"))
+    assert bring(place, first, steering=hasty).model_digest == ""
     again, steering = Told(), Steering()
     thread = threading.Thread(target=bring, args=(place, first, again, steering))
     thread.start()
