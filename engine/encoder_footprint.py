@@ -65,7 +65,7 @@ class EncoderSizes:
 def resolve(config: EncoderConfig, options: EngineOptions, cores: int) -> EngineOptions:
     """`options` with every default filled in: no pages, and steps that the longest prompt fits into.
 
-    Where steps are asked for that are smaller, prompts are as short as they.
+    Where steps are asked for that are smaller, prompts are as short as they; engine-text goes by that, too.
 
     Raises:
         EngineError: OPTIONS_INVALID names the option.
@@ -107,9 +107,9 @@ def loading_peak(of: EncoderSizes, stored: Mapping[str, int]) -> int:
     widest = max((-(-stored.get(name, 0) // prod(shape)) for name, shape in of.shapes.items()), default=of.item)
     converts = any(stored.get(name, size) != size for name, size in prepared.items())
     copies = stack * max(of.item, widest) if converts else 0
-    copies += preparing_bytes(of.formats, of.shapes, stack, of.is_cpu)
+    moment = max(stack * of.item + copies, preparing_bytes(of.formats, of.shapes, of.is_cpu, of.item))
     angles = of.options.max_context_tokens * of.config.head_dim // 2 * (_FLOAT + 6 * 8)
-    return between + spare + stack * of.item + copies + _turns_bytes(of) + (angles if of.config.thetas else 0)
+    return between + spare + moment + _turns_bytes(of) + (angles if of.config.thetas else 0)
 
 
 def activation_bytes(of: EncoderSizes) -> int:

@@ -49,6 +49,11 @@ class Served:
         """Segments it tells apart; 1: none."""
         return max(1, self.config.num_types) if isinstance(self.config, EncoderConfig) else 1
 
+    def context(self, wanted: int, step: int) -> int:
+        """Most tokens of a request where a deployment wants so many, and so many in a step; 0 is the default."""
+        most = wanted or self.config.max_context_tokens
+        return min(most, step or most) if isinstance(self.config, EncoderConfig) else most
+
     def capabilities(self, can_chat: bool) -> tuple[str, ...]:
         """generate, embed or rerank, and chat where it generates and has a template."""
         chat = ("chat",) if can_chat and self.task is Task.GENERATE else ()

@@ -58,7 +58,8 @@ def _load(launch: Launch) -> tuple[TextModel, tuple[str, ...]]:
         return bytes(read_verified(file, launch.open_file))
 
     served = read_served(read)
-    most = launch.deployment.options.max_context_tokens or served.config.max_context_tokens
+    options = launch.deployment.options
+    most = served.context(options.max_context_tokens, options.max_step_tokens)
     model = load_text_model(read, most, served.num_types)
     return model, served.capabilities(can_chat=model.template is not None)
 

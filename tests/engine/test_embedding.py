@@ -10,12 +10,13 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import EngineError
 from engine.loop import EngineLoop
+from engine.memory_plan import read_model
 from engine.plan import StepPlan, StepResult
 from engine.protos import engine_pb2
 from engine.request import EndReason, Task
 from engine.worker.outbox import Outbox
 from engine.worker.translate import to_requests, to_row
-from tests.engine.tiny import engine, request, run, save_llama
+from tests.engine.tiny import engine, file_set, request, run, save_llama
 from tests.engine.vector_models import add_modules, ask, change_config, hidden_states, save, texts, vectors
 
 
@@ -102,6 +103,8 @@ def test_what_no_step_or_model_can_take_is_refused_when_it_is_submitted(bert: tu
         assert error.value.code == code
     assert not loop.has_work
     assert engine(bert[0], max_step_tokens=40, max_running=4).max_context_tokens == 40
+    served = read_model(*file_set(bert[0])).served
+    assert [served.context(*asked) for asked in ((0, 0), (0, 40), (30, 40), (50, 40))] == [96, 40, 30, 40]
 
 
 def test_steps_that_run_out_of_memory_are_smaller_and_every_text_gets_its_vector(bert: tuple[Path, Any]) -> None:

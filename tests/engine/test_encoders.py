@@ -84,9 +84,11 @@ def test_hidden_states_of_texts_that_share_a_step_equal_those_of_transformers(
     folder, model = models[variant]
     prompts = texts(6)
     found = computed(engine(folder, **OPTIONS[options]), prompts)
-    for prompt, hidden in zip(prompts, found, strict=True):
-        torch.testing.assert_close(hidden, hidden_states(model, prompt), rtol=0, atol=1e-4)
-        assert hidden.std() > 0.2  # a flat model would pass any comparison
+    wanted = [hidden_states(model, prompt) for prompt in prompts]
+    worst = max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))
+    print(f"{variant}, {options}: off by {worst:.1e}")
+    assert worst <= 1e-4
+    assert min(float(hidden.std()) for hidden in found) > 0.2  # a flat model would pass any comparison
 
 
 def drawn(family: str, seed: int) -> dict[str, Any]:
