@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.weights.bits import unpack
 from engine.weights.formats import (
@@ -47,6 +47,8 @@ class Awq:
     """
 
     group: int
+
+    dimensions: ClassVar[int] = 2
 
     @property
     def label(self) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.weights.bits import unpack
 from engine.weights.formats import (
@@ -63,6 +63,8 @@ class CompressedTensors:
     columns: int
     symmetric: bool
     ordered: bool
+
+    dimensions: ClassVar[int] = 2
 
     @property
     def label(self) -> str:

@@ -42,6 +42,10 @@ class Format(Protocol):
     """How one kind of quantised matrix is stored."""
 
     @property
+    def dimensions(self) -> int:
+        """Of the plain tensor: 2, a matrix [out, in]; 3, a stack of matrices [experts, in, out]."""
+
+    @property
     def label(self) -> str:
         """For people: bits, group and who defined it, "int4 g128 (awq)"."""
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.weights.formats import (
     SCALES,
@@ -46,6 +46,8 @@ class Fp8:
     block: tuple[int, int] | None
     scale: str
     exponents: bool = False
+
+    dimensions: ClassVar[int] = 2
 
     @property
     def label(self) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.weights.bits import unpack
 from engine.weights.formats import (
@@ -67,6 +67,8 @@ class Gptq:
     symmetric: bool
     version: int
     borrows: bool = False
+
+    dimensions: ClassVar[int] = 2
 
     @property
     def label(self) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.weights.bits import unpack
 from engine.weights.formats import (
@@ -49,6 +49,8 @@ class IntWeights:
     bits: int
     group: int
     symmetric: bool
+
+    dimensions: ClassVar[int] = 2
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from engine.weights.bits import unpack
 from engine.weights.formats import Shape, Stored, check_scales, exponents
@@ -31,15 +31,15 @@ VALUES = (*_POSITIVE, *(-value for value in _POSITIVE))
 class Mxfp4:
     """The matrices of one kind of all experts of a layer."""
 
+    dimensions: ClassVar[int] = 3
+
     @property
     def label(self) -> str:
         """See `Format`."""
         return "mxfp4"
 
     def stored(self, name: str, shape: Shape) -> Mapping[str, Stored]:
-        """See `Format`; of a matrix that is no stack, nothing any file has."""
-        if len(shape) != 3:
-            return {}
+        """See `Format`."""
         experts, inner, out = shape
         blocks = (experts, out, inner // _GROUP)
         return {

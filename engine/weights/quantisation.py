@@ -128,7 +128,8 @@ def _format(
     shapes: Mapping[str, Shape],
 ) -> Format | None:
     """The one declared format whose tensors are there; None where no tensor of any is."""
-    candidates = quantisation.formats if quantisation is not None else ()
+    declared = quantisation.formats if quantisation is not None else ()
+    candidates = [candidate for candidate in declared if candidate.dimensions == len(shape)]
     tables = [(candidate, _stored(candidate, name, shape, shapes)) for candidate in candidates]
     fitting = [candidate for candidate, table in tables if _fits(table, entries)]
     if fitting:
@@ -141,7 +142,7 @@ def _format(
                 raise EngineError("TENSORS_MISMATCH", f"tensor {key} is {given}, wanted {wanted}")
     for _, table in tables:
         missing = [key for key, stored in table.items() if key not in entries and not stored.optional]
-        if len(missing) < len(table):
+        if table.keys() & entries.keys():
             raise EngineError("TENSORS_MISMATCH", f"tensor {missing[0]} is missing, {prefix(name)} is quantised")
     return None
 

@@ -13,10 +13,12 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from compressed_tensors.quantization import QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from engine.errors import EngineError
+from engine.weights.loading import load_weights
 from engine.weights.quantisation import parse_quantisation
 from kernels.packed import Packed, dequantise
 from tests.engine.quantised import (
@@ -34,6 +36,7 @@ from tests.engine.quantised import (
     plain,
     read,
 )
+from tests.engine.tiny import file_set
 
 UPSTREAM = json.loads(Path(__file__).with_name("packed_by_upstream.json").read_text())
 
@@ -280,6 +283,31 @@ def test_a_group_larger_than_the_inputs_is_one_group_and_no_more() -> None:
         read(given_config, two, (8, 64))
 
 
+@pytest.mark.parametrize(
+    "given_config", [{"quant_method": "mxfp4"}, AWQ, FP8], ids=lambda given: given["quant_method"]
+)
+def test_a_format_of_matrices_is_none_of_stacks_nor_the_other_way_round(given_config: dict[str, Any]) -> None:
+    shapes = {"experts.down_proj": (2, 32, 8), "layer.weight": (8, 32)}
+    tensors = {"experts.down_proj": torch.zeros(2, 32, 8), "layer.weight": torch.zeros(8, 32)}
+    assert load(given_config, tensors, shapes).names == ["experts.down_proj", "layer.weight"]
+    for name in shapes:
+        with pytest.raises(EngineError, match=rf"TENSORS_MISMATCH: tensor {name} is missing"):
+            load(given_config, {other: tensor for other, tensor in tensors.items() if other != name}, shapes)
+        with pytest.raises(EngineError, match=rf"(DTYPE_UNSUPPORTED|TENSORS_MISMATCH): tensor {name}.* is "):
+            load(given_config, tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, shapes)
+
+
+def test_scales_that_are_stored_as_exponents_are_read_from_files(tmp_path: Path) -> None:
+    scales = 2.0 ** torch.tensor([[3, -4]])
+    codes = torch.randn(16, 64).to(torch.float8_e4m3fn)
+    stored = {"layer.weight": codes, "layer.weight_scale_inv": scales.to(torch.float8_e8m0fnu)}
+    save_file(stored, tmp_path / "model.safetensors")
+    known = parse_quantisation({"quantization_config": FORMATS["fp8 blocks"][0]})
+    weights = load_weights(*file_set(tmp_path), {"layer.weight": (16, 64)}, ("layer.weight",), known)
+    assert torch.equal(dequantise(weights.matrix("layer")), codes.float() * scales.repeat_interleave(32, 1))
+    assert weights.names == []
+
+
 def test_plain_and_quantised_matrices_stand_side_by_side() -> None:
     given_config, packer = FORMATS["gptq"]
     named = {f"a.{name}": tensor for name, tensor in packer(torch.randn(16, 64)).tensors.items()}
@@ -403,3 +431,32 @@ def test_inputs_of_eight_bits_may_stay_as_they_are_and_their_scales_are_not_miss
     for extra in ({}, {"input_scale": torch.ones(1)}, {"input_scale": torch.tensor(0.5).bfloat16()}):
         found = plain(static, quantised.tensors | extra, (8, 64))
         assert torch.allclose(found, quantised.plain, rtol=1e-6)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(sorted(FORMATS)), value=ANYTHING, data=st.data())
+def test_whatever_a_field_holds_it_is_read_or_refused(name: str, value: object, data: st.DataObject) -> None:
+    given_config, _ = FORMATS[name]
+    path = data.draw(st.sampled_from(objects(given_config)))
+    place = given_config
+    for step in path:
+        place = place[step]
+    key = data.draw(st.sampled_from(sorted(place)))
+    copied = changed(given_config, path, key, None)
+    inside = copied
+    for step in path:
+        inside = inside[step]
+    inside[key] = value
+    refused = None
+    try:
+        parse_quantisation({"quantization_config": copied})
+    except EngineError as error:
+        refused = error.code
+    assert refused in (None, "QUANTISATION_UNSUPPORTED")
