@@ -26,17 +26,23 @@ FS_BLOCK = 4096
 _COPY = 64 * 1024 * 1024
 
 
-def rewrite(path: Path, head: Head, documents: Mapping[str, bytes], payload_at: int) -> None:
+Identity = tuple[int, ...]
+"""Of a file as it was at a moment; empty of none."""
+
+
+def rewrite(path: Path, found: Identity, head: Head, documents: Mapping[str, bytes], payload_at: int) -> None:
     """Replace what is before the chunks of a whole bundle, or of its first volume.
 
     Args:
         path: the file.
+        found: what it was when it was read.
         head: its first members from now on.
         documents: by member, those that follow, in order.
         payload_at: where the chunks begin now, bytes.
 
     Raises:
-        BundleError: RELEASE_INVALID, the volume would be larger than it was built to be; SOURCE_CHANGED.
+        BundleError: RELEASE_INVALID, the volume would be larger than it was built to be; SOURCE_CHANGED, it
+            is not what was read, or becomes shorter.
     """
     fd = open_file(path)
     with open(fd, "rb") as old, replacing(path) as new:
@@ -50,6 +56,30 @@ def rewrite(path: Path, head: Head, documents: Mapping[str, bytes], payload_at: 
                 "build the bundle again with a larger --volume-size",
             )
         _append_rest(old, new, payload_at)
+        new.flush()
+        os.fsync(new.fileno())
+        check_unchanged(path, found)
+
+
+def identity(path: Path) -> Identity:
+    """What tells a file from those that come after it under its name, changed ones too."""
+    try:
+        status = path.lstat()
+    except OSError:  # whoever reads it says so
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def check_unchanged(path: Path, found: Identity) -> None:
+    """Refuse to replace what is not what was read: another's signature would be lost.
+
+    Raises:
+        BundleError: SOURCE_CHANGED.
+    """
+    if identity(path) != found:
+        raise BundleError(
+            "SOURCE_CHANGED", "the bundle changed while it was signed, or another signed it meanwhile; repeat"
+        )
 
 
 class _Beginning(ContainerWriter):

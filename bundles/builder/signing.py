@@ -17,7 +17,7 @@ from cryptography import x509
 
 from bundles.base import BundleBase
 from bundles.builder import sources
-from bundles.builder.rewriting import rewrite
+from bundles.builder.rewriting import Identity, check_unchanged, identity, rewrite
 from bundles.builder.stating import UPSTREAM
 from bundles.content.files import ModelFiles
 from bundles.durable import DISK
@@ -83,14 +83,15 @@ def sign(path: Path, signing: Signing, *, bases: Sequence[Path] = (), report: Re
             itself is refused.
     """
     check_signing(signing)
+    before = identity(_signed_file(path))
     with closing(BundleReader(beside(path))) as reader:
         found = _Found.read(reader, signing)
         payload_at = _verify(reader, found, bases, report)
     signed, manifest, documents = _sign(found, signing)
     if path.is_dir():
-        _write_folder(path, signed, documents)
+        _write_folder(path, before, signed, documents)
     else:
-        rewrite(path, signed, {d.member: documents[d.member] for d in manifest.documents}, payload_at)
+        rewrite(path, before, signed, {d.member: documents[d.member] for d in manifest.documents}, payload_at)
     return tuple(signature.keyid for signature in dsse.parse(signed.envelope, "the manifest").signatures)
 
 
@@ -250,7 +251,12 @@ def _roots(head: Head, roots: Sequence[Root]) -> tuple[bytes, ...]:
     return tuple(chain[version] for version in sorted(chain))
 
 
-def _write_folder(path: Path, head: Head, documents: Mapping[str, bytes]) -> None:
+def _signed_file(path: Path) -> Path:
+    """The file that has a bundle's release signatures."""
+    return path / MANIFEST if path.is_dir() else path
+
+
+def _write_folder(path: Path, found: Identity, head: Head, documents: Mapping[str, bytes]) -> None:
     """Members of the head anew, the manifest last.
 
     Killed in between, what it left is signed again as it is, once a member that no manifest lists is removed.
@@ -259,6 +265,7 @@ def _write_folder(path: Path, head: Head, documents: Mapping[str, bytes]) -> Non
     made |= {member: content for member, content in documents.items() if member == UPSTREAM}
     made |= {REVOCATION: head.revocation} if head.revocation is not None else {}
     made |= {OMS: head.oms} if head.oms is not None else {}
+    check_unchanged(path / MANIFEST, found)
     for member, content in {**made, MANIFEST: head.envelope}.items():
         (path / member).parent.mkdir(exist_ok=True)
         DISK.write_file(path / member, content, 0o444)

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from bundles.builder import Signing, build, sign
+from bundles.builder import Output, Signing, build, sign
 from bundles.format.errors import BundleError
+from bundles.pipeline import Progress
 from bundles.trust import oms
 from bundles.trust.signers import PrivateSigner, new_signer
 from bundles.verify import inspect, verify
@@ -152,3 +153,23 @@ def test_a_signature_of_a_bundle_is_the_release_role_s(tmp_path: Path, trust: Tr
     build(make_release(), make_model(tmp_path / "m"), out, inspector=INSPECTOR)
     signers = sign(out, trust.signing())
     assert signers == inspect(out).keyids == (trust.release_key.key.keyid,)
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_two_who_sign_at_once_lose_no_signature(tmp_path: Path, folder: bool) -> None:
+    """The one that ends later is told to repeat; what the other signed is there."""
+    other, path = new_signer("ed25519"), tmp_path / "b"
+    root = root_of({"publisher": [PUBLISHER.key], "release": [RELEASE_KEY.key, other.key]})
+    build(make_release(), make_model(tmp_path / "m"), path, inspector=INSPECTOR, output=Output(directory=folder))
+    sign(path, Signing(root, (), PUBLISHER))
+
+    def meanwhile(progress: Progress) -> None:
+        if progress.bytes_done == progress.bytes_total and not signed:
+            signed.extend(sign(path, Signing(root, (other,))))
+
+    signed: list[str] = []
+    with pytest.raises(BundleError, match="SOURCE_CHANGED"):
+        sign(path, Signing(root, (RELEASE_KEY,)), report=meanwhile)
+    assert list(inspect(path).keyids) == signed == [other.key.keyid]
+    assert set(sign(path, Signing(root, (RELEASE_KEY,)))) == {other.key.keyid, RELEASE_KEY.key.keyid}
+    assert not [left for left in tmp_path.iterdir() if left.name.startswith(".")]
