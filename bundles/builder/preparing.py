@@ -111,7 +111,7 @@ def prepared(
     preparer = preparer or Preparer()
     place = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.preparing-", dir=out.parent))
     try:
-        digests = tuple(_digests(model, is_gguf))
+        digests = tuple(_digests(model, is_gguf, _Hashing(report)))
         steps, folder = [], model
         if is_gguf:
             folder = _step(place / "converted")
@@ -149,21 +149,37 @@ def _question(quantisation: Quantisation, source: Path, folder: Path) -> dict[st
     }
 
 
-def _digests(model: Path, is_gguf: bool) -> Iterator[tuple[str, str]]:
+class _Hashing:
+    """Reports of bytes that are hashed."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._done = 0
+        self.total = 0
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        self._report(Progress(State.PREPARING, self._done, self.total, file="hashing what it is made from"))
+
+
+def _digests(model: Path, is_gguf: bool, told: _Hashing) -> Iterator[tuple[str, str]]:
     """Every file that the model is made from."""
     if is_gguf:
-        yield model.name, _sha256(model)
+        yield model.name, _sha256(model, told)
         return
     with sources.opened(model) as files:
+        told.total = sum(files.sizes.values())
         for path in files.sizes:
-            yield path, sources.describe(files, path, CHUNK_SIZE, lambda count: None).sha256
+            yield path, sources.describe(files, path, CHUNK_SIZE, told).sha256
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, told: _Hashing) -> str:
     digest = hashlib.sha256()
     with open(open_file(path), "rb") as stream:
+        told.total = os.fstat(stream.fileno()).st_size
         while block := stream.read(_BLOCK):
             digest.update(block)
+            told(len(block))
     return digest.hexdigest()
 
 
