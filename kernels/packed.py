@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _FLOAT = 4
 _BFLOAT16 = 2
-_AT_ONCE = 2**20  # numbers that are taken to float32 at once
+_AT_ONCE = 2**18  # numbers that are taken to float32 at once
 _ROWS = 16
 _INT4_GROUPS = (32, 64, 128, 256)
 _INT4_ROWS = 16
@@ -80,44 +80,41 @@ def dequantise(matrix: Packed) -> Tensor:
     at_once = max(1, _AT_ONCE // inner)
     for first in range(0, out, at_once):
         rows = range(first, min(first + at_once, out))
-        values = matrix.codes[rows.start : rows.stop]
-        some = scaled(values, matrix.scales, matrix.zeros, matrix.table, (matrix.rows, matrix.columns), rows)
+        codes = matrix.codes[rows.start : rows.stop]
+        values = codes.float() if matrix.table is None else matrix.table[codes.long()]
+        some = scale(values, matrix.scales, matrix.zeros, (matrix.rows, matrix.columns), rows)
         plain[rows.start : rows.stop, slice(None) if matrix.order is None else matrix.order] = some
     return plain
 
 
-def scaled(
-    codes: Tensor,
-    scales: Tensor,
-    zeros: Tensor | None,
-    table: Tensor | None,
-    group: tuple[int, int],
-    rows: range,
-) -> Tensor:
-    """The numbers of some rows in float32, in the order of the codes.
+def scale(values: Tensor, scales: Tensor, zeros: Tensor | None, group: tuple[int, int], rows: range) -> Tensor:
+    """(values - zeros) · scales of some rows, in place.
 
     Args:
-        codes: of these rows, [len(rows), in].
+        values: of the codes of these rows, float32 [len(rows), in], contiguous.
         scales: of the whole matrix.
         zeros: of the whole matrix.
-        table: as `Packed` has it.
         group: rows and columns that share a scale.
         rows: which rows of the matrix these are.
     """
-    values = codes.float() if table is None else table[codes.long()]
-    if zeros is not None:
-        values.sub_(_spread(zeros, group, rows, codes.shape[1]))
-    return values.mul_(_spread(scales, group, rows, codes.shape[1]))
+    inner = values.shape[1]
+    columns = min(group[1], inner)
+    parts = values.view(len(rows), -1, columns) if inner % columns == 0 else values
+    for numbers, change in ((zeros, parts.sub_), (scales, parts.mul_)):
+        if numbers is not None:
+            some = _of_rows(numbers, group[0], rows)
+            change(some[..., None] if parts.dim() == 3 else some.repeat_interleave(columns, 1)[:, :inner])
+    return values
 
 
-def _spread(groups: Tensor, group: tuple[int, int], rows: range, inner: int) -> Tensor:
-    """One number per group, as one per number of these rows; where a row has only one, once for each row."""
-    first, last = rows.start // group[0], (rows.stop - 1) // group[0]
+def _of_rows(groups: Tensor, shared: int, rows: range) -> Tensor:
+    """The groups of each of some rows, of which every `shared` have one in common."""
+    first, last = rows.start // shared, (rows.stop - 1) // shared
     some = groups[first : last + 1]
-    if group[0] > 1:
-        skipped = rows.start - first * group[0]
-        some = some.repeat_interleave(group[0], 0)[skipped : skipped + len(rows)]
-    return some if some.shape[1] == 1 else some.repeat_interleave(group[1], 1)[:, :inner]
+    if shared == 1:
+        return some
+    skipped = rows.start - first * shared
+    return some.repeat_interleave(shared, 0)[skipped : skipped + len(rows)]
 
 
 def cpu_kernel(layout: Layout, shape: tuple[int, int], item: int) -> str:
@@ -155,5 +152,5 @@ def cpu_bytes(layout: Layout, shape: tuple[int, int], item: int) -> int:
 
 
 def cpu_block_rows(inner: int) -> int:
-    """Rows of a matrix that the CPU backend makes plain at once: so many that they are a megabyte or four."""
+    """Rows of a matrix that the CPU backend makes plain at once: so many that they stay in its caches."""
     return max(_ROWS, _AT_ONCE // inner // _ROWS * _ROWS)

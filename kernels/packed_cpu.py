@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 from torch import Tensor
 
-from kernels.packed import Layout, Packed, cpu_block_rows, cpu_kernel, scaled
+from kernels.packed import Layout, Packed, cpu_block_rows, cpu_kernel, scale
 
 
 class _Int8(NamedTuple):
@@ -33,7 +33,7 @@ class _Int4(NamedTuple):
 
 
 class _Codes(NamedTuple):
-    codes: Tensor  # [out, in], or two in a byte [out, ceil(in / 2)], the lower half first
+    codes: Tensor  # [out, in]; of four bits [out, ceil(in / 2)], in each byte column i and column ceil(in / 2) + i
     scales: Tensor  # as `Packed` has them, and so the rest
     zeros: Tensor | None
     table: tuple[float, ...] | None
@@ -119,7 +119,8 @@ def _codes(matrix: Packed, order: Tensor | None) -> _Codes:
     halves = matrix.bits == 4
     if halves:
         positive = F.pad((codes + 8).byte() if signed else codes, (0, codes.shape[1] % 2))
-        codes = positive[:, 0::2] | positive[:, 1::2] << 4
+        low, high = positive.chunk(2, dim=1)
+        codes = low | high << 4
     zeros = None if matrix.zeros is None else matrix.zeros.clone()
     table = None if matrix.table is None else tuple(matrix.table.tolist())
     group = (matrix.rows, matrix.columns)
@@ -158,7 +159,16 @@ def _plain(part: _Codes, rows: range) -> Tensor:
     """Some rows in float32."""
     codes = part.codes[rows.start : rows.stop]
     if part.halves:
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(1)[:, : part.shape[1]]
-        codes = codes.char() - 8 if part.signed else codes
-    table = None if part.table is None else part.scales.new_tensor(part.table)
-    return scaled(codes, part.scales, part.zeros, table, part.group, rows)
+        values = torch.cat([codes & 15, codes >> 4], 1)[:, : part.shape[1]]
+        values = values.float() if part.table is None else _look_up(values, torch.tensor(part.table))
+        values = values.sub_(8) if part.signed else values
+    elif codes.dtype == torch.float8_e4m3fn:
+        every = torch.arange(256, dtype=torch.uint8).view(codes.dtype)  # torch's conversion of all is much slower
+        values = _look_up(codes.view(torch.uint8), every.float())
+    else:
+        values = codes.float()
+    return scale(values.contiguous(), part.scales, part.zeros, part.group, rows)
+
+
+def _look_up(codes: Tensor, table: Tensor) -> Tensor:
+    return table.index_select(0, codes.int().flatten()).view(codes.shape)
