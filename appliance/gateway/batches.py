@@ -3,7 +3,7 @@
 A message names the field and the limit, never what the client wrote.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,13 +29,16 @@ class CheckedBatch(CheckedRequest):
     Attributes:
         task: what is wanted of each.
         field: of the request, that holds the inputs.
-        prompts: what engine-text is to turn into tokens, one for each input.
+        count: of the inputs.
+        prompt: what engine-text is to turn into tokens, of the input with this index; made when it is asked for,
+            because each of a ranking's holds the whole query.
         truncate: an input that is too long is cut.
     """
 
     task: engine.Task.ValueType
     field: str
-    prompts: tuple[engine.PrepareRequest, ...]
+    count: int
+    prompt: Callable[[int], engine.PrepareRequest]
     truncate: bool
 
     def check_lengths(self, max_context_tokens: int) -> None:
@@ -44,9 +47,9 @@ class CheckedBatch(CheckedRequest):
         Raises:
             CloisterError: CONTEXT_OVERFLOW, with the field.
         """
-        for index, prompt in enumerate(() if self.truncate else self.prompts):
+        for index in range(0 if self.truncate else self.count):
             try:
-                check_length(prompt, max_context_tokens)
+                check_length(self.prompt(index), max_context_tokens)
             except CloisterError as error:
                 raise self.blamed(error, index) from None
 
@@ -58,7 +61,7 @@ class CheckedBatch(CheckedRequest):
 
     def recorded(self) -> dict[str, str]:
         """What the audit log keeps: numbers, never text."""
-        return {self.field: str(len(self.prompts)), "truncate": str(self.truncate).lower()}
+        return {self.field: str(self.count), "truncate": str(self.truncate).lower()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,26 +110,19 @@ def check_embed(request: api.EmbedRequest) -> CheckedEmbed:
     dimensions = request.dimensions if request.HasField("dimensions") else None
     if dimensions == 0:
         raise CloisterError("INVALID_DIMENSIONS", "dimensions must be at least 1", field="dimensions")
-    prompt = partial(engine.PrepareRequest, task=engine.TASK_EMBED, truncate=request.truncate)
-    prompts: list[engine.PrepareRequest] = []
     read: list[str | list[int]] = []
     for index, one in enumerate(request.inputs):
-        if one.HasField("token_ids") and one.token_ids.ids:
-            ids = list(one.token_ids.ids)
-            read.append(ids)
-            prompts.append(prompt(token_ids=engine.TokenIds(ids=ids)))
-        elif one.text:
-            read.append(one.text)
-            prompts.append(prompt(text=one.text))
-        else:
+        if not (one.text or one.token_ids.ids):
             raise empty_prompt(f"inputs[{index}]")
+        read.append(one.text or list(one.token_ids.ids))
     return CheckedEmbed(
         model=request.model,
         request_id=request_id_of(request.request_id),
         prompt_sha256=digest_of(read),
         task=engine.TASK_EMBED,
         field="inputs",
-        prompts=tuple(prompts),
+        count=len(read),
+        prompt=partial(_input_of, request),
         truncate=request.truncate,
         dimensions=dimensions,
         normalize=request.normalize if request.HasField("normalize") else True,
@@ -153,17 +149,24 @@ def check_rerank(request: api.RerankRequest) -> CheckedRerank:
         prompt_sha256=digest_of([request.query, list(request.documents)]),
         task=engine.TASK_SCORE,
         field="documents",
-        prompts=tuple(
-            engine.PrepareRequest(
-                pair=engine.Pair(query=request.query, document=document),
-                task=engine.TASK_SCORE,
-                truncate=request.truncate,
-            )
-            for document in request.documents
-        ),
+        count=len(request.documents),
+        prompt=partial(_pair_of, request),
         truncate=request.truncate,
         top_n=request.top_n if request.HasField("top_n") else None,
     )
+
+
+def _input_of(request: api.EmbedRequest, index: int) -> engine.PrepareRequest:
+    one = request.inputs[index]
+    if one.text:
+        return engine.PrepareRequest(text=one.text, task=engine.TASK_EMBED, truncate=request.truncate)
+    ids = engine.TokenIds(ids=one.token_ids.ids)
+    return engine.PrepareRequest(token_ids=ids, task=engine.TASK_EMBED, truncate=request.truncate)
+
+
+def _pair_of(request: api.RerankRequest, index: int) -> engine.PrepareRequest:
+    pair = engine.Pair(query=request.query, document=request.documents[index])
+    return engine.PrepareRequest(pair=pair, task=engine.TASK_SCORE, truncate=request.truncate)
 
 
 def _check_count(field: str, inputs: Sequence[object]) -> None:

@@ -13,6 +13,7 @@ from appliance.gateway.events import batch_timings, batch_usage
 from appliance.gateway.neighbours import Neighbours
 from appliance.gateway.quarantine import fingerprint_of
 from appliance.gateway.rows import EngineGoneError, Rows
+from appliance.gateway.texts import CALLS_OF_A_TENANT
 from appliance.gateway.walk import Walk, engine_error
 from appliance.protos import control_pb2
 from appliance.protos import inference_pb2 as api
@@ -68,13 +69,7 @@ class Gathering(Walk):
             CloisterError: as engine-text refuses an input, with its field.
         """
         self._request.check_lengths(place.max_context_tokens)
-        asked = enumerate(self._request.prompts)
-        tasks = [asyncio.create_task(self._prepare(place, index, prompt)) for index, prompt in asked]
-        try:
-            prepared = await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
+        prepared = await self._prepare_all(place)
         self.truncated = [one.truncated for one in prepared]
         return [
             engine.Submit(
@@ -112,9 +107,25 @@ class Gathering(Walk):
         self.complete(place.model_digest, usage, batch_timings(ends))
         return ""
 
-    async def _prepare(
-        self, place: control_pb2.AuthorizeResponse, index: int, prompt: engine.PrepareRequest
-    ) -> engine.PrepareResponse:
+    async def _prepare_all(self, place: control_pb2.AuthorizeResponse) -> list[engine.PrepareResponse]:
+        """Every input, so few at a time that what else the tenant asks comes between, and few messages exist."""
+        prepared = [engine.PrepareResponse()] * self._request.count
+        left = iter(range(self._request.count))
+
+        async def work() -> None:
+            for index in left:
+                prepared[index] = await self._prepare(place, index)
+
+        tasks = [asyncio.create_task(work()) for _ in range(CALLS_OF_A_TENANT)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        return prepared
+
+    async def _prepare(self, place: control_pb2.AuthorizeResponse, index: int) -> engine.PrepareResponse:
+        prompt = self._request.prompt(index)
         try:
             return await self.neighbours.texts.prepare(place.text_socket, place.scope, prompt)
         except CloisterError as error:
@@ -128,7 +139,8 @@ class Gathering(Walk):
         while not row.HasField("end"):
             row = await rows.next()
         if row.end.reason == engine.END_REASON_ERROR:
-            raise self._request.blamed(engine_error(row.end), index)
+            error = engine_error(row.end)
+            raise error if error.status is grpc.StatusCode.UNAVAILABLE else self._request.blamed(error, index)
         if row.end.reason not in _DONE:
             raise EngineGoneError
         if not row.values:

@@ -21,7 +21,7 @@ PREPARE_S = 10.0
 SUSPECT_S = 1.5
 # Of one tenant, at one engine-text, which does one after the other in the order in which they come: the others of
 # the tenant wait here, and no other tenant behind them. Two keep it busy.
-_CALLS_OF_A_TENANT = 2
+CALLS_OF_A_TENANT = 2
 _CODED = re.compile(r"([A-Z][A-Z0-9_]{2,63}): (.{1,1000})", re.DOTALL)
 _OWN_WORD = frozenset(
     {
@@ -43,7 +43,7 @@ class Texts:
 
     def __init__(self) -> None:
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._places = Places(_CALLS_OF_A_TENANT)
+        self._places = Places(CALLS_OF_A_TENANT)
 
     async def tokenize(self, socket: str, scope: str, request: engine_pb2.TokenizeRequest) -> Sequence[int]:
         """The text's token ids.

@@ -11,7 +11,7 @@ import pytest
 
 from appliance.client import CloisterError, Embeddings
 from appliance.client.sync import Client
-from appliance.gateway import quarantine
+from appliance.gateway import batches, quarantine
 from appliance.gateway.gathering import unit
 from appliance.protos import control_pb2, inference_pb2, inference_pb2_grpc
 from engine.protos import engine_pb2
@@ -151,6 +151,40 @@ async def test_what_engine_text_refuses_of_one_input_names_it_and_charges_nothin
     assert (error.code, error.field) == ("CONTEXT_OVERFLOW", "inputs[0]")
     assert error.message == "inputs[0]: the input has 99 tokens"
     assert house.control.asked("Admit") == []
+
+
+async def test_a_long_query_is_copied_for_the_documents_that_are_at_engine_text_and_no_other(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, pair_of = [], batches._pair_of
+
+    def counted(request: Any, index: int) -> Any:
+        made.append(index)
+        return pair_of(request, index)
+
+    monkeypatch.setattr(batches, "_pair_of", counted)
+    house.text.free.clear()
+    async with house.client() as client:
+        asked = asyncio.create_task(client.rerank("notes", "q" * 500_000, ["x"] * 256, truncate=True))
+        await until(lambda: len(house.text.requests) == 2)
+        await asyncio.sleep(0.05)
+        assert made == [0, 1], "128 MB otherwise"
+        house.text.free.set()
+        assert len((await asked).results) == 256
+    assert made == list(range(256))
+
+
+async def test_what_else_the_tenant_asks_comes_between_the_inputs_of_a_batch(house: House) -> None:
+    house.text.free.clear()
+    async with house.client() as client:
+        asked = asyncio.create_task(client.embed("notes", ["a"] * 40))
+        await until(lambda: len(house.text.requests) == 2)
+        other = asyncio.create_task(client.embed("notes", "xyz"))
+        await until(lambda: len(house.control.asked("Authorize")) == 2)
+        await asyncio.sleep(0.05)  # it waits for its turn
+        house.text.free.set()
+        await asyncio.gather(asked, other)
+    assert [request.text for request in house.text.requests].index("xyz") < 6
 
 
 async def test_256_inputs_are_one_request_and_257_are_refused(house: House) -> None:
@@ -294,6 +328,17 @@ async def test_an_error_of_the_engine_over_one_input_ends_all_and_names_it(house
     assert (error.status, error.code, error.field) == (grpc.StatusCode.INTERNAL, "NUMERIC_FAULT", "inputs[1]")
     await until(lambda: len(house.worker.aborts) == 1)
     assert (await house.settled()).outcome == control_pb2.OUTCOME_ENGINE_FAILED
+
+
+async def test_that_the_worker_drains_is_not_held_against_an_input(house: House) -> None:
+    async def draining(submit: Any, send: Send) -> None:
+        send(end=end(engine_pb2.END_REASON_ERROR, error_reason="WORKER_DRAINING", error_message="it is stopped"))
+
+    house.worker.script = draining
+    async with house.client() as client:
+        error = await failure(client.embed("notes", "a"))
+    assert (error.status, error.code) == (grpc.StatusCode.UNAVAILABLE, "WORKER_DRAINING")
+    assert (error.field, error.message) == (None, "it is stopped")
 
 
 async def test_a_worker_that_answers_without_a_vector_is_an_engine_error(house: House) -> None:
