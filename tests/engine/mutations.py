@@ -23,7 +23,7 @@ FURTHER: tuple[Any, ...] = (
     3,
     0.5,
     1.0,
-    64.7,
+    4.7,
     1e-9,
     "swish",
     "silu",
@@ -227,7 +227,7 @@ def oracle(config: Mapping[str, Any], tiny: Tiny) -> torch.Tensor:
     model.load_state_dict(tiny.model.state_dict())
     try:
         with torch.no_grad():
-            logits: torch.Tensor = model(torch.tensor([TOKENS])).logits[0]
+            logits: torch.Tensor = model(torch.tensor([served(config)])).logits[0]
     except Exception as error:
         raise NoOracleError from error
     return logits
@@ -236,5 +236,11 @@ def oracle(config: Mapping[str, Any], tiny: Tiny) -> torch.Tensor:
 def own(config: Mapping[str, Any], tiny: Tiny) -> torch.Tensor:
     """Logits of this engine with this configuration and the weights of `tiny`."""
     context = min(int(config["max_position_embeddings"]), 256)
-    changed = tiny._replace(config=dict(config))
-    return computed(changed.config_json, tiny.tensors, CpuBackend(), [TOKENS], chunk=12, context=context)[0]
+    content, tokens = tiny._replace(config=dict(config)).config_json, served(config)
+    return computed(content, tiny.tensors, CpuBackend(), [tokens], chunk=12, context=context)[0]
+
+
+def served(config: Mapping[str, Any]) -> list[int]:
+    """Tokens that the model has positions for."""
+    most = config.get("max_position_embeddings")
+    return TOKENS[:most] if type(most) is int and most > 0 else TOKENS

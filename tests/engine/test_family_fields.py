@@ -16,7 +16,7 @@ from tests.engine.mutations import Mutation, NoOracleError, every_field, judged,
 from tests.engine.test_families import GEMMA3_ROPES, HALF, LLAMA3, LONGROPE, ORIGINAL, YARN, rope
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}
-MOST = 3  # accepted values of one field that are computed in an ordinary run
+MOST = 2  # accepted values of one field that are computed in an ordinary run
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama, linear": ("llama", rope(rope_type="linear", factor=3.0)),
@@ -138,8 +138,8 @@ def same_as(wanted: torch.Tensor, mutation: Mutation, tiny: Tiny) -> None:
         found = oracle(mutation.config, tiny)
     except NoOracleError:
         return
-    said = f"{mutation.field}={mutation.value!r}"
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4, msg=lambda text: f"{said}: {text}")
+    said, size = f"{mutation.field}={mutation.value!r}", max(1.0, float(wanted.std()))  # of logits of any size
+    torch.testing.assert_close(found / size, wanted / size, rtol=0, atol=1e-4, msg=lambda text: f"{said}: {text}")
 
 
 @pytest.mark.parametrize("name", BASES)
