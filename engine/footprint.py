@@ -25,12 +25,13 @@ _TILE = 16  # rows of a tile, in both backends
 _SPLIT = 64  # tokens of a KV split of the cpu backend, in deterministic mode
 _MAX_COPY = 2**22  # numbers of keys it lays out at once there, and
 _MAX_CONTEXT = 2**25  # numbers of keys and values of the single tokens that it attends together
-_MAX_SCORES = 2**22  # scores it has at once where softmax is written out
+_MAX_SCORES = 2**20  # scores it has at once where softmax is written out
 _DRAWING = 9 * 8 + 1  # bytes for each number of the logits while tokens are drawn: float64 copies, order, one mask
 _SCORED = 64  # tokens of a prompt whose logits are computed at once
 _SCORED_WIDE = 2**21  # numbers of them that are taken to float64 at once
 _SCORING = 5 * 8  # bytes for each of these: the logits, their log probabilities, order, masks
 _SCRATCH = 24 * 2**20  # buffers of the BLAS and of the allocator, which do not grow with the model
+_COMPILED = 12 * 2**20  # products in bfloat16 of the last few shapes, as `kernels/cpu.py` bounds them
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,8 @@ def activation_bytes(of: Sizes) -> int:
     masks = _masks(of) if of.is_cpu else of.options.max_running * of.context * _INT
     attention = _cpu_attention(of) if of.is_cpu else _reference_attention(of)
     moments = max(_rotation(of), attention, _mlp(of), _logits(of)) + _products(of)
-    return stream + rows + masks + moments + _SCRATCH
+    fixed = _SCRATCH + (_COMPILED if of.item < _FLOAT else 0)
+    return stream + rows + masks + moments + fixed
 
 
 def _products(of: Sizes) -> int:

@@ -26,7 +26,7 @@ TILE = 16
 _SPLIT = 64  # tokens of a KV split, in deterministic mode; a page that is larger is one split
 _MAX_CONTEXT = 2**25  # numbers of keys and values copied at once for single tokens that attend together
 _MAX_COPY = 2**22  # numbers of keys laid out at once for the tiles of a long prompt, in deterministic mode
-_MAX_SCORES = 2**22  # scores at once where softmax is written out; one token's may be more
+_MAX_SCORES = 2**20  # scores at once where softmax is written out; one token's may be more
 
 
 class Group(NamedTuple):
