@@ -2,13 +2,13 @@
 
 Of a layer L: `L.qweight` I32 [in · bits / 32, out], in each word successive inputs from the lowest bits up;
 `L.qzeros` I32 [groups, out · bits / 32] likewise along the outputs; `L.scales` [groups, out]; `L.g_idx` I32 [in],
-the group of each input. Version 1 ("gptq") stores zero points less one, and one is then added without a mask, for
-16 is legal; version 2 ("gptq_v2") stores them as they are.
+the group of each input. Version 1 ("gptq") stores zero points less one; version 2 ("gptq_v2") as they are.
 
 Two traps. Some writers say version 1 and store version 2: the zero point of a symmetric matrix is 2 ** (bits - 1),
 so there the values tell and the label is not believed; other values in a symmetric matrix are refused. And some
 make version 1 by taking one off all codes of a word at once, so that a zero point of 0 borrows from its neighbour:
-where `meta` says that GPTQModel wrote it, one is added to whole words, as GPTQModel itself does.
+where `meta` says that GPTQModel wrote it, one is added to whole words, as GPTQModel itself does. Elsewhere a zero
+point of 0 cannot be told from 16, and AutoGPTQ's own kernels do not agree: it is refused.
 
 Source: Frantar et al., "GPTQ", ICLR 2023; the packing of AutoGPTQ and GPTQModel; vllm-project/vllm#38966.
 """
@@ -116,6 +116,8 @@ class Gptq:
             if self.version == 1 and self.borrows:
                 ones = sum(1 << place for place in range(0, 32, self.bits))
                 return unpack(words + ones, self.bits)[:, :out].float()  # words of 32 bits, which wrap around
+            if self.version == 1 and bool((stored == 2**self.bits - 1).any()):
+                raise invalid(name, "has a zero point that loaders of version 1 do not agree on; write gptq_v2")
             return stored.float().add_(2 - self.version)
         middle = 2 ** (self.bits - 1)
         for value in (middle - 1, middle):

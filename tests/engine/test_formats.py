@@ -206,6 +206,7 @@ SPOILED = [
     ("gptq act-order", "g_idx", -1, "does not have 32 inputs in every group"),
     ("gptq", "g_idx", 1, "does not have 32 inputs in every group"),
     ("gptq", "qzeros", 0x12345678, "not all its zero points are 8"),
+    ("gptq act-order", "qzeros", 0x1111111F, "a zero point that loaders of version 1 do not agree on"),
     ("compressed int4", "weight_shape", 3, "says it has the shape"),
 ]
 

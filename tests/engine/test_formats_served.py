@@ -178,6 +178,7 @@ def test_a_quantised_model_is_sound_and_described_by_how_it_is_stored(
         before = verdict.judge(Folder(fd, entries))
     pair = Pair(config, tensors, *FORMATS[name])
     (folder / "config.json").write_text(json.dumps(pair.quantised_config))
+    (folder / "quantize_config.json").write_text(json.dumps(pair.quantised_config["quantization_config"]))
     save_file(pair.quantised, folder / "model.safetensors")
     with packed(folder) as (fd, entries):
         found = verdict.judge(Folder(fd, entries))
