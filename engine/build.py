@@ -12,7 +12,6 @@ from engine.memory import available_bytes, own_bytes
 from engine.memory_plan import PROCESS_BYTES, Model, plan_memory, read_model
 from engine.models.encoders.registry import ENCODERS
 from engine.models.encoders.spec import EncoderConfig
-from engine.models.registry import architecture
 from engine.models.served import Served, decoder_family
 from engine.models.tensors import Weights
 from engine.options import EngineOptions
@@ -82,7 +81,7 @@ def _runner(
     if isinstance(config, EncoderConfig):
         encoder = ENCODERS[config.architecture].build(config, weights, ops, options.max_context_tokens)
         return EncoderRunner(encoder, ops, pooling), ()
-    config, family = decoder_family(config, known.stored) if pooling else (config, architecture(config))
+    config, family = decoder_family(config, known.stored, pooling)
     model = family.build(config, weights, ops, positions(options), options.max_context_tokens)
     kv = KvSpec(config.num_layers, options.kv_blocks, options.block_size, config.num_kv_heads, config.head_dim)
     return ModelRunner(model, ops, kv, options.max_running, pooling), config.eos_token_ids

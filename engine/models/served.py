@@ -97,12 +97,18 @@ def read_served(read: ReadFile) -> Served:
     return _decoder(parse_config(content, read("generation_config.json")), is_bare, read)
 
 
-def decoder_family(config: ModelConfig, stored: Collection[str]) -> tuple[ModelConfig, Family]:
-    """The configuration and family of an embedder whose files hold the tensors `stored`, as they are named there.
+def decoder_family(
+    config: ModelConfig, stored: Collection[str], pooling: Pooling | None
+) -> tuple[ModelConfig, Family]:
+    """The configuration and family of a decoder whose files hold the tensors `stored`, as they are named there.
 
-    Embedders come without the matrix of logits, and often as the decoder alone, whose names have no prefix.
+    Files of a tied model may hold a matrix of logits of their own, which then counts, as it does in transformers.
+    Embedders come without one, and often as the decoder alone, whose names have no prefix.
     """
     family = architecture(config)
+    if pooling is None:
+        has_head = f"{family.names.head}.weight" in stored
+        return replace(config, tie_word_embeddings=config.tie_word_embeddings and not has_head), family
     if not any(name.startswith(_DECODER) for name in stored):
         family = family._replace(names=_without_prefix(family.names))
     if not any(name.startswith(f"{family.names.head}.") for name in stored):
@@ -116,9 +122,7 @@ def layout(served: Served, stored: Collection[str]) -> Layout:
     if isinstance(config, EncoderConfig):
         encoder = ENCODERS[config.architecture]
         return Layout(encoder.tensor_shapes(config), encoder.matrices(config), encoder.spare(config, stored))
-    family = architecture(config)
-    if served.pooling is not None:
-        config, family = decoder_family(config, stored)
+    config, family = decoder_family(config, stored, served.pooling)
     return Layout(family.tensor_shapes(config), family.matrices(config), family.spare(config) & set(stored))
 
 

@@ -88,6 +88,27 @@ def test_frequencies_that_older_files_hold_are_left_unread_and_nothing_else(
     torch.testing.assert_close(logits, expected(models["llama"][1], tokens)[14:], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_tied_model_whose_files_hold_a_head_is_read_as_transformers_reads_it(
+    tmp_path: Path, is_same: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tiny = make(tmp_path, "llama", {"tie_word_embeddings": True})
+    table = tiny.tensors["model.embed_tokens.weight"]
+    head = table.clone() if is_same else table.flip(0).contiguous()
+    save_file(tiny.tensors | {"lm_head.weight": head}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    tokens = draw_tokens(3, count=20)
+    loop = engine(tmp_path, kv_blocks=64, block_size=8)
+    read = tiny._replace(model=AutoModelForCausalLM.from_pretrained(tmp_path).eval())
+    assert torch.equal(expected(read, tokens), expected(tiny, tokens)) == is_same
+    runner: Any = loop._runner
+    assert plan_memory(read_model(*file_set(tmp_path)), loop.options, 1 << 40).weights == held_bytes(runner._model)
+    logits = teacher_forced(loop, tokens, prompt_length=15)
+    torch.testing.assert_close(logits, expected(read, tokens)[14:], rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_bfloat16_is_as_close_as_that_of_transformers(
     models: dict[str, tuple[Path, Tiny]], model_type: str
