@@ -232,7 +232,9 @@ class CpuBackend(EncoderOps):
         out = torch.zeros_like(x, dtype=torch.float32)
         for expert in sorted(set(chosen.flatten().tolist())):
             tokens, place = torch.where(chosen == expert)
-            rows = self._whole_tiles(x.index_select(0, tokens))
+            rows = x.index_select(0, tokens)
+            if self.deterministic or (self.dtype == torch.bfloat16 and len(rows) > TILE):
+                rows = _in_tiles(rows)  # in bfloat16 each number of rows would be a product to compile
             inner = self.gated(self.linear(rows, experts.gate_up[expert]), activation)
             answers = self.linear(inner, experts.down[expert])[: len(tokens)].float()
             out.index_add_(0, tokens, answers * weights[tokens, place, None])
@@ -242,15 +244,13 @@ class CpuBackend(EncoderOps):
         self, x: Tensor, head: _Linear, tokens: Sequence[int], scale: float = 1.0, softcap: float = 0.0
     ) -> Tensor:
         """See `kernels.ops.Backend`."""
-        rows = self._whole_tiles(x.index_select(0, torch.tensor(tokens, dtype=torch.int64)))
+        rows = x.index_select(0, torch.tensor(tokens, dtype=torch.int64))
+        if self.deterministic:
+            rows = _in_tiles(rows)
         logits = self.linear(rows, head)[: len(tokens)].float()
         if scale != 1:
             logits.mul_(scale)
         return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
-
-    def _whole_tiles(self, x: Tensor) -> Tensor:
-        """Padded with zeros, in deterministic mode."""
-        return F.pad(x, (0, 0, 0, -len(x) % TILE)) if self.deterministic else x
 
     def sample(self, logits: Tensor, sampling: Sampling) -> Draw:
         """See `kernels.ops.Backend`."""
@@ -259,6 +259,11 @@ class CpuBackend(EncoderOps):
     def logprobs(self, logits: Tensor, tokens: Sequence[int], top: int) -> Logprobs:
         """See `kernels.ops.Backend`."""
         return logprobs(logits, tokens, top)
+
+
+def _in_tiles(x: Tensor) -> Tensor:
+    """Padded with rows of zeros to whole tiles."""
+    return F.pad(x, (0, 0, 0, -len(x) % TILE))
 
 
 def _turn(x: Tensor, angles: Tensor) -> Tensor:
