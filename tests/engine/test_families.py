@@ -18,6 +18,7 @@ from tests.engine.families import (
     Tiny,
     check_that_it_tells,
     compare,
+    computed,
     draw_tokens,
     make,
     routed_clearly,
@@ -205,6 +206,18 @@ def test_logits_of_many_drawn_models_equal_those_of_transformers(
 ) -> None:
     print(f"CLOISTER_SEED={SEED}")
     check(tmp_path, model_type, draw(model_type, SEED + nth), list(BACKENDS))
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_deterministic_model_gives_the_same_bits_in_any_company_and_chunks(
+    tmp_path: Path, model_type: str
+) -> None:
+    changes = {"use_sliding_window": True, "sliding_window": 6} if "qwen" in model_type else {}
+    tiny = make(tmp_path, model_type, changes)
+    ops = CpuBackend(torch.bfloat16, deterministic=True)
+    alone = computed(tiny.config_json, tiny.tensors, ops, [draw_tokens(1)], chunk=8)[0]
+    company = [draw_tokens(2, count=30), draw_tokens(1), draw_tokens(3, count=7)]
+    assert torch.equal(computed(tiny.config_json, tiny.tensors, ops, company, chunk=12)[1], alone)
 
 
 def test_every_family_is_among_them() -> None:
