@@ -76,6 +76,7 @@ class Rule:
 EVERY_ROLE = frozenset(Role)
 
 _GENERATES = Rule(Audience.TENANT, AuditClass.REQUEST, capability="generate")
+_CHATS = Rule(Audience.TENANT, AuditClass.REQUEST, capability="chat")
 _EMBEDS = Rule(Audience.TENANT, AuditClass.REQUEST, capability="embed")
 _RERANKS = Rule(Audience.TENANT, AuditClass.REQUEST, capability="rerank")
 _TENANT_READ = Rule(Audience.TENANT, AuditClass.NONE)
@@ -98,7 +99,7 @@ TABLE: Mapping[str, Rule] = {
     **_rows(
         "cloister.inference.v1.InferenceService",
         Generate=_GENERATES,
-        Chat=_GENERATES,
+        Chat=_CHATS,
         Embed=_EMBEDS,
         Rerank=_RERANKS,
         Tokenize=_TENANT_READ,

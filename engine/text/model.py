@@ -58,11 +58,6 @@ class TextModel:
     max_context_tokens: int
     num_types: int = 1
 
-    @property
-    def capabilities(self) -> tuple[str, ...]:
-        """What a model that generates can be asked for."""
-        return ("generate",) if self.template is None else ("generate", "chat")
-
     def from_text(self, text: str) -> list[int]:
         """Token ids of a plain prompt, with the special tokens the tokenizer adds by itself.
 

@@ -53,7 +53,7 @@ class Host(engine_pb2_grpc.HostServiceServicer):
         self.reasons: dict[str, str] = {}
         self.sockets = ("/w.sock", "/t.sock")
         self.fits = lambda _request, _running: True
-        self.capabilities = ["generate"]
+        self.capabilities = ["generate", "chat"]
 
     async def GetInventory(self, request: Any, context: Any) -> engine_pb2.GetInventoryResponse:
         cpu = engine_pb2.Device(id="cpu", kind="cpu", name="Example", memory_bytes=2, memory_available_bytes=1)

@@ -183,7 +183,9 @@ async def test_an_unknown_model_and_one_not_granted_look_the_same_and_are_not_li
     listed = await house.control.ListVisibleModels(
         control_pb2.ListVisibleModelsRequest(caller=caller, method=method)
     )
-    assert [(m.name, m.ready, list(m.capabilities)) for m in listed.models] == [("notes", True, ["generate"])]
+    assert [(m.name, m.ready, list(m.capabilities)) for m in listed.models] == [
+        ("notes", True, ["generate", "chat"])
+    ]
 
 
 async def test_a_model_that_is_not_ready_is_unavailable_and_worth_a_retry(house: House) -> None:

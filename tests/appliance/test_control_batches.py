@@ -20,7 +20,8 @@ async def house() -> AsyncIterator[House]:
     ("has", "method", "allowed"),
     [
         (["generate"], "Generate", True),
-        (["generate"], "Chat", True),
+        (["generate"], "Chat", False),
+        (["generate", "chat"], "Chat", True),
         (["generate", "chat"], "Embed", False),
         (["generate", "chat"], "Rerank", False),
         (["embed"], "Embed", True),
@@ -73,12 +74,13 @@ async def test_a_batch_reserves_the_tokens_of_all_its_inputs_and_is_charged_what
         ("Embed", (3, 1, 3), "INVALID_MAX_TOKENS"),
         ("Embed", (3, 1, 0), "INVALID_PARAMETERS"),
         ("Generate", (3, 1, 1), "INVALID_PARAMETERS"),
+        ("Chat", (3, 1, 1), "INVALID_PARAMETERS"),
     ],
 )
 async def test_a_batch_the_model_cannot_take_reserves_nothing(
     house: House, method: str, size: tuple[int, int, int], code: str
 ) -> None:
-    house.host.capabilities = ["generate", "embed"]
+    house.host.capabilities = ["generate", "chat", "embed"]
     caller, prefix = await house.serving(), EMBED.removesuffix("Embed")
     error = await refusal(house.admit(caller, *size, method=f"{prefix}{method}"))
     assert (error.status, error.code) == (Code.INVALID_ARGUMENT, code)

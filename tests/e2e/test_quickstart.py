@@ -46,6 +46,7 @@ NOT_TOLD = {
     "ROLE_REQUIRED": "an operator's call",
     "TASK_UNSUPPORTED": "control asks no model for what it does not answer",
     "TEMPLATE_INVALID": "only the loading of a model",
+    "TEMPLATE_MISSING": "control asks no model for what it does not answer",
     "TICKET_INVALID": "the gateway authorizes again",
     "TOKENIZER_INVALID": "only the loading of a model",
     "TOKENIZER_MISSING": "only the loading of a model",

@@ -303,7 +303,7 @@ def _visible(session: Any, callers: CallerCheck, caller: control_pb2.Caller) -> 
 
 def _size(ticket: Ticket, request: control_pb2.AdmitRequest) -> Size:
     """What the request asks for; tokens for an answer are what a method for generating has, and no other."""
-    generates = policy.TABLE[ticket.method].capability == "generate"
+    generates = policy.TABLE[ticket.method].capability in ("generate", "chat")
     if generates == bool(request.inputs):
         raise CloisterError(
             "INVALID_PARAMETERS", "inputs are of methods that generate nothing, and of all of those"
