@@ -1,6 +1,7 @@
 """Statements made at build: provenance, the bill of materials, and the model card they draw on."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def test_equal_facts_give_equal_bytes_and_others_another_serial_number() -> None
 def test_very_many_files_are_counted_where_they_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(facts_of, "MOST_BYTES", 100_000)
     (file, *_) = _facts().files
-    files = tuple(file.model_copy(update={"path": f"{i:03}-\u20ac{'x' * 500}.txt"}) for i in range(200))
+    files = tuple(replace(file, path=f"{i:03}-\u20ac{'x' * 500}.txt") for i in range(200))
     raw = bill_of_materials(_facts(files=files))
     assert len(raw) < 110_000
     assert len(provenance(_facts(files=files))) < 110_000
