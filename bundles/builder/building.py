@@ -128,6 +128,8 @@ def _look(release: Release, model: Path, files: ModelFolder, inspector: Inspecto
     if published is not None and not release.site_publisher:  # as provenance any signature will do
         oms.read(published)
     verdict = judge(files, inspector, release.kind)
+    if canaries[0] and release.kind == "model":
+        _check_answers(verdict)
     listed = _describe_all(files, release.chunk_size, report)
     return Parts(
         files=listed,
@@ -140,6 +142,16 @@ def _look(release: Release, model: Path, files: ModelFolder, inspector: Inspecto
         upstream=published if release.site_publisher else None,
         given=given,
     )
+
+
+def _check_answers(verdict: Verdict) -> None:
+    """Refuse canaries, which are conversations, of a model that has none: no version of it could become active."""
+    if "chat" not in verdict.capabilities:
+        able = ", ".join(verdict.capabilities)
+        raise BundleError(
+            "CANARIES_UNANSWERED",
+            f"{sources.CANARIES} has conversations, and the model answers {able}; leave the file out",
+        )
 
 
 def _details(verdict: Verdict) -> dict[str, str]:

@@ -371,7 +371,7 @@ def _manifest(documents: Mapping[str, bytes], files: Mapping[str, bytes], sequen
             "quantisation": None,
             "max_context_tokens": 512,
             "parameters": sum(len(raw) for path, raw in files.items() if path.endswith(".safetensors")),
-            "capabilities": ["generate"],
+            "capabilities": ["generate", "chat"] if "chat_template.jinja" in files else ["generate"],
             "tokenizer_sha256": sha256(files["tokenizer.json"]),
         },
         "resources": {"gpu_memory": 0, "gpus": 0},

@@ -226,7 +226,8 @@ class _Believing(Inspector):
 
     def inspect(self, files: ModelFiles, kind: Kind) -> Verdict:
         size = sum(size for path, size in files.sizes.items() if path.endswith(".safetensors"))
-        return Verdict("LlamaForCausalLM", 512, size, "float16", ("generate",))
+        chat = ("chat",) if "chat_template.jinja" in files.sizes else ()
+        return Verdict("LlamaForCausalLM", 512, size, "float16", ("generate", *chat))
 
 
 @contextmanager

@@ -13,8 +13,8 @@ def read(path):  # type: ignore[no-untyped-def]  # a script without imports of o
     return json.loads(os.pread(question["fd"], entry["length"], entry["offset"]))
 
 
-verdict = {"ok": True, "max_context_tokens": 512, "dtype": "float16", "capabilities": ["generate"], "facts": {}}
-verdict["quantisation"] = None
+verdict = {"ok": True, "max_context_tokens": 512, "dtype": "float16", "facts": {}, "quantisation": None}
+verdict["capabilities"] = ["generate", "chat"] if "chat_template.jinja" in files else ["generate"]
 if question["kind"] == "adapter":
     rank = read("adapter_config.json")["r"]
     verdict |= {"architecture": "LoRA", "max_context_tokens": 0, "capabilities": [], "facts": {"rank": str(rank)}}
@@ -31,6 +31,7 @@ else:
         os.pwrite(question["fd"], b"x", 0)
     if architecture == "LlamaForCausalLM":
         verdict |= {"architecture": architecture, "facts": {"layers": "1"}}
+        verdict["capabilities"] = config.get("answers", verdict["capabilities"])
         verdict["parameters"] = sum(f["size"] for path, f in files.items() if path.endswith(".safetensors"))
     else:
         verdict = {"ok": False, "code": "UNSUPPORTED_ARCHITECTURE", "message": f"{architecture} is not known"}

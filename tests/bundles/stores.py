@@ -29,7 +29,8 @@ class Unquestioning(Inspector):
 
     def inspect(self, files: ModelFiles, kind: Kind) -> Verdict:
         size = sum(size for path, size in files.sizes.items() if path.endswith(".safetensors"))
-        return Verdict("LlamaForCausalLM", 512, size, "float16", ("generate",))
+        chat = ("chat",) if "chat_template.jinja" in files.sizes else ()
+        return Verdict("LlamaForCausalLM", 512, size, "float16", ("generate", *chat))
 
 
 def make_home(home: Path, trust: Trust) -> Path:

@@ -1,5 +1,6 @@
 """Building refuses what importing would, and takes along what belongs to a model."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ def test_building_refuses_what_importing_would(tmp_path: Path) -> None:
     assert code() == "LICENCE_MISSING"
     shutil.rmtree(model)
     assert code() == "SOURCE_UNREADABLE"
+
+
+@pytest.mark.parametrize("answers", [["embed"], ["rerank"], ["generate"]])
+def test_canaries_of_a_model_that_has_no_conversations_are_refused(tmp_path: Path, answers: list[str]) -> None:
+    model = make_model(tmp_path / "m")
+    (model / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "answers": answers}))
+    with pytest.raises(BundleError, match=rf"CANARIES_UNANSWERED.* answers {answers[0]};"):
+        build(make_release(), model, tmp_path / "b", inspector=INSPECTOR)
+    (model / "canaries.json").unlink()
+    assert build(make_release(), model, tmp_path / "b", inspector=INSPECTOR).model.capabilities == (*answers,)
 
 
 def test_a_place_where_nothing_can_be_written_is_refused_before_the_model_is_read(tmp_path: Path) -> None:
