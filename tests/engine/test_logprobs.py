@@ -174,9 +174,9 @@ def test_logits_of_a_long_prompt_are_never_all_there_at_once(folder: Path) -> No
     runner: Any = loop._runner
     compute, sizes = runner._ops.logits, []
 
-    def recording(x: Any, head: Any, tokens: Any) -> Any:
+    def recording(x: Any, head: Any, tokens: Any, *scaling: Any) -> Any:
         sizes.append(len(tokens))
-        return compute(x, head, tokens)
+        return compute(x, head, tokens, *scaling)
 
     runner._ops.logits = recording
     loop.submit(request(0, PROMPT * 3, 1, ignore_eos=True, prompt_logprobs=1))
@@ -188,7 +188,7 @@ def test_numbers_that_overflow_in_a_judged_prompt_end_the_request(folder: Path) 
     loop = engine(folder, max_step_tokens=40, max_running=2)
     runner: Any = loop._runner
     compute = runner._ops.logits
-    runner._ops.logits = lambda x, head, tokens: compute(x, head, tokens) * float("inf")
+    runner._ops.logits = lambda x, head, tokens, *scaling: compute(x, head, tokens, *scaling) * float("inf")
     loop.submit(request(0, PROMPT, 4, prompt_logprobs=1))
     rows = loop.step()
     assert rows[0].end is not None
