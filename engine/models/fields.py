@@ -14,7 +14,8 @@ _INERT = frozenset(
         *("_name_or_path", "architectures", "transformers_version", "transformers.js_config", "tokenizer_class"),
         *("bos_token_id", "pad_token_id", "id2label", "label2id", "problem_type", "chunk_size_feed_forward"),
         *("dtype", "torch_dtype", "initializer_range", "attention_dropout", "cache_implementation"),
-        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "unsloth_fixed"),
+        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "gradient_checkpointing"),
+        *("_attn_implementation_autoset", "unsloth_fixed", "unsloth_version"),
     )
 )
 _NO_OPS = {  # fields that mean nothing with this value, and something else with any other
@@ -24,6 +25,13 @@ _NO_OPS = {  # fields that mean nothing with this value, and something else with
     "tie_encoder_decoder": False,
     "torchscript": False,
 }
+_HOW_TO_ATTEND = (
+    "eager",
+    "sdpa",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flex_attention",
+)  # all come to the same
 _AT_MOST = {  # far beyond any model of today, and small enough that a table of that size harms nobody
     "max_position_embeddings": 2**20,
     "vocab_size": 2**20,
@@ -59,6 +67,7 @@ class Fields:
         self._left = set(raw) - _INERT
         for name, value in _NO_OPS.items():
             self.only(name, value, default=value)
+        self.only("_attn_implementation", *_HOW_TO_ATTEND, default=_HOW_TO_ATTEND[0])
 
     def take(self, name: str, default: Any = None) -> Any:
         """The value of `name`; the default where it is absent or null."""

@@ -31,7 +31,9 @@ def parse(fields: Fields) -> ModelConfig:
         attention_softcap=softcap(fields, "attn_logit_softcapping", _ATTENTION_CAP),
         logits_softcap=softcap(fields, "final_logit_softcapping", _LOGITS_CAP),
     )
-    return with_windows(config, sliding, window_size(fields, WINDOW))
+    window = window_size(fields, WINDOW)
+    fields.only("sliding_window_size", window, default=window)  # an older name, which is there beside it
+    return with_windows(config, sliding, window)
 
 
 def read_gemma(fields: Fields, has_rope: bool = True) -> ModelConfig:

@@ -17,5 +17,6 @@ def parse(fields: Fields) -> ModelConfig:
     fields.only("pretraining_tp", 1, default=1)
     fields.only("is_llama_config", True, default=True)
     fields.only("rope_interleaved", False, default=False)
+    fields.ignore("max_sequence_length")  # of older files; transformers reads max_position_embeddings
     attention, mlp = fields.flag("attention_bias"), fields.flag("mlp_bias")
     return with_biases(read_decoder(fields), attention, attention, mlp)

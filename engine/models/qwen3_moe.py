@@ -17,6 +17,8 @@ _WINDOW = 4096  # what transformers assumes where a configuration does not say
 def parse(fields: Fields) -> ModelConfig:
     """The decoder that a configuration of a Qwen 3 mixture means."""
     fields.ignore("output_router_logits", "router_aux_loss_coef", "max_window_layers")
+    for name, value in (("qkv_bias", False), ("use_qk_norm", True), ("shared_expert_intermediate_size", 0)):
+        fields.only(name, value, default=value)  # Qwen3-Coder says what is so in all of them
     config = replace(read_decoder(fields), qk_norm="head")
     config = replace(config, layers=_layers(fields, config))
     window = window_size(fields, _WINDOW)

@@ -69,10 +69,16 @@ class Tiny(NamedTuple):
 
 def make(folder: Path, model_type: str, changes: Mapping[str, Any], seed: int = 0) -> Tiny:
     """A random model with these fields beside its family's, saved in `folder`."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[model_type](**(SIZES | FAMILIES[model_type] | changes))
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return make_of(folder, CONFIG_MAPPING[model_type](**(SIZES | FAMILIES[model_type] | changes)), seed)
+
+
+def make_of(folder: Path, config: Any, seed: int = 0) -> Tiny:
+    """A random model with this configuration of transformers, saved in `folder`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     randomise(model, seed)
     model.save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())

@@ -41,6 +41,7 @@ OF_ANY: dict[str, Any] = {  # fields that transformers 4, the hub or another fam
     "original_max_position_embeddings": 16,
     "sliding_window": 5,
     "sliding_window_pattern": 2,
+    "sliding_window_size": 5,
     "use_sliding_window": True,
     "max_window_layers": 1,
     "layer_types": ["sliding_attention", "full_attention"],
@@ -83,6 +84,9 @@ OF_ANY: dict[str, Any] = {  # fields that transformers 4, the hub or another fam
     "no_rope_layers": [0, 1],
     "per_layer_config": {"0": {"rms_norm_eps": 0.1}},
     "hidden_activation": "silu",
+    "_attn_implementation": "eager",
+    "gradient_checkpointing": True,
+    "max_sequence_length": 16,
     "quantization_config": {"quant_method": "unheard_of"},
 }
 

@@ -281,3 +281,157 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         20_914_757_184,
     ),
 }
+
+
+def _other(of: str, count: int, **changes: Any) -> tuple[dict[str, Any], int]:
+    """Another model of a family, whose configuration has these fields instead."""
+    return PUBLISHED[of][0] | changes, count
+
+
+PUBLISHED |= {
+    "Llama 3.2 1B": _other(
+        "Llama 3.1 8B",
+        1_235_814_400,
+        head_dim=64,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        rope_scaling=_LLAMA3 | {"factor": 32.0},
+        tie_word_embeddings=True,
+        _attn_implementation_autoset=True,  # as what unsloth publishes has it
+        unsloth_fixed=True,
+        unsloth_version="2024.11.6",
+    ),
+    "Vicuna 7B 16k": _other(
+        "Llama 2 7B", 6_738_415_616, max_sequence_length=16384, rope_scaling={"factor": 4.0, "type": "linear"}
+    ),
+    "Mistral Nemo": _other(
+        "Mistral 7B",
+        12_247_782_400,
+        vocab_size=131072,
+        hidden_size=5120,
+        head_dim=128,
+        num_hidden_layers=40,
+        max_position_embeddings=1024000,
+        rope_theta=1000000.0,
+        sliding_window=None,
+    ),
+    "Qwen 2.5 0.5B": _other(
+        "Qwen 2.5 7B",
+        494_032_768,
+        vocab_size=151936,
+        hidden_size=896,
+        intermediate_size=4864,
+        num_hidden_layers=24,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        max_window_layers=21,
+        tie_word_embeddings=True,
+    ),
+    "Qwen 2.5 7B, to 128k": _other(
+        "Qwen 2.5 7B",
+        7_615_616_512,
+        rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+    ),
+    "Qwen 3 Coder 30B A3B": _other(
+        "Qwen 3 30B A3B",
+        30_532_122_624,
+        intermediate_size=5472,
+        max_position_embeddings=262144,
+        max_window_layers=28,
+        qkv_bias=False,
+        rope_theta=10000000,
+        shared_expert_intermediate_size=0,
+        use_qk_norm=True,
+    ),
+    "Gemma 2 9B": _other(
+        "Gemma 2 2B",
+        9_241_705_984,
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        sliding_window_size=4096,
+    ),
+    "Gemma 2 27B": _other(
+        "Gemma 2 2B",
+        27_227_128_320,
+        hidden_size=4608,
+        intermediate_size=36864,
+        num_hidden_layers=46,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=144,
+        sliding_window_size=4096,
+        _attn_implementation="eager",
+    ),
+    "Phi 4": _other(
+        "Phi 3 mini 128k",
+        14_659_507_200,
+        vocab_size=100352,
+        hidden_size=5120,
+        intermediate_size=17920,
+        num_attention_heads=40,
+        num_hidden_layers=40,
+        num_key_value_heads=10,
+        max_position_embeddings=16384,
+        original_max_position_embeddings=16384,
+        rope_scaling=None,
+        rope_theta=250000,
+        sliding_window=None,
+    ),
+    "Mixtral 8x22B": _other(
+        "Mixtral 8x7B",
+        140_620_634_112,
+        hidden_size=6144,
+        intermediate_size=16384,
+        num_hidden_layers=56,
+        num_attention_heads=48,
+        max_position_embeddings=65536,
+        router_jitter_noise=0.0,
+    ),
+    "gpt-oss 120B": _other(
+        "gpt-oss 20B",
+        116_829_156_672,
+        layer_types=["sliding_attention", "full_attention"] * 18,
+        num_hidden_layers=36,
+        num_local_experts=128,
+    ),
+}
+
+
+def shrunken(name: str) -> dict[str, Any]:
+    """A published configuration, as tiny as transformers can compute it in a moment: with its heads, but 8 wide.
+
+    What is not a size stays; windows are as short as a test's prompts.
+    """
+    fields = dict(PUBLISHED[name][0])
+    heads, kv_heads = (fields[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
+    kv_heads = max(1, min(kv_heads, 8 * kv_heads // heads))
+    heads = kv_heads * (heads // fields["num_key_value_heads"])
+    layers = 2 * fields.get("sliding_window_pattern", 1)
+    small = {
+        "vocab_size": 300,
+        "hidden_size": 8 * heads,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 24,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_experts": 6,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "experts_per_token": 2,
+        "sliding_window": 6,
+        "sliding_window_size": 6,
+        "eos_token_id": 1,
+        "layer_types": fields.get("layer_types", [])[:layers],
+    }
+    fields |= {key: value for key, value in small.items() if fields.get(key) is not None} | {"pad_token_id": 0}
+    rope = fields.get("rope_scaling") or {}
+    rotated = int(8 * fields.get("partial_rotary_factor", 1)) // 2
+    shorter = {key: value[:rotated] for key, value in rope.items() if isinstance(value, list)}
+    return fields | ({"rope_scaling": rope | shorter} if rope else {})

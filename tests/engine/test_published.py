@@ -1,6 +1,8 @@
 """What the hub holds of each family is read: sizes are those published, frequencies those of transformers."""
 
+import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +11,9 @@ import torch
 from engine.footprint import parameters
 from engine.models.config import parse_config
 from engine.models.registry import DECODERS, architecture
-from tests.engine.published import PUBLISHED
+from kernels.cpu import CpuBackend
+from tests.engine.families import compare, draw_tokens, make_of
+from tests.engine.published import PUBLISHED, shrunken
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -21,6 +25,15 @@ def test_a_published_model_has_as_many_numbers_as_it_is_said_to(name: str) -> No
 
 def test_there_is_one_of_every_family() -> None:
     assert {fields["architectures"][0] for fields, _ in PUBLISHED.values()} == set(DECODERS)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_is_computed_as_transformers_computes_it(tmp_path: Path, name: str) -> None:
+    from transformers import CONFIG_MAPPING
+
+    fields = shrunken(name)
+    tiny = make_of(tmp_path, CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(fields)))
+    compare(tiny._replace(config=fields), CpuBackend(), [draw_tokens(1), draw_tokens(2, count=9)])
 
 
 @pytest.mark.parametrize("name", [name for name, (fields, _) in PUBLISHED.items() if fields.get("rope_scaling")])

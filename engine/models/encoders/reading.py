@@ -7,7 +7,7 @@ from engine.models.encoders.spec import ScoreHead
 from engine.models.fields import Fields, invalid, unsupported
 
 _INERT = (
-    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "gradient_checkpointing"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     *("eos_token_id", "cls_token_id", "sep_token_id", "tie_word_embeddings", "finetuning_task", "output_past"),
     *("directionality", "pooler_fc_size", "pooler_num_attention_heads", "pooler_num_fc_layers"),
     *("pooler_size_per_head", "pooler_type"),
