@@ -34,7 +34,8 @@ from tests.engine.tiny import Answer, engine, request, save_llama
 BLOCKS, SIZE, RUNNING, STEP, LONGEST = 12, 4, 5, 24, 16
 STREAMS = [[40 + (i * step) % 200 for i in range(40)] for step in (7, 11)]
 OWNERS = [("a", b"salt"), ("b", b"salt"), ("a", b"other"), ("b", b"")]
-SEEN = ("answers", "vectors", "hits", "preemptions", "recomputed", "lost_steps")
+OFTEN = ("answers", "vectors", "hits")  # in any few interleavings
+SEEN = (*OFTEN, "preemptions", "recomputed", "lost_steps")  # in many
 Owner = tuple[str, bytes]
 Group = tuple[str, bytes | int]
 
@@ -311,7 +312,7 @@ def drive(model: EngineLoop, examples: int, length: int) -> Counter[str]:
 
 def test_every_answer_is_the_one_it_is_alone_whatever_the_interleaving(model: EngineLoop) -> None:
     happened = drive(model, examples=30, length=25)
-    assert min(happened[name] for name in SEEN) > 0, happened
+    assert min(happened[name] for name in OFTEN) > 0, happened
 
 
 @pytest.mark.slow
