@@ -18,7 +18,7 @@ from cryptography import x509
 from bundles.base import BundleBase
 from bundles.builder import sources
 from bundles.builder.rewriting import Identity, check_unchanged, identity, rewrite
-from bundles.builder.stating import UPSTREAM
+from bundles.builder.stating import PREPARATION, UPSTREAM
 from bundles.content.files import ModelFiles
 from bundles.durable import DISK
 from bundles.format import manifest as manifests
@@ -79,8 +79,8 @@ def sign(path: Path, signing: Signing, *, bases: Sequence[Path] = (), report: Re
         report: is told the progress.
 
     Raises:
-        BundleError: ALREADY_SIGNED, KEY_NOT_IN_ROLE, OMS_MISSING, OMS_FILES_DIFFER, SIGNER_FAILED, or the bundle
-            itself is refused.
+        BundleError: ALREADY_SIGNED, SITE_MUST_SIGN, KEY_NOT_IN_ROLE, OMS_MISSING, OMS_FILES_DIFFER,
+            SIGNER_FAILED, or the bundle itself is refused.
     """
     check_signing(signing)
     before = identity(_signed_file(path))
@@ -111,6 +111,7 @@ class _Found:
         if envelope.signatures and signing.publisher_key is not None:
             raise _already_signed(len(envelope.signatures))
         manifest = manifests.parse(envelope.payload)
+        _check_publisher(manifest, signing)
         if signing.publisher_key is None:  # what is there must do; known before hours of reading
             _publisher_signature(manifest, head, signing)
         return cls(head, envelope, manifest, {})
@@ -182,6 +183,15 @@ def _sign(found: _Found, signing: Signing) -> tuple[Head, Manifest, dict[str, by
         oms=oms_raw,
     )
     return head, manifest, documents
+
+
+def _check_publisher(manifest: Manifest, signing: Signing) -> None:
+    """Refuse to sign as its publisher what is not the publisher's own any more."""
+    prepared = any(document.member == PREPARATION for document in manifest.attestations)
+    if prepared and not signing.site and (signing.publisher_key or signing.oms):
+        raise BundleError(
+            "SITE_MUST_SIGN", "the model was converted or quantised here: the site signs it, --site-publisher KEY"
+        )
 
 
 def _already_signed(signatures: int) -> BundleError:

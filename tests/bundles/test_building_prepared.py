@@ -115,6 +115,19 @@ def test_the_site_signs_what_is_quantised_and_the_publisher_s_signature_stays_as
     assert dict(members_of(out))["attest/upstream-model.sig"] == b"as the publisher signed it"
 
 
+@pytest.mark.parametrize("gives", ["a key", "a signature"])
+def test_a_publisher_signs_nothing_that_was_quantised_here(gives: str, tmp_path: Path) -> None:
+    out = build_quantised(tmp_path)
+    before = out.read_bytes()
+    root_key, release, publisher = new_signer("ed25519"), new_signer("ed25519"), new_signer("ecdsa-sha2-nistp384")
+    root = make_root(1, {"root": [root_key], "release": [release], "publisher": [publisher]})
+    signing = Signing(root, (release,), publisher) if gives == "a key" else Signing(root, (release,), oms=b"{}")
+    with pytest.raises(BundleError) as refused:
+        sign(out, signing)
+    assert refused.value.code == "SITE_MUST_SIGN"
+    assert out.read_bytes() == before
+
+
 def test_the_same_input_is_the_same_bundle_and_nothing_is_left_beside_it(tmp_path: Path) -> None:
     first, second = (build_quantised(tmp_path, name) for name in ("a.bundle", "b.bundle"))
     assert first.read_bytes() == second.read_bytes()
