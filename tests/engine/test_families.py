@@ -1,6 +1,6 @@
 """Logits of every family equal those of transformers, prompt and answer alike, in fixed and in drawn variants."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,18 +159,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "tied, default rope": {"tie_word_embeddings": True} | rope(rope_type="default"),
     },
 }
+pytestmark = pytest.mark.usefixtures("one_thread")
 FIXED = [(model_type, name) for model_type, variants in VARIANTS.items() for name in variants]
 DRAWN = 2  # of each family in an ordinary run
 MANY = 40  # in a long one
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors are too small to share."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def check(folder: Path, model_type: str, changes: dict[str, Any], backends: Sequence[str]) -> Tiny:
