@@ -142,7 +142,7 @@ def _refuse_code(folder: Folder) -> None:
     for path, limit in (("config.json", MAX_CONFIG_BYTES), ("tokenizer_config.json", MAX_SETTINGS_BYTES)):
         content = folder.read(path, limit)
         if content is not None and "auto_map" in load_object(content, path, "CONFIG_INVALID"):
-            raise EngineError("AUTO_MAP_REFUSED", f"{path} has auto_map, which names code to execute")
+            raise EngineError("AUTO_MAP_REFUSED", f"{path} has auto_map, which names code to execute: remove it")
 
 
 def _refuse_quantisation(folder: Folder) -> None:

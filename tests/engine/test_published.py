@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.errors import EngineError
 from engine.footprint import parameters
 from engine.models.config import parse_config
 from engine.models.registry import DECODERS, architecture
@@ -59,3 +60,20 @@ def test_a_published_context_of_another_length_is_chosen_by_what_is_served() -> 
     assert len(rope.inv_freq(config.head_dim, 4096)) == 48
     assert rope.inv_freq(config.head_dim, 4096) != rope.inv_freq(config.head_dim, 4097)
     assert rope.inv_freq(config.head_dim, 4097) == rope.inv_freq(config.head_dim, 131072)
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "other"),
+    [
+        ("Gemma 2 9B", "sliding_window_size", 512),
+        ("Gemma 2 27B", "_attn_implementation", "somebody/kernel"),
+        ("Qwen 3 Coder 30B A3B", "qkv_bias", True),
+        ("Qwen 3 Coder 30B A3B", "use_qk_norm", False),
+        ("Qwen 3 Coder 30B A3B", "shared_expert_intermediate_size", 512),
+    ],
+)
+def test_a_published_field_that_says_otherwise_is_refused_by_name(name: str, field: str, other: object) -> None:
+    fields = PUBLISHED[name][0]
+    assert fields[field] != other
+    with pytest.raises(EngineError, match=f"CONFIG_UNSUPPORTED.*{field}"):
+        parse_config(json.dumps(fields | {field: other}).encode())

@@ -110,6 +110,17 @@ def test_embeddings_and_logits_pick_the_rows_they_should(ops: Backend) -> None:
     close(ops.logits(x, head, [4, 0, 1, 4]), table[[7, 3, 4, 7]] @ table.T)
 
 
+@pytest.mark.parametrize(
+    "ops", [CpuBackend(torch.bfloat16), ReferenceBackend(torch.bfloat16)], ids=["cpu", "reference"]
+)
+def test_a_factor_of_embeddings_is_rounded_first_as_gemma_was_trained(ops: Backend) -> None:
+    table, rounded = noise(50, 64), 59.75  # what 3584 ** 0.5, 59.867, is in bfloat16: Gemma 2 9B
+    kv = ops.allocate_kv(SPEC)
+    batch = ops.begin(Rows(list(range(16)), [0], [16], [[0, 1, 2, 3]]), kv)
+    found = ops.embed(batch, ops.prepare_table(table), 3584**0.5)
+    assert torch.equal(found, table.bfloat16()[:16] * rounded)
+
+
 @backends
 def test_embeddings_and_logits_are_scaled_and_logits_bounded(ops: Backend) -> None:
     table = noise(20, 6)
