@@ -8,6 +8,8 @@ _COMMON = {
     "initializer_range": 0.02,
     "use_cache": True,
     "torch_dtype": "bfloat16",
+    "attention_dropout": 0.0,
+    "rope_scaling": None,
 }
 _LLAMA3 = {
     "factor": 8.0,
@@ -50,7 +52,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("LlamaForCausalLM", "llama")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "eos_token_id": [128001, 128008, 128009],
             "hidden_act": "silu",
             "mlp_bias": False,
@@ -71,7 +72,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         _sizes(152064, 3584, 18944, 28, 28, 4, 131072, 1e-6)
         | _named("Qwen2ForCausalLM", "qwen2")
         | {
-            "attention_dropout": 0.0,
             "hidden_act": "silu",
             "max_window_layers": 28,
             "rope_theta": 1000000.0,
@@ -87,11 +87,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("Qwen3ForCausalLM", "qwen3")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "head_dim": 128,
             "hidden_act": "silu",
             "max_window_layers": 36,
-            "rope_scaling": None,
             "rope_theta": 1000000,
             "sliding_window": None,
             "tie_word_embeddings": False,
@@ -104,7 +102,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("Gemma2ForCausalLM", "gemma2")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "attn_logit_softcapping": 50.0,
             "cache_implementation": "hybrid",
             "final_logit_softcapping": 30.0,
@@ -123,7 +120,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("Gemma3ForCausalLM", "gemma3_text")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "attn_logit_softcapping": None,
             "cache_implementation": "hybrid",
             "final_logit_softcapping": None,
@@ -132,7 +128,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "pad_token_id": 0,
             "query_pre_attn_scalar": 256,
             "rope_local_base_freq": 10000,
-            "rope_scaling": None,
             "rope_theta": 1000000,
             "sliding_window": 512,
             "sliding_window_pattern": 6,
@@ -144,7 +139,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("Phi3ForCausalLM", "phi3")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "embd_pdrop": 0.0,
             "hidden_act": "silu",
             "original_max_position_embeddings": 4096,
@@ -161,7 +155,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("Phi3ForCausalLM", "phi3")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "embd_pdrop": 0.0,
             "full_attn_mod": 1,
             "hidden_act": "silu",
@@ -183,14 +176,12 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("GraniteForCausalLM", "granite")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "attention_multiplier": 0.0078125,
             "embedding_multiplier": 12.0,
             "hidden_act": "silu",
             "logits_scaling": 16.0,
             "mlp_bias": False,
             "residual_multiplier": 0.22,
-            "rope_scaling": None,
             "rope_theta": 10000000.0,
             "tie_word_embeddings": True,
         },
@@ -201,9 +192,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("Olmo2ForCausalLM", "olmo2")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "hidden_act": "silu",
-            "rope_scaling": None,
             "rope_theta": 500000,
             "tie_word_embeddings": False,
         },
@@ -213,11 +202,9 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         _sizes(32000, 4096, 14336, 32, 32, 8, 32768, 1e-5)
         | _named("MixtralForCausalLM", "mixtral")
         | {
-            "attention_dropout": 0.0,
             "hidden_act": "silu",
             "num_experts_per_tok": 2,
             "num_local_experts": 8,
-            "output_router_logits": False,
             "rope_theta": 1000000.0,
             "router_aux_loss_coef": 0.02,
             "sliding_window": None,
@@ -230,7 +217,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("Qwen3MoeForCausalLM", "qwen3_moe")
         | {
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "decoder_sparse_step": 1,
             "head_dim": 128,
             "hidden_act": "silu",
@@ -240,8 +226,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "norm_topk_prob": True,
             "num_experts": 128,
             "num_experts_per_tok": 8,
-            "output_router_logits": False,
-            "rope_scaling": None,
             "rope_theta": 1000000.0,
             "router_aux_loss_coef": 0.001,
             "sliding_window": None,
@@ -255,7 +239,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         | _named("GptOssForCausalLM", "gpt_oss")
         | {
             "attention_bias": True,
-            "attention_dropout": 0.0,
             "experts_per_token": 4,
             "head_dim": 64,
             "hidden_act": "silu",
@@ -263,7 +246,6 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "layer_types": ["sliding_attention", "full_attention"] * 12,
             "num_experts_per_tok": 4,
             "num_local_experts": 32,
-            "output_router_logits": False,
             "rope_scaling": {
                 "beta_fast": 32.0,
                 "beta_slow": 1.0,
