@@ -2,9 +2,14 @@
 
 Each line is a JSON object. Progress is {"stage", "done", "total"}; the last line {"ok": true, "report": {..}} or
 {"ok": false, "code", "message"}. Exit status 0 either way; any other means that the files drove the process over
-its limits, or somebody ended it. Whoever asked removes what is in the folder then.
+its limits, or somebody ended it. Whoever asked removes what is in the folder then; when that one dies, so does
+this process: nobody would take what it works on for hours.
+
+Source: prctl(2), PR_SET_PDEATHSIG.
 """
 
+import ctypes
+import errno
 import json
 import os
 import resource
@@ -18,6 +23,8 @@ from engine.prepare.question import Question, read_question
 
 _CONVERTING_BYTES = 16 << 30  # of address space; GGUF comes from strangers, and converting needs far less
 _LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256))
+_PR_SET_PDEATHSIG = 1
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _EVERY = 0.2  # seconds between lines of progress
 
 
@@ -41,8 +48,15 @@ def write(line: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def refusal(error: OSError) -> dict[str, Any]:
+    """The last line after an error of files: a full disk is no fault of the source."""
+    code = "DISK_FULL" if error.errno in _FULL else "SOURCE_UNREADABLE"
+    return {"ok": False, "code": code, "message": f"{error.filename}: {error.strerror}"}
+
+
 def main() -> int:
     """Prepare, report, exit."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     os.umask(0o077)
     for which, limit in _LIMITS:
@@ -52,7 +66,7 @@ def main() -> int:
     except EngineError as error:
         answer = {"ok": False, "code": error.code, "message": error.message}
     except OSError as error:
-        answer = {"ok": False, "code": "SOURCE_UNREADABLE", "message": f"{error.filename}: {error.strerror}"}
+        answer = refusal(error)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

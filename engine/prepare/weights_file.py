@@ -65,11 +65,12 @@ class WeightsWriter:
             raise ValueError(name)
         path, position = self._places[name]
         end = position + self._plans[name].size
-        with _disk(self._folder), path.open("r+b", buffering=0) as stream:
-            for piece in pieces:
+        with path.open("r+b", buffering=0) as stream:
+            for piece in pieces:  # what they are read from may fail, too, and is no fault of this disk
                 if position + len(piece) > end:
                     raise ValueError(name)
-                position += _write_at(stream.fileno(), piece, position)
+                with _disk(self._folder):
+                    position += _write_at(stream.fileno(), piece, position)
         if position != end:
             raise ValueError(name)
         self._left.remove(name)

@@ -1,11 +1,13 @@
 """A model's folder quantised: what it computes afterwards, what is reported of it, and what is refused."""
 
+import errno
 import hashlib
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import EngineError
 from engine.prepare import quantising
+from engine.prepare.__main__ import refusal as answer_to
 from engine.prepare.calibration import count, read_calibration
 from engine.prepare.folder import ModelFolder
 from engine.prepare.quantising import quantise_folder
 from engine.prepare.question import Settings
 from engine.prepare.streaming import perplexity, read_plain
+from engine.prepare.weights_file import TensorPlan, writing
 from tests.engine import families
 from tests.engine.tiny import engine, save_llama, teacher_forced
 from tests.engine.tiny_models import byte_tokenizer, write_tokenizer
@@ -235,6 +239,30 @@ def test_too_little_memory_and_too_little_disk_are_told_with_numbers_before_anyt
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     assert refusal(llama, tmp_path / "b", INT4, texts).code == "DISK_FULL"
     assert not [*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()]
+
+
+def test_a_disk_that_fills_up_and_a_source_that_fails_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert answer_to(OSError(errno.ENOSPC, "No space left", "config.json"))["code"] == "DISK_FULL"
+    assert answer_to(OSError(errno.EIO, "Input/output error", "weights"))["code"] == "SOURCE_UNREADABLE"
+
+    def fails() -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(errno.EIO, "Input/output error", "weights")
+
+    with pytest.raises(OSError, match="weights"), writing(tmp_path, {"w": TensorPlan("F32", (2,))}) as writer:
+        writer.write("w", fails())
+
+    def full(fd: int, data: bytes, position: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(EngineError) as refused, writing(other, {"w": TensorPlan("F32", (2,))}) as writer:
+        writer.write("w", [b"12345678"])
+    assert refused.value.code == "DISK_FULL"
 
 
 def test_the_process_tells_how_far_it_is_and_ends_with_its_report(
