@@ -176,6 +176,7 @@ def _build(args: argparse.Namespace) -> int:
         check_signing(signing)
     release, output = _release(args), _output(args)
     with (
+        bundle_preparing.tidily(),
         _progress(args) as preparing,
         prepared(args.model, args.out, quantisation, preparing) as source,
         _progress(args) as report,

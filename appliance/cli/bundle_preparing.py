@@ -2,6 +2,11 @@
 
 import argparse
 import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,6 +91,25 @@ def check_signing(args: argparse.Namespace, quantisation: "Quantisation | None")
     converted = quantisation is not None or args.model.suffix.lower() == ".gguf"
     if converted and (args.publisher_key or args.model_sig):
         raise UsageError("what is converted or quantised here is the site's to sign: --site-publisher KEY")
+
+
+@contextmanager
+def tidily() -> Iterator[None]:
+    """While it builds, a request to end removes what was begun, as an interrupt does; the exit status names it."""
+
+    def end(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # only there are signals heard
+    for number in numbers:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def summary(preparation: "Preparation | None") -> str:

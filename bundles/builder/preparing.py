@@ -1,9 +1,11 @@
 """Has engine-prepare, a process of its own, make the folder that a bundle is built from: from GGUF, or quantised.
 
-What it makes lies in a hidden folder beside the bundle until the bundle is written, and is removed whatever
-happens. Only engine-prepare parses what it converts; a person's interrupt ends it.
+What it makes lies in a hidden folder beside the bundle until the bundle is written, and is removed then, or when
+building fails or is interrupted; what a killed build left, the next one in the same place removes. Only
+engine-prepare parses what it converts; it ends with the process that asked.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -33,6 +35,7 @@ _MAX_LINE = 64 * 1024 * 1024  # the report of a mixture has a line for each of i
 _MAX_MESSAGE = 1000
 _CODE = re.compile(r"[A-Z][A-Z0-9_]{2,63}")
 _CONVERTING_MEMORY = 16 * 2**30  # bytes of address space; GGUF files come from strangers
+_PLACE = re.compile(r"\..{1,40}\.preparing-[a-z0-9_]{8}", re.DOTALL)
 _ENVIRONMENT = ("PATH", "VIRTUAL_ENV", "LANG", "LC_ALL", "TMPDIR")
 
 
@@ -109,8 +112,7 @@ def prepared(
         return
     check_place(out, directory=False)
     preparer = preparer or Preparer()
-    place = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.preparing-", dir=out.parent))
-    try:
+    with _place(out) as place:
         digests = tuple(_digests(model, is_gguf, _Hashing(report)))
         steps, folder = [], model
         if is_gguf:
@@ -120,8 +122,48 @@ def prepared(
             source, folder = folder, _step(place / "quantised")
             steps.append(_ask(preparer, _question(quantisation, source, folder), report))
         yield Prepared(folder, Preparation(tuple(steps), digests))
+
+
+@contextmanager
+def _place(out: Path) -> Iterator[Path]:
+    """A hidden folder beside the bundle; it is locked while it is used, so what is not locked was left over."""
+    beside = os.open(out.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _lock(beside, fcntl.LOCK_EX)  # nobody takes the new folder for one that was left before it is locked
+        _remove_left(out.parent)
+        place = Path(tempfile.mkdtemp(prefix=f".{out.name[:40]}.preparing-", dir=out.parent))
+        held = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+        _lock(held, fcntl.LOCK_EX)
+    finally:
+        os.close(beside)
+    try:
+        yield place
     finally:
         shutil.rmtree(place, ignore_errors=True)
+        os.close(held)
+
+
+def _remove_left(folder: Path) -> None:
+    """Remove what killed builds of the same person left."""
+    for path in folder.iterdir():
+        if not _PLACE.fullmatch(path.name):
+            continue
+        with suppress(OSError):  # another's, no folder, or gone by now
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                if os.fstat(fd).st_uid == os.geteuid() and _lock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def _lock(fd: int, how: int) -> bool:
+    """Whether it is locked now; some network's file systems know no locks, and nothing is removed there."""
+    try:
+        fcntl.flock(fd, how)
+    except OSError:
+        return False
+    return True
 
 
 def _step(folder: Path) -> Path:

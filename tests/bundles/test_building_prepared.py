@@ -1,12 +1,13 @@
 """Bundles of models that are converted or quantised first: what they state, and what a failure leaves."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -177,31 +178,78 @@ def test_a_process_that_refuses_fails_or_answers_nonsense_leaves_nothing(
     assert {path.name for path in tmp_path.iterdir()} == {"m"}
 
 
-def test_an_interrupt_ends_the_process_and_leaves_nothing(tmp_path: Path) -> None:
-    make_model(tmp_path / "m")
+def gone(pid: int) -> bool:
+    """Whether a process has ended; waits for it."""
+    for _ in range(300):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX":
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@contextmanager
+def quantising(place: Path) -> Iterator[tuple["subprocess.Popen[bytes]", int]]:
+    """`cloister bundle build --quantize` with an engine-prepare that waits, and that one's process id."""
+    make_model(place / "m")
+    waits = """
+        import os, signal, time
+        from engine.prepare import __main__
+        def wait(question):
+            __main__.write({"stage": "pid", "done": os.getpid(), "total": 0})
+            time.sleep(600)
+        __main__._prepare = wait
+        __main__.main()
+    """
     program = f"""
         import sys
-        from pathlib import Path
-        from bundles.builder import Quantisation, prepared
-        from bundles.builder.preparing import Preparer
-        waits = "import os, time; print('{{\\"stage\\": \\"pid\\", \\"done\\": %d, \\"total\\": 0}}' % os.getpid(), flush=True); time.sleep(600)"
-        place = Path({str(tmp_path)!r})
-        told = lambda progress: print(progress.bytes_done, flush=True) if progress.file == "pid" else None
-        with prepared(place / "m", place / "b", Quantisation(8, 0), told, Preparer((sys.executable, "-c", waits))):
-            pass
-    """  # noqa: E501  # a program in a program
+        from bundles.builder import preparing
+        from appliance.cli.main import main
+        from appliance.cli.progress import ProgressBar
+        command = (sys.executable, "-c", {textwrap.dedent(waits)!r})
+        preparing.Preparer.__init__.__defaults__ = (command,)
+        def told(bar, state, done, total, file=""):
+            if file == "pid":
+                print(done, flush=True)
+        ProgressBar.update = told
+        sys.exit(main(["bundle", "build", "--quantize", "int8", "--name", "x", "--version", "1", "--sequence", "1",
+                       "--model", {str(place / "m")!r}, "--out", {str(place / "b")!r}]))
+    """
     with subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], stdout=-1, stderr=-3) as outer:
-        assert outer.stdout is not None
-        inner = int(outer.stdout.readline())
-        outer.send_signal(signal.SIGINT)
-        outer.wait(30)
-    for _ in range(300):
-        if not Path(f"/proc/{inner}").exists():
-            break
-        time.sleep(0.1)
-    with pytest.raises(ProcessLookupError):
-        os.kill(inner, 0)
+        try:
+            assert outer.stdout is not None
+            yield outer, int(outer.stdout.readline())
+        finally:
+            outer.kill()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_request_to_end_ends_the_process_and_leaves_nothing(
+    number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    with quantising(tmp_path) as (outer, inner):
+        outer.send_signal(number)
+        assert outer.wait(30) == status
+        assert gone(inner)
     assert {path.name for path in tmp_path.iterdir()} == {"m"}
+
+
+def test_a_killed_build_takes_its_process_along_and_the_next_one_removes_what_it_left(tmp_path: Path) -> None:
+    with quantising(tmp_path) as (outer, inner):
+        (hidden,) = tmp_path.glob(".b.preparing-*")
+        with prepared(tmp_path / "m", tmp_path / "c", INT4, silent, stand_in(COPIES)):
+            assert hidden.exists()  # it is at work
+        outer.kill()
+        outer.wait(30)
+        assert gone(inner)
+    assert hidden.exists()
+    mine = tmp_path / ".b.preparing-notes"
+    mine.mkdir()
+    with prepared(tmp_path / "m", tmp_path / "c", INT4, silent, stand_in(COPIES)):
+        assert not hidden.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"m", mine.name}
 
 
 @pytest.mark.parametrize(
