@@ -167,7 +167,7 @@ def _register_form(build: argparse.ArgumentParser) -> None:
 
 
 def _build(args: argparse.Namespace) -> int:
-    from bundles.builder import build, check_signing, prepared, sign, written
+    from bundles.builder import build, check, check_signing, prepared, sign, written
 
     quantisation = bundle_preparing.read_quantisation(args)
     bundle_preparing.check_signing(args, quantisation)
@@ -175,6 +175,7 @@ def _build(args: argparse.Namespace) -> int:
     if signing:
         check_signing(signing)
     release, output = _release(args), _output(args)
+    check(release, args.model, args.out, output=output)
     with (
         bundle_preparing.tidily(),
         _progress(args) as preparing,

@@ -124,9 +124,10 @@ def summary(preparation: "Preparation | None") -> str:
                 worst, worst_rounded = max(errors, default=0.0), max(rounded, default=0.0)
                 scale = f", a scale for {group} numbers" if group else ", a scale for each row"
                 lines.append(f"quantised to int{bits}{scale}: {len(matrices)} matrices")
+                fed_back = f"; plainly rounded {_mean(rounded):.2%} and {worst_rounded:.2%}"
                 lines.append(
-                    f"  error of their outputs {_mean(errors):.2%} on average, {worst:.2%} at most; "
-                    f"plainly rounded {_mean(rounded):.2%} and {worst_rounded:.2%}"
+                    f"  error of their outputs {_mean(errors):.2%} on average, {worst:.2%} at most"
+                    + (fed_back if rounded != errors else "")
                 )
                 lines += _perplexity(step.get("calibration"))
     return "\n".join(lines)

@@ -8,6 +8,7 @@ signs for bytes that are not there.
 """
 
 from bundles.builder.building import build as build
+from bundles.builder.building import check as check
 from bundles.builder.preparing import Preparation as Preparation
 from bundles.builder.preparing import Quantisation as Quantisation
 from bundles.builder.preparing import prepared as prepared

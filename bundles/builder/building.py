@@ -80,6 +80,27 @@ def build(
     return manifest
 
 
+def check(release: Release, model: Path, out: Path, *, output: Output | None = None) -> None:
+    """Refuse what `build` would refuse, as far as no weights are needed: before hours of converting or quantising.
+
+    Raises:
+        BundleError: as `build`.
+    """
+    output = output or Output()
+    _check_release(release, output)
+    check_place(out, directory=output.directory)
+    _read_base(release, output)
+    sources.documents("attest", release.attestations)
+    sources.documents("licence", release.licence_files)
+    if not model.is_dir():
+        return  # what a GGUF file becomes is known when it is converted
+    with sources.opened(model) as files:
+        forbidden.check_names(files.sizes)
+        check_paths(files.sizes)
+    sources.licences(model, release.licence_files, release.licence)
+    sources.canaries(model / sources.CANARIES)
+
+
 def _check_release(release: Release, output: Output) -> None:
     """Refuse what no manifest may state, before any file is read."""
     try:

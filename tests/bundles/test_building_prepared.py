@@ -282,6 +282,42 @@ def test_options_that_make_no_sense_together_are_bad_usage_before_anything_is_re
     assert "BAD_USAGE" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "spoilt", "code"),
+    [
+        (("--name", "Not A Name"), "", "RELEASE_INVALID"),
+        (("--base", "none.bundle"), "", "SOURCE_UNREADABLE"),
+        (("--attest", "none.json"), "", "SOURCE_UNREADABLE"),
+        (("--licence-file", "none.txt"), "", "SOURCE_UNREADABLE"),
+        ((), "pytorch_model.bin", "CONTENT_PICKLE"),
+        ((), "canaries.json", "MANIFEST_SCHEMA"),
+    ],
+)
+def test_what_building_would_refuse_is_refused_before_hours_of_quantising(
+    words: tuple[str, ...],
+    spoilt: str,
+    code: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(Preparer.__init__, "__defaults__", (("/nonexistent",),))
+    model = make_model(tmp_path / "m")
+    if spoilt:
+        (model / spoilt).write_text('{"canaries": 5}')
+    asked = {
+        "--name": "x",
+        "--version": "1",
+        "--sequence": "1",
+        "--model": str(model),
+        "--out": str(tmp_path / "b"),
+    }
+    asked |= dict([words] if words else [])
+    line = [word for pair in asked.items() for word in pair]
+    assert main(["bundle", "build", "--quantize", "int8", *line]) != 0
+    assert f"error: {code}: " in capsys.readouterr().err
+
+
 def test_a_gguf_file_is_converted_by_the_very_process_and_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
