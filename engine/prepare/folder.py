@@ -17,7 +17,7 @@ from engine.request import Task
 from engine.strict_json import load_object
 from engine.text.model import MAX_FILE_BYTES, TextModel, load_text_model
 from engine.weights.quantisation import assign, stored_names
-from engine.weights.safetensors import TensorEntry, read_header
+from engine.weights.safetensors import MAX_HEADER_BYTES, TensorEntry, read_header
 from kernels.packed import Packed
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class ModelFolder:
         with file.open("rb") as stream:
             head = stream.read(_LENGTH_BYTES)
             size = os.fstat(stream.fileno()).st_size
-            head += stream.read(min(int.from_bytes(head, "little"), size))
+            head += stream.read(min(int.from_bytes(head, "little"), MAX_HEADER_BYTES))
         for name, entry in read_header(head, size, file.name).items():
             if name in self.entries:
                 raise EngineError("TENSORS_MISMATCH", f"tensor {name} is in {file.name} and in another file")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
 
+from engine.errors import EngineError
 from engine.prepare.calibration import Sample
 from engine.prepare.folder import ModelFolder, Named, StreamedWeights
 from kernels.cpu import CpuBackend
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PAGE = 64
+_MOST_NATS = 700.0  # that are lost on a token; more has no exponential
 _SLICE_BYTES = 256 << 20  # of a plain copy of the table, or of logits
 
 Multiply = Callable[[tuple[Named, ...], "Tensor"], "Tensor"]
@@ -133,7 +135,11 @@ def read_plain(folder: ModelFolder, name: str) -> Tensor:
 
 
 def perplexity(folder: ModelFolder, texts: Sequence[Sample]) -> float:
-    """How many tokens the model is torn between on average, over those of `texts` that it is to foresee."""
+    """How many tokens the model is torn between on average, over those of `texts` that it is to foresee.
+
+    Raises:
+        EngineError: CALIBRATION_INVALID, that is no number, or none that a float holds.
+    """
     step = compute(folder, texts, plain_product(folder))
     places: list[int] = []
     nexts: list[int] = []
@@ -149,6 +155,8 @@ def perplexity(folder: ModelFolder, texts: Sequence[Sample]) -> float:
             logits = step.model.logits(step.ops, step.hidden, places[begin : begin + at_once])
             wanted = torch.tensor(nexts[begin : begin + at_once])
             total += float(F.cross_entropy(logits.double(), wanted, reduction="sum"))
+    if not total / len(places) < _MOST_NATS:
+        raise EngineError("CALIBRATION_INVALID", "what the model makes of the calibration text is no number")
     return math.exp(total / len(places))
 
 

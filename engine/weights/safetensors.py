@@ -35,7 +35,8 @@ ITEM_BYTES = {name: {"64": 8, "32": 4, "16": 2}.get(name[-2:], 1) for name in _T
 """Of each number type, as safetensors calls it."""
 
 _LENGTH_BYTES = 8
-_MAX_HEADER_BYTES = 100_000_000
+MAX_HEADER_BYTES = 100_000_000
+"""Of a file that is read; published ones have under 20 MB."""
 
 
 class TensorEntry(NamedTuple):
@@ -60,7 +61,7 @@ def read_header(content: bytes | bytearray | memoryview, file_size: int, path: s
     """
     length = int.from_bytes(content[:_LENGTH_BYTES], "little")
     start = _LENGTH_BYTES + length
-    if file_size < _LENGTH_BYTES or length > _MAX_HEADER_BYTES or start > min(file_size, len(content)):
+    if file_size < _LENGTH_BYTES or length > MAX_HEADER_BYTES or start > min(file_size, len(content)):
         raise _invalid(path, "its header does not fit")
     header = load_object(bytes(content[_LENGTH_BYTES:start]), f"the header of {path}", "WEIGHTS_INVALID")
     try:
@@ -87,7 +88,7 @@ def read_stored_header(file: File, open_file: OpenFile) -> dict[str, TensorEntry
     descriptor = open_file(file.sha256)
     try:
         head = os.pread(descriptor, _LENGTH_BYTES, 0)
-        length = min(int.from_bytes(head, "little"), file.size, _MAX_HEADER_BYTES)
+        length = min(int.from_bytes(head, "little"), file.size, MAX_HEADER_BYTES)
         return read_header(head + os.pread(descriptor, length, len(head)), file.size, file.path)
     except EngineError:
         with verified(file, open_file):
@@ -107,7 +108,7 @@ def read_tensors(file: File, open_file: OpenFile) -> dict[str, tuple[TensorEntry
     tensors = {}
     with verified(file, open_file) as reading:
         head = reading.read(min(_LENGTH_BYTES, file.size))
-        rest = min(int.from_bytes(head, "little"), file.size - len(head), _MAX_HEADER_BYTES)
+        rest = min(int.from_bytes(head, "little"), file.size - len(head), MAX_HEADER_BYTES)
         entries = read_header(head + reading.read(rest), file.size, file.path)
         for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
             if entry.begin == entry.end:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -239,6 +240,26 @@ def test_too_little_memory_and_too_little_disk_are_told_with_numbers_before_anyt
     monkeypatch.setattr(os, "statvfs", lambda path: full)
     assert refusal(llama, tmp_path / "b", INT4, texts).code == "DISK_FULL"
     assert not [*(tmp_path / "a").iterdir(), *(tmp_path / "b").iterdir()]
+
+
+def test_a_model_whose_answers_are_no_numbers_is_refused_by_name(llama: Path, texts: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1e38)
+    save_file(tensors, broken / "model.safetensors")
+    assert refusal(broken, tmp_path / "out", INT4, texts).code == "CALIBRATION_INVALID"
+
+
+def test_a_header_that_claims_to_be_the_whole_of_a_large_file_is_refused_before_it_is_in_memory(
+    llama: Path, tmp_path: Path
+) -> None:
+    huge = tmp_path / "huge"
+    shutil.copytree(llama, huge)
+    with (huge / "model.safetensors").open("wb") as stream:
+        stream.write((1 << 40).to_bytes(8, "little"))
+        stream.truncate(1 << 40)
+    assert refusal(huge, tmp_path / "out", INT8, None).code == "WEIGHTS_INVALID"
 
 
 def test_a_disk_that_fills_up_and_a_source_that_fails_are_told_apart(
