@@ -60,7 +60,7 @@ def read_quantisation(args: argparse.Namespace) -> "Quantisation | None":
     """How to quantise, as the options say; None where they say nothing of it.
 
     Raises:
-        UsageError: options that lack another one.
+        UsageError: options that lack another one, or the file they name.
     """
     from bundles.builder import Quantisation
 
@@ -73,6 +73,8 @@ def read_quantisation(args: argparse.Namespace) -> "Quantisation | None":
         raise UsageError("--group is of int4; int8 has a scale for each row")
     if bits == 4 and args.calibration is None:
         raise UsageError("--quantize int4 needs --calibration FILE.jsonl, texts such as the model is used for")
+    if args.calibration is not None and not args.calibration.is_file():  # before hours of hashing
+        raise UsageError(f"--calibration {args.calibration} is no file")
     return Quantisation(
         bits=bits,
         group=0 if bits == 8 else args.group or _DEFAULT_GROUP,

@@ -256,6 +256,7 @@ def test_a_killed_build_takes_its_process_along_and_the_next_one_removes_what_it
     "words",
     [
         ("--quantize", "int4"),
+        ("--quantize", "int4", "--calibration", "/nonexistent/texts.jsonl"),
         ("--quantize", "int8", "--group", "32"),
         ("--group", "32"),
         ("--calibration", "texts.jsonl"),
