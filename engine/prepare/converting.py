@@ -143,7 +143,10 @@ def _check(model: Converted, container: Container, tokenizer: TokenizerFiles) ->
         raise EngineError("GGUF_INVALID", f"{tokenizer.size} tokens, and a table for {config['vocab_size']}")
     for given, name in model.names.items():
         heads = _HEADS.get(name.split(".")[-2])
-        rows, count = container.tensors[given].shape[0], config[heads] if heads else 0
+        shape = container.tensors[given].shape
+        if _LINEAR.search(name) and len(shape) != 2:
+            raise EngineError("GGUF_INVALID", f"{given[:80]!a} has {len(shape)} dimensions, a matrix has 2")
+        rows, count = shape[0], config[heads] if heads else 0
         if model.family.permuted and heads and (not count or rows != count * config["head_dim"]):
             raise EngineError("GGUF_INVALID", f"{given[:80]!a} has {rows} rows, not {count} heads of them")
 

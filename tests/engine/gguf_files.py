@@ -74,17 +74,17 @@ def write_gguf(
     return write_tensors(path, name, network.config, tensors, kind, change, rope_factors)
 
 
-def write_llama(path: Path) -> Path:
-    """A Llama of one layer and random numbers, without any network's help."""
+def write_llama(path: Path, kind: Q = Q.F32, changed: Mapping[str, tuple[int, ...]] | None = None) -> Path:
+    """A Llama of one layer and random numbers, without any network's help; `changed` parts have other shapes."""
     random, fields = np.random.default_rng(0), {**SIZE, "num_hidden_layers": 1, "rms_norm_eps": 1e-6}
     shapes = {f"self_attn.{x}_proj": (n, 64) for x, n in zip("qkvo", (64, 32, 32, 64), strict=True)}
     shapes |= {"mlp.gate_proj": (96, 64), "mlp.up_proj": (96, 64), "mlp.down_proj": (64, 96)}
-    shapes |= {"input_layernorm": (64,), "post_attention_layernorm": (64,)}
+    shapes |= {"input_layernorm": (64,), "post_attention_layernorm": (64,), **(changed or {})}
     named = {f"model.layers.0.{part}.weight": shape for part, shape in shapes.items()}
     named |= {"model.embed_tokens.weight": (320, 64), "model.norm.weight": (64,)}
     tensors = {key: random.standard_normal(shape, np.float32) for key, shape in named.items()}
     config = SimpleNamespace(**fields, tie_word_embeddings=True, rope_parameters={"rope_theta": 10000.0})
-    return write_tensors(path, "llama", config, tensors)
+    return write_tensors(path, "llama", config, tensors, kind)
 
 
 def write_tensors(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from gguf import GGMLQuantizationType as Q
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +58,15 @@ def test_the_file_that_the_others_are_made_from_is_sound(tmp_path: Path) -> None
     found = read_container(write(tmp_path / "x", (("a", (4,), 0, 0), ("b", (2, 4), 0, 32)), data=64))
     assert found.tensors["b"].shape == (4, 2)
     assert found.tensors["b"].offset == found.tensors["a"].offset + 32
+
+
+@pytest.mark.parametrize("kind", [Q.F32, Q.Q8_0, Q.Q4_0])
+def test_a_matrix_that_is_a_stack_is_refused_in_every_type(kind: Q, tmp_path: Path) -> None:
+    source = write_llama(tmp_path / "x.gguf", kind, {"self_attn.o_proj": (1, 64, 64)})
+    (tmp_path / "out").mkdir()
+    with pytest.raises(EngineError, match=r"attn_output.* has 3 dimensions") as refused:
+        convert_gguf(source, tmp_path / "out", lambda stage, done, total: None)
+    assert refused.value.code == "GGUF_INVALID"
 
 
 @pytest.mark.parametrize(
