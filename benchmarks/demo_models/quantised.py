@@ -2,7 +2,8 @@
 
 Quantises a committed model as `cloister bundle build --quantize` does, calibrated with notes of its training, and
 counts fields right before and after. `--calibration FILE` writes those notes and ends; `--folder` counts the
-fields of any other folder, plain or quantised, such as the one that a bundle was built from.
+fields of any other folder, plain or quantised; of one that does not say so itself, `--wide` where its model was
+trained with wide notes.
 """
 
 from __future__ import annotations
@@ -105,7 +106,9 @@ def _line(name: str, tallies: dict[str, Tally], more: str) -> str:
 
 
 def _is_wide(folder: Path) -> bool:
-    return bool(json.loads((folder / "training.json").read_text(encoding="utf-8"))["recipe"].get("wide"))
+    """Whether a folder says that its model was trained with wide notes."""
+    path = folder / "training.json"
+    return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["recipe"].get("wide"))
 
 
 def main() -> None:
@@ -114,6 +117,7 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--model", choices=MODELS, help="one of the committed models")
     which.add_argument("--folder", type=Path, help="count the fields of this folder, plain or quantised")
+    parser.add_argument("--wide", action="store_true", help="notes as the larger model's training has them")
     parser.add_argument("--way", choices=WAYS, action="append", help="(default: all)")
     parser.add_argument("--split", choices=SPLITS, action="append", help="(default: all)")
     parser.add_argument("--count", type=int, default=COUNT, help=f"notes of each split (default {COUNT})")
@@ -122,7 +126,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     source = chosen.folder or DEMO / f"demo-notes-{chosen.model}"
-    wide = _is_wide(source)
+    wide = chosen.wide or _is_wide(source)
     if chosen.calibration:
         write_calibration(chosen.calibration, wide)
         return
