@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from bundles.format import manifest as manifests
-from bundles.format.manifest import Manifest
+from bundles.format.manifest import File, Manifest
 from bundles.trust import dsse, oms, roots
 from bundles.trust import revocation as revoking
 from bundles.trust.extension import Extension
@@ -178,15 +178,9 @@ def manifest_of(**changes: object) -> Manifest:
     return Manifest.model_validate(fields | changes)
 
 
-def _file(path: str, content: bytes, digest: str) -> dict[str, object]:
-    return {
-        "path": path,
-        "size": len(content),
-        "sha256": digest,
-        "media_type": manifests.media_type_of(path),
-        "role": manifests.role_of(path),
-        "chunks": (digest,),
-    }
+def _file(path: str, content: bytes, digest: str) -> File:
+    kind, role = manifests.media_type_of(path), manifests.role_of(path)
+    return File(path=path, size=len(content), sha256=digest, media_type=kind, role=role, chunks=(digest,))
 
 
 def head_of(
