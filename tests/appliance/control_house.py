@@ -48,7 +48,7 @@ class Host(engine_pb2_grpc.HostServiceServicer):
         self.calls: list[str] = []
         self.planned: list[engine_pb2.PlanDeploymentRequest] = []
         self.told: list[engine_pb2.ReconcileRequest] = []
-        self.changed = asyncio.Condition()
+        self.changed, self.said = asyncio.Condition(), 0
         self.states: dict[str, Any] = {}
         self.reasons: dict[str, str] = {}
         self.sockets = ("/w.sock", "/t.sock")
@@ -73,20 +73,20 @@ class Host(engine_pb2_grpc.HostServiceServicer):
     async def Reconcile(self, request: engine_pb2.ReconcileRequest, context: Any) -> engine_pb2.ReconcileResponse:
         self.told.append(request)
         self.calls.append("reconcile")
-        async with self.changed:
-            self.changed.notify_all()
+        await self.say()
         return engine_pb2.ReconcileResponse()
 
     async def WatchDeployments(self, request: Any, context: Any) -> AsyncIterator[Any]:
         while True:
-            running = self.told[-1].deployments if self.told else ()
+            running, heard = self.told[-1].deployments if self.told else (), self.said
             yield engine_pb2.WatchDeploymentsResponse(deployments=map(self._status, running))
             async with self.changed:
-                await self.changed.wait()
+                await self.changed.wait_for(lambda heard=heard: self.said != heard)  # also what was said meanwhile
 
     async def say(self) -> None:
         """Tell control how everything is now."""
         async with self.changed:
+            self.said += 1
             self.changed.notify_all()
 
     def _status(self, deployment: engine_pb2.Deployment) -> engine_pb2.DeploymentStatus:

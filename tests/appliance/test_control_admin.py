@@ -231,8 +231,7 @@ async def test_a_loaded_model_reaches_engine_host_with_its_files_and_shows_its_s
 
     assert (await shown()).state == "loading"
     house.host.state = engine_pb2.DEPLOYMENT_STATE_READY
-    async with house.host.changed:
-        house.host.changed.notify_all()
+    await house.host.say()
     await house.ready("notes")
     ready = await shown()
     assert (ready.state, ready.max_context_tokens, ready.options.threads) == ("ready", CONTEXT, 2)
