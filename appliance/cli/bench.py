@@ -70,7 +70,6 @@ def _page(outcome: "Outcome") -> str:
         f"{'MB/s':<34}  {'median':>8}   each round",
         f"{'reading the bundle':<34}  {rate('read')}   {cached}",
         f"{'writing as much, durably':<34}  {rate('write')}",
-        *([f"{'both at once, for it is one disk':<34}  {rate('copy')}"] if outcome.one_disk else []),
         f"{'SHA-256, one thread':<34}  {rate('hashing')}",
         f"{halved:<34}  {rate('hashing_all', 2)}   a byte is hashed twice",
         f"{'ceiling: the least, round by round':<34}  {outcome.ceiling / 1e6:8.0f}",

@@ -40,21 +40,6 @@ def write_rate(folder: Path, size: int) -> float:
     return max(rates[1:])
 
 
-def copy_rate(path: Path, folder: Path) -> float:
-    """Bytes per second of reading a file while as much is written: what one disk, asked for both, has for each."""
-    drop_cache(path)
-    size = path.stat().st_size
-    began = time.perf_counter()
-    with ThreadPoolExecutor(2) as threads:
-        both = (
-            threads.submit(_read, path, past_cache=True),
-            threads.submit(_write, folder / "written", size, past_cache=True),
-        )
-        for one in both:
-            one.result()
-    return size / (time.perf_counter() - began)
-
-
 def hash_rate(threads: int) -> float:
     """Bytes per second of SHA-256 on so many threads at once, together, from memory."""
     with ThreadPoolExecutor(threads) as pool:

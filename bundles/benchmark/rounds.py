@@ -50,7 +50,6 @@ class Round:
         cached: share of the bundle that was in memory although it was to be read from its disk.
         read: reading the bundle alone.
         write: writing as many bytes, durably.
-        copy: both at once, where medium and store are on one disk; else the less of the two.
         hashing: SHA-256 on one thread.
         hashing_all: SHA-256 on all processors at once, together.
         imported: payload over the whole import, from opening the bundle to the commit.
@@ -61,7 +60,6 @@ class Round:
     cached: float
     read: float
     write: float
-    copy: float
     hashing: float
     hashing_all: float
     imported: float
@@ -76,13 +74,11 @@ class Outcome:
     Attributes:
         bundle_bytes: of the bundle's file.
         cores: processors.
-        one_disk: medium and store are on the same.
         rounds: each.
     """
 
     bundle_bytes: int
     cores: int
-    one_disk: bool
     rounds: tuple[Round, ...]
 
     def middle(self, name: str) -> float:
@@ -99,7 +95,7 @@ class Outcome:
         return float(median(getattr(found, name) / self._ceiling(found) for found in self.rounds))
 
     def _ceiling(self, found: Round) -> float:
-        return min(found.read, found.write, found.copy, found.hashing_all / 2)
+        return min(found.read, found.write, found.hashing_all / 2)
 
     def as_dict(self) -> dict[str, object]:
         """For programs."""
@@ -107,7 +103,6 @@ class Outcome:
         return {
             "bundle_bytes": self.bundle_bytes,
             "cores": self.cores,
-            "one_disk": self.one_disk,
             "medians": medians,
             "ceiling": self.ceiling,
             "share_of_ceiling": self.share(),
@@ -136,12 +131,11 @@ def measure(options: Options, say: Say) -> Outcome:
         for number in range(1, options.rounds + 1):
             say(f"round {number} of {options.rounds}")
             rounds.append(_round(bundle, size, root, store))
-        return Outcome(size, ceilings.cores(), _one_disk(medium, store), tuple(rounds))
+        return Outcome(size, ceilings.cores(), tuple(rounds))
 
 
 def _round(bundle: Path, size: int, root: bytes, store: Path) -> Round:
     read, write = ceilings.read_rate(bundle), ceilings.write_rate(store, size)
-    copy = ceilings.copy_rate(bundle, store) if _one_disk(bundle, store) else min(read, write)
     hashing, hashing_all = ceilings.hash_rate(1), ceilings.hash_rate(ceilings.cores())
     cached = ceilings.drop_cache(bundle)
     told = _import(bundle, root, store)
@@ -150,7 +144,6 @@ def _round(bundle: Path, size: int, root: bytes, store: Path) -> Round:
         cached,
         read,
         write,
-        copy,
         hashing,
         hashing_all,
         told["bytes"] / seconds,

@@ -24,13 +24,13 @@ def test_how_much_of_a_file_is_in_memory_is_told_as_a_share(tmp_path: Path) -> N
 
 
 def test_each_import_is_held_to_what_its_own_round_could_do() -> None:
-    def found(read: float, both: float, hashed: float, imported: float, streamed: float) -> Round:
-        return Round(0, read, 50.0, both, hashed, hashed, imported, streamed, 1)
+    def found(read: float, write: float, hashed: float, imported: float, streamed: float) -> Round:
+        return Round(0, read, write, hashed, hashed, imported, streamed, 1)
 
-    disk = found(100.0, 40.0, 160.0, 25.0, 32.0)
+    slow_store = found(100.0, 40.0, 160.0, 25.0, 32.0)
     slow_medium = found(10.0, 45.0, 160.0, 8.0, 9.0)
     slow_processor = found(100.0, 45.0, 40.0, 20.0, 20.0)
-    outcome = Outcome(1, 4, True, (disk, slow_medium, slow_processor))
+    outcome = Outcome(1, 4, (slow_store, slow_medium, slow_processor))
     assert (outcome.ceiling, outcome.share(), outcome.share("streamed")) == (20.0, 0.8, 0.9)
 
 
