@@ -58,10 +58,7 @@ def test_an_import_is_measured_beside_its_ceilings_and_nothing_stays(
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     medians = told["medians"]
     assert told["bundle_bytes"] > 30 << 20
-    assert told["one_disk"]
-    assert told["ceiling"] == min(
-        *(medians[name] for name in ("read", "write", "copy")), medians["hashing_all"] / 2
-    )
+    assert told["ceiling"] == min(medians["read"], medians["write"], medians["hashing_all"] / 2)
     assert 0 < medians["imported"] < medians["streamed"]
     assert 20 << 20 < medians["rss_peak"] < 512 << 20
     assert list(tmp_path.iterdir()) == []
