@@ -1,0 +1,1 @@
+"""The native CPU kernels: a C++ library built for several instruction sets, and the backend that runs it."""
