@@ -1,1 +1,1 @@
-"""The native CPU kernels: a C++ library built for several instruction sets, and the backend that runs it."""
+"""The CPU kernels in C++, and what binds them: the library, the backend, programs of whole steps."""

@@ -1,0 +1,137 @@
+// Chooses the instruction set, and runs programs: every op by all threads, a barrier after each.
+#include <omp.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "ops.h"
+
+#define CL_DECLARE(isa) \
+  namespace isa {       \
+  extern const Kernels kernels; \
+  }
+#ifdef CL_HAS_AVX512
+CL_DECLARE(avx512)
+#endif
+#ifdef CL_HAS_AVXVNNI
+CL_DECLARE(avxvnni)
+#endif
+#ifdef CL_HAS_AVX2
+CL_DECLARE(avx2)
+#endif
+CL_DECLARE(portable)
+
+namespace {
+
+struct Choice {
+  const Kernels *kernels;
+  bool runs;
+};
+
+// Best first. What each set of sources was compiled for must all be there.
+int choices(Choice *found) {
+  int count = 0;
+#ifdef CL_HAS_AVX512
+  found[count++] = {&avx512::kernels, __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni") &&
+                                          __builtin_cpu_supports("avx512bf16")};
+#endif
+#ifdef CL_HAS_AVXVNNI
+  found[count++] = {&avxvnni::kernels, __builtin_cpu_supports("x86-64-v3") && __builtin_cpu_supports("avxvnni")};
+#endif
+#ifdef CL_HAS_AVX2
+  found[count++] = {&avx2::kernels, __builtin_cpu_supports("x86-64-v3") != 0};
+#endif
+  found[count++] = {&portable::kernels, true};
+  return count;
+}
+
+const Kernels *chosen = nullptr;
+char names[64];
+
+const Kernels &kernels() {
+  if (!chosen) cl_select("");
+  return *chosen;
+}
+
+int64_t now() {
+  timespec time;
+  clock_gettime(CLOCK_MONOTONIC, &time);
+  return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+void run_op(const Kernels &with, const ClOp &op, int64_t at, const ClStep &step, const Team &team) {
+  const int64_t began = step.nanoseconds && team.rank == 0 ? now() : 0;
+  with.run[op.code](op.args, step, team);
+  team.barrier();
+  if (began) step.nanoseconds[at] += now() - began;
+}
+
+}  // namespace
+
+void Team::barrier() const {
+#pragma omp barrier
+}
+
+int cl_abi(void) { return CL_ABI; }
+
+const char *cl_isas(void) {
+  Choice found[4];
+  const int count = choices(found);
+  names[0] = 0;
+  for (int i = 0; i < count; ++i) {
+    if (!found[i].runs) continue;
+    if (names[0]) strcat(names, " ");
+    strcat(names, found[i].kernels->isa);
+  }
+  return names;
+}
+
+int cl_select(const char *isa) {
+  Choice found[4];
+  const int count = choices(found);
+  for (int i = 0; i < count; ++i) {
+    if (!found[i].runs || (isa && *isa && strcmp(isa, found[i].kernels->isa) != 0)) continue;
+    chosen = found[i].kernels;
+    return 0;
+  }
+  return -1;
+}
+
+const char *cl_isa(void) { return kernels().isa; }
+
+void cl_run(const ClOp *ops, int64_t count, const ClStep *step) {
+  const Kernels &with = kernels();
+  const int64_t threads = step->threads;
+  Counters *counters = static_cast<Counters *>(aligned_alloc(64, sizeof(Counters) * count));
+  memset(static_cast<void *>(counters), 0, sizeof(Counters) * count);
+#pragma omp parallel num_threads(threads)
+  for (int64_t i = 0; i < count; ++i)
+    run_op(with, ops[i], i, *step, Team(omp_get_thread_num(), omp_get_num_threads(), counters + i));
+  free(counters);
+}
+
+int64_t cl_scratch_bytes(const ClOp *ops, int64_t count, const ClLimits *limits) {
+  int64_t most = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Scratch need = kernels().scratch[ops[i].code];
+    const int64_t bytes = need ? need(ops[i].args, *limits) : 0;
+    most = bytes > most ? bytes : most;
+  }
+  return most;
+}
+
+int64_t cl_kv_page_bytes(const ClKv *kv) { return kernels().kv_page_bytes(*kv); }
+
+int64_t cl_packed_bytes(const ClMatrix *matrix) { return kernels().packed_bytes(*matrix); }
+
+void cl_pack(const ClMatrix *matrix, const void *source, int64_t first, int64_t rows, void *packed) {
+  kernels().pack(*matrix, source, first, rows, packed);
+}
+
+int64_t cl_read(const void *buffer, int64_t bytes, int64_t threads) {
+  const int64_t *words = static_cast<const int64_t *>(buffer), count = bytes / 8;
+  int64_t sum = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += words[i];
+  return sum;
+}

@@ -1,0 +1,149 @@
+// Sixteen numbers at once on any instruction set: the few vector operations that the kernels are written in.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace CL_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+constexpr int PARTS = 16 / LANES;
+
+typedef float FloatV __attribute__((vector_size(4 * LANES)));
+typedef int32_t IntV __attribute__((vector_size(4 * LANES)));
+
+// Products and sums are never contracted (-ffp-contract=off): only fma() fuses, so that every copy of a loop, whatever
+// it was unrolled for, rounds alike.
+struct F16 {
+  FloatV part[PARTS];
+};
+struct I16 {
+  IntV part[PARTS];
+};
+
+#define CL_EACH for (int i = 0; i < PARTS; ++i)
+
+inline F16 load(const float *p) {
+  F16 x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline I16 load(const int32_t *p) {
+  I16 x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+inline void store(float *p, F16 x) { memcpy(p, &x, sizeof x); }
+inline void store(int32_t *p, I16 x) { memcpy(p, &x, sizeof x); }
+inline F16 broadcast(float x) {
+  F16 r;
+  CL_EACH r.part[i] = FloatV{} + x;
+  return r;
+}
+inline I16 broadcast(int32_t x) {
+  I16 r;
+  CL_EACH r.part[i] = IntV{} + x;
+  return r;
+}
+inline F16 operator+(F16 a, F16 b) {
+  CL_EACH a.part[i] += b.part[i];
+  return a;
+}
+inline F16 operator-(F16 a, F16 b) {
+  CL_EACH a.part[i] -= b.part[i];
+  return a;
+}
+inline F16 operator*(F16 a, F16 b) {
+  CL_EACH a.part[i] *= b.part[i];
+  return a;
+}
+inline F16 operator/(F16 a, F16 b) {
+  CL_EACH a.part[i] /= b.part[i];
+  return a;
+}
+inline I16 operator+(I16 a, I16 b) {
+  CL_EACH a.part[i] += b.part[i];
+  return a;
+}
+inline I16 operator-(I16 a, I16 b) {
+  CL_EACH a.part[i] -= b.part[i];
+  return a;
+}
+
+// a * b + c, rounded once where the instruction set can, else twice; the same everywhere within one.
+inline F16 fma(F16 a, F16 b, F16 c) {
+#if defined(__AVX512F__)
+  CL_EACH c.part[i] = (FloatV)_mm512_fmadd_ps((__m512)a.part[i], (__m512)b.part[i], (__m512)c.part[i]);
+#elif defined(__FMA__)
+  CL_EACH c.part[i] = (FloatV)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
+#else
+  CL_EACH c.part[i] = a.part[i] * b.part[i] + c.part[i];
+#endif
+  return c;
+}
+
+inline F16 max(F16 a, F16 b) {
+  CL_EACH a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+inline F16 min(F16 a, F16 b) {
+  CL_EACH a.part[i] = a.part[i] < b.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+inline F16 to_float(I16 x) {
+  F16 r;
+  CL_EACH r.part[i] = __builtin_convertvector(x.part[i], FloatV);
+  return r;
+}
+
+// Of the sixteen, in one fixed tree: halves, quarters, pairs.
+inline float sum(F16 x) {
+  float v[16];
+  memcpy(v, &x, sizeof v);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] += v[i + width];
+  return v[0];
+}
+inline float highest(F16 x) {
+  float v[16];
+  memcpy(v, &x, sizeof v);
+  for (int width = 8; width; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
+  return v[0];
+}
+
+// The first n of sixteen numbers, zeros behind them; and only these stored.
+inline F16 load_some(const float *p, int64_t n) {
+  float v[16] = {};
+  memcpy(v, p, sizeof(float) * n);
+  return load(v);
+}
+inline void store_some(float *p, F16 x, int64_t n) { memcpy(p, &x, sizeof(float) * n); }
+
+inline float from_bf16(uint16_t x) {
+  const uint32_t bits = (uint32_t)x << 16;
+  float r;
+  memcpy(&r, &bits, sizeof r);
+  return r;
+}
+// To the nearest, ties to even (not for NaN with a payload in the low bits only, which stays a NaN).
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+}  // namespace
+}  // namespace CL_ISA
