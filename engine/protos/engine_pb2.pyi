@@ -490,6 +490,7 @@ class Deployment(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    DERIVED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Unique on this appliance."""
     @_builtins.property
@@ -500,20 +501,59 @@ class Deployment(_message.Message):
     def options(self) -> Global___DeploymentOptions:
         """How."""
 
+    @_builtins.property
+    def derived(self) -> Global___Derived:
+        """Its weights, packed before; engine-host fills it in for the worker, nobody else does."""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         files: Global___FileSet | None = ...,
         options: Global___DeploymentOptions | None = ...,
+        derived: Global___Derived | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["derived", b"derived", "files", b"files", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "name", b"name", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["derived", b"derived", "files", b"files", "name", b"name", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Deployment: _TypeAlias = Deployment  # noqa: Y015
+
+@_typing.final
+class Derived(_message.Message):
+    """A file that engine-prepare made of a model's weights: as the kernels want them. It can be made again at any time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_DIGEST_FIELD_NUMBER: _builtins.int
+    LAYOUT_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    model_digest: _builtins.str
+    """SHA-256 of the signed manifest of the model, hex."""
+    layout: _builtins.str
+    """For which backend, number type, processor and libraries it was made."""
+    sha256: _builtins.str
+    """SHA-256 of the file, hex."""
+    size: _builtins.int
+    """Its bytes."""
+    def __init__(
+        self,
+        *,
+        model_digest: _builtins.str = ...,
+        layout: _builtins.str = ...,
+        sha256: _builtins.str = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layout", b"layout", "model_digest", b"model_digest", "sha256", b"sha256", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Derived: _TypeAlias = Derived  # noqa: Y015
 
 @_typing.final
 class ReconcileRequest(_message.Message):
@@ -522,18 +562,24 @@ class ReconcileRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DEPLOYMENTS_FIELD_NUMBER: _builtins.int
+    DERIVED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def deployments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Deployment]:
         """A deployment whose files or options changed is restarted."""
+
+    @_builtins.property
+    def derived(self) -> _containers.RepeatedCompositeFieldContainer[Global___Derived]:
+        """All derived files on record; others are removed, unless a deployment here is of their model."""
 
     def __init__(
         self,
         *,
         deployments: _abc.Iterable[Global___Deployment] | None = ...,
+        derived: _abc.Iterable[Global___Derived] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments", "derived", b"derived"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -591,12 +637,16 @@ class DeploymentStatus(_message.Message):
     MODEL_DIGEST_FIELD_NUMBER: _builtins.int
     WORKER_PID_FIELD_NUMBER: _builtins.int
     RUNS_AS_FIELD_NUMBER: _builtins.int
+    DERIVED_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Its name."""
     state: Global___DeploymentState.ValueType
     """Where it is in its life."""
     reason: _builtins.str
-    """Stable code of the failure, with FAILED or RESTARTING."""
+    """Stable code of the failure, with FAILED or RESTARTING; with READY, of what went wrong without keeping it from
+    answering.
+    """
     message: _builtins.str
     """What was wrong and what to do."""
     worker_socket: _builtins.str
@@ -617,6 +667,14 @@ class DeploymentStatus(_message.Message):
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """generate, chat, embed, rerank."""
 
+    @_builtins.property
+    def derived(self) -> Global___Derived:
+        """The derived file that its worker was given; to be put on record."""
+
+    @_builtins.property
+    def refused(self) -> Global___Derived:
+        """One on record that turned out to be bad; to be forgotten."""
+
     def __init__(
         self,
         *,
@@ -632,10 +690,12 @@ class DeploymentStatus(_message.Message):
         model_digest: _builtins.str = ...,
         worker_pid: _builtins.int = ...,
         runs_as: _builtins.str = ...,
+        derived: Global___Derived | None = ...,
+        refused: Global___Derived | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["derived", b"derived", "refused", b"refused"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "max_context_tokens", b"max_context_tokens", "message", b"message", "model_digest", b"model_digest", "name", b"name", "reason", b"reason", "restarts", b"restarts", "runs_as", b"runs_as", "state", b"state", "text_socket", b"text_socket", "worker_pid", b"worker_pid", "worker_socket", b"worker_socket"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capabilities", b"capabilities", "derived", b"derived", "max_context_tokens", b"max_context_tokens", "message", b"message", "model_digest", b"model_digest", "name", b"name", "reason", b"reason", "refused", b"refused", "restarts", b"restarts", "runs_as", b"runs_as", "state", b"state", "text_socket", b"text_socket", "worker_pid", b"worker_pid", "worker_socket", b"worker_socket"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
