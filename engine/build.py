@@ -43,7 +43,13 @@ def build_engine(files: FileSet, open_file: OpenFile, options: EngineOptions) ->
     vocabulary = _vocabulary(files, open_file, known.served)
     tensors = known.layout
     weights = load_weights(
-        files, open_file, tensors.shapes, tensors.matrices, known.served.quantisation, tensors.spare
+        files,
+        open_file,
+        tensors.shapes,
+        tensors.matrices,
+        known.served.quantisation,
+        tensors.spare,
+        tensors.tables,
     )
     ops = make_backend(options)
     limits = Limits(

@@ -43,12 +43,14 @@ class Sizes:
         shapes: its tensors.
         options: with every default filled in.
         formats: of the tensors that are quantised.
+        embeddings: the table of embeddings, by name: whether it is the matrix of the logits as well.
     """
 
     config: ModelConfig
     shapes: Shapes
     options: EngineOptions
     formats: Mapping[str, Format] = field(default_factory=dict)
+    embeddings: Mapping[str, bool] = field(default_factory=dict)
 
     @property
     def item(self) -> int:
@@ -125,7 +127,8 @@ def _prepared(of: Sizes) -> dict[str, int]:
         for name, shape in of.shapes.items()
     }
     return plain | {
-        name: prepared_bytes(found, of.shapes[name], of.is_cpu, of.item) for name, found in of.formats.items()
+        name: prepared_bytes(found, of.shapes[name], of.is_cpu, of.item, of.embeddings.get(name))
+        for name, found in of.formats.items()
     }
 
 

@@ -167,7 +167,9 @@ def read_model(files: FileSet, open_file: OpenFile) -> Model:
     tensors, formats = layout(served, entries), dict[str, Format]()
     stored = {name: entry.end - entry.begin for name, entry in entries.items()}
     if served.quantisation is not None:
-        formats = assign(tensors.shapes, tensors.matrices, served.quantisation, entries, tensors.spare)
+        formats = assign(
+            tensors.shapes, tensors.matrices, served.quantisation, entries, tensors.spare, tensors.tables
+        )
     for name, found in formats.items():
         names = stored_names(name, found, tensors.shapes[name], tensors.shapes)
         stored[name] = sum(stored[part] for part in names if part in entries)
@@ -201,7 +203,9 @@ def plan_memory(model: Model, options: EngineOptions, available: int, cores: int
         parts = _encoder_parts(EncoderSizes(config, model.shapes, options, model.formats), model.stored)
     else:
         options = _resolve(model, config, options, available, cores)
-        parts = _decoder_parts(Sizes(config, model.shapes, options, model.formats), model.stored)
+        parts = _decoder_parts(
+            Sizes(config, model.shapes, options, model.formats, model.layout.embeddings), model.stored
+        )
     return MemoryPlan(
         device=CPU,
         process=model.process,
@@ -251,7 +255,7 @@ def _resolve(
 ) -> EngineOptions:
     """`options` completed: KV pages by default get half of what the weights leave, or what activations leave."""
     first = options.resolve(config.max_context_tokens, 1, 0, cores)
-    sizes = Sizes(config, model.shapes, first, model.formats)
+    sizes = Sizes(config, model.shapes, first, model.formats, model.layout.embeddings)
     left = available - model.process - footprint.weights_bytes(sizes)
     return options.resolve(
         model_context=config.max_context_tokens,

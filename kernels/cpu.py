@@ -35,6 +35,7 @@ class _Plain(NamedTuple):
 
 
 _Linear: TypeAlias = _Plain | packed_cpu.PackedLinear
+_Table: TypeAlias = Tensor | packed_cpu.PackedTable
 
 
 class _Experts(NamedTuple):
@@ -92,13 +93,15 @@ class CpuBackend(EncoderOps):
         """See `kernels.ops.Backend`; with an offset it stays in float32."""
         return weight.float() + offset if offset else weight.to(self.dtype, copy=True)
 
-    def prepare_table(self, weight: Tensor) -> Tensor:
+    def prepare_table(self, weight: Matrix) -> _Table:
         """See `kernels.ops.Backend`."""
+        if isinstance(weight, Packed):
+            return packed_cpu.prepare_table(weight)
         return weight.to(self.dtype, copy=True)
 
-    def tied_head(self, table: Tensor) -> _Plain:
+    def tied_head(self, table: _Table) -> _Linear:
         """See `kernels.ops.Backend`."""
-        return _Plain(table, None)
+        return _Plain(table, None) if isinstance(table, Tensor) else packed_cpu.tie(table, self.dtype)
 
     def prepare_rope(self, inv_freq: Sequence[float], max_positions: int, scale: float = 1.0) -> Tensor:
         """Float32 [max_positions, 2, 1, 2·n]: cosines, and sines whose first half is negated."""
@@ -137,9 +140,12 @@ class CpuBackend(EncoderOps):
             groups={},
         )
 
-    def embed(self, batch: _Batch, table: Tensor, scale: float = 1.0) -> Tensor:
+    def embed(self, batch: _Batch, table: _Table, scale: float = 1.0) -> Tensor:
         """See `kernels.ops.Backend`; the scale is first rounded to the number type, as Gemma's own code does."""
-        found = table.index_select(0, batch.token_ids)
+        if isinstance(table, Tensor):
+            found = table.index_select(0, batch.token_ids)
+        else:
+            found = packed_cpu.read_rows(table, batch.token_ids).to(self.dtype)
         return found if scale == 1 else found * torch.tensor(scale, dtype=self.dtype)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -27,7 +27,7 @@ Matrix: TypeAlias = Any  # a weight matrix as its file has it: a Tensor [out, in
 Linear: TypeAlias = Any  # a weight matrix, or several stacked, in the backend's layout
 Experts: TypeAlias = Any  # the matrices of all experts of one layer
 Vector: TypeAlias = Any  # the weight of a norm
-Table: TypeAlias = Any  # an embedding table
+Table: TypeAlias = Any  # an embedding table, plain or quantised, whose rows can be read
 Rope: TypeAlias = Any  # cosines and sines of every position
 KvCache: TypeAlias = Any  # keys and values of all layers, in pages
 Batch: TypeAlias = Any  # one step's rows, prepared
@@ -200,11 +200,11 @@ class Backend(Protocol):
     def prepare_vector(self, weight: Tensor, offset: float = 0.0) -> Vector:
         """A vector [n], such as the weight of a norm; an offset (Gemma's 1) is added exactly, in float32."""
 
-    def prepare_table(self, weight: Tensor) -> Table:
-        """An embedding table [vocabulary, hidden]."""
+    def prepare_table(self, weight: Matrix) -> Table:
+        """An embedding table [vocabulary, hidden], plain or quantised; a quantised one has no `order`."""
 
     def tied_head(self, table: Table) -> Linear:
-        """The table as the matrix that makes logits; one copy serves both."""
+        """The table as the matrix that makes logits; one copy serves both where its layout lets rows be read."""
 
     def prepare_rope(self, inv_freq: Sequence[float], max_positions: int, scale: float = 1.0) -> Rope:
         """Rotary tables of positions 0 .. max_positions - 1 for frequencies [n], in radians a token.
@@ -229,7 +229,11 @@ class Backend(Protocol):
         """
 
     def embed(self, batch: Batch, table: Table, scale: float = 1.0) -> Hidden:
-        """Embeddings [T, hidden] of the step's tokens, times `scale`."""
+        """Embeddings [T, hidden] of the step's tokens, times `scale`.
+
+        Rows of a quantised table are the numbers they stand for, as `kernels.packed.dequantise` makes them in
+        float32, rounded to the number type of activations.
+        """
 
     def rms_norm(self, x: Hidden, weight: Vector, eps: float) -> Hidden:
         """x / sqrt(mean(x²) + eps) · weight, over the last dimension."""

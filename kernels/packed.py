@@ -147,10 +147,27 @@ def cpu_bytes(layout: Layout, shape: tuple[int, int], item: int) -> int:
         return out * inner // 2 + 2 * _BFLOAT16 * scales + order
     if kernel == "int8":
         return out * inner + _BFLOAT16 * out + order
+    return _codes_bytes(layout, shape) + order
+
+
+def cpu_table_bytes(layout: Layout, shape: tuple[int, int], item: int, is_tied: bool) -> int:
+    """Bytes of a quantised embedding table as the CPU backend keeps it, and of the tied matrix of logits.
+
+    Both have the codes in common but where torch's int4 kernel is taken, from whose layout no rows can be read.
+    """
+    kernel, table = cpu_kernel(layout, shape, item), _codes_bytes(layout, shape)
+    if not is_tied or kernel == "codes":
+        return table
+    return table + (_BFLOAT16 * shape[0] if kernel == "int8" else cpu_bytes(layout, shape, item))
+
+
+def _codes_bytes(layout: Layout, shape: tuple[int, int]) -> int:
+    out, inner = shape
+    scales = -(-out // layout.rows) * -(-inner // layout.columns)
     codes = out * (-(-inner // 2) if layout.bits == 4 else inner)
-    return codes + _FLOAT * scales * (1 + layout.zeros) + order
+    return codes + _FLOAT * scales * (1 + layout.zeros)
 
 
-def cpu_block_rows(inner: int) -> int:
+def cpu_block_rows(inner: int, unit: int = _ROWS) -> int:
     """Rows of a matrix that the CPU backend makes plain at once: so many that they stay in its caches."""
-    return max(_ROWS, _AT_ONCE // inner // _ROWS * _ROWS)
+    return max(unit, _AT_ONCE // inner // unit * unit)

@@ -9,7 +9,7 @@ plain matrix, and no more than one block is ever there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +17,8 @@ import torch.nn.functional as F  # noqa: N812  # torch's own custom
 from torch import Tensor
 
 from kernels.packed import Layout, Packed, cpu_block_rows, cpu_kernel, scale
+
+_INT4_BLOCK = 64  # rows that torch's int4 layout has side by side, at most
 
 
 class _Int8(NamedTuple):
@@ -45,6 +47,10 @@ class _Codes(NamedTuple):
 
 
 _Part: TypeAlias = Tensor | _Int8 | _Int4 | _Codes
+
+
+PackedTable: TypeAlias = _Codes
+"""A quantised embedding table, whose rows can be read."""
 
 
 class PackedLinear(NamedTuple):
@@ -82,11 +88,53 @@ def linear(x: Tensor, weight: PackedLinear, tile: int = 0) -> Tensor:
     return out if weight.bias is None else out.add_(weight.bias)
 
 
+def prepare_table(matrix: Packed) -> PackedTable:
+    """A quantised table [vocabulary, hidden] as its codes, nothing of which is shared."""
+    return _codes(matrix, None)
+
+
+def read_rows(table: PackedTable, ids: Tensor) -> Tensor:
+    """The rows `ids` [T] of a table, float32 [T, hidden]: the numbers that `kernels.packed.dequantise` makes."""
+    return torch.cat([_read_rows(table, some) for some in torch.split(ids, cpu_block_rows(table.shape[1]))])
+
+
+def _read_rows(table: PackedTable, ids: Tensor) -> Tensor:
+    groups = ids // table.group[0]
+    rows = table._replace(
+        codes=table.codes.index_select(0, ids),
+        scales=table.scales.index_select(0, groups),
+        zeros=None if table.zeros is None else table.zeros.index_select(0, groups),
+        group=(1, table.group[1]),
+    )
+    return _plain(rows, range(len(ids)))
+
+
+def tie(table: PackedTable, dtype: torch.dtype) -> PackedLinear:
+    """A table as the matrix that makes logits.
+
+    Its codes serve both but where torch's int4 kernel is taken, from whose layout no rows can be read.
+    """
+    bits = 4 if table.halves else 8
+    layout = Layout(*table.group, bits, _kind(table), table.zeros is not None)
+    kernel = cpu_kernel(layout, table.shape, dtype.itemsize)
+    part: _Part = table
+    if kernel == "int8":
+        part = _Int8(table.codes, _row_scales(table), None)
+    elif kernel == "int4":
+        part = _pack_int4(table, table.group[1], None, lambda rows: _whole(table, rows))
+    return PackedLinear((part,), None)
+
+
 def layout_of(matrix: Packed) -> Layout:
     """What was known of `matrix` before it was read."""
-    kind = "float8" if matrix.codes.dtype == torch.float8_e4m3fn else "int" if matrix.table is None else "table"
     zeros, order = matrix.zeros is not None, matrix.order is not None
-    return Layout(matrix.rows, matrix.columns, matrix.bits, kind, zeros, order)
+    return Layout(matrix.rows, matrix.columns, matrix.bits, _kind(matrix), zeros, order)
+
+
+def _kind(matrix: Packed | PackedTable) -> str:
+    if matrix.codes.dtype == torch.float8_e4m3fn:
+        return "float8"
+    return "int" if matrix.table is None else "table"
 
 
 def _prepare(matrix: Packed, dtype: torch.dtype) -> _Part:
@@ -97,34 +145,53 @@ def _prepare(matrix: Packed, dtype: torch.dtype) -> _Part:
 
 
 def _int8(matrix: Packed, order: Tensor | None) -> _Int8:
-    scales = matrix.scales.expand(matrix.shape[0], 1).flatten()
-    return _Int8(matrix.codes.clone(), scales.bfloat16(), order)
+    return _Int8(matrix.codes.clone(), _row_scales(matrix), order)
+
+
+def _row_scales(matrix: Packed | PackedTable) -> Tensor:
+    return matrix.scales.expand(matrix.shape[0], 1).flatten().bfloat16()
 
 
 def _int4(matrix: Packed, order: Tensor | None) -> _Int4:
-    """torch computes (code - 8) · scale + zero, of codes 0 to 15."""
-    zeros = torch.zeros_like(matrix.scales) if matrix.zeros is None else -matrix.zeros
-    codes = matrix.codes.int()
-    if matrix.codes.dtype == torch.int8:
-        codes += 8
-    else:
-        zeros = zeros + 8
+    return _pack_int4(matrix, matrix.columns, order, lambda rows: matrix.codes[rows.start : rows.stop])
+
+
+def _pack_int4(
+    matrix: Packed | PackedTable, columns: int, order: Tensor | None, read: Callable[[range], Tensor]
+) -> _Int4:
+    """torch computes (code - 8) · scale + zero, of codes 0 to 15; `read` gives some rows of them, or less 8."""
+    out, inner = matrix.shape
+    packed = torch.empty(out, inner // 2, dtype=torch.uint8)
+    for rows in _blocks(out, cpu_block_rows(inner, _INT4_BLOCK)):
+        codes = read(rows)
+        whole = codes.int().add_(8) if codes.dtype == torch.int8 else codes.int()
+        packed[rows.start : rows.stop] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(whole, 1)
+    zeros = torch.zeros_like(matrix.scales) if matrix.zeros is None else 8 - matrix.zeros
     both = torch.stack([matrix.scales, zeros * matrix.scales], -1).transpose(0, 1).bfloat16().contiguous()
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    return _Int4(packed, both, matrix.columns, order)
+    return _Int4(packed, both, columns, order)
+
+
+def _blocks(out: int, at_once: int) -> Iterator[range]:
+    return (range(first, min(first + at_once, out)) for first in range(0, out, at_once))
 
 
 def _codes(matrix: Packed, order: Tensor | None) -> _Codes:
     codes, signed = matrix.codes, matrix.codes.dtype == torch.int8
     halves = matrix.bits == 4
     if halves:
-        positive = F.pad((codes + 8).byte() if signed else codes, (0, codes.shape[1] % 2))
-        low, high = positive.chunk(2, dim=1)
-        codes = low | high << 4
+        out, inner = codes.shape
+        both = torch.empty(out, -(-inner // 2), dtype=torch.uint8)
+        for rows in _blocks(out, cpu_block_rows(inner)):
+            some = codes[rows.start : rows.stop]
+            positive = F.pad((some + 8).byte() if signed else some, (0, inner % 2))
+            low, high = positive.chunk(2, dim=1)
+            torch.bitwise_or(low, high << 4, out=both[rows.start : rows.stop])
+        codes = both
     zeros = None if matrix.zeros is None else matrix.zeros.clone()
     table = None if matrix.table is None else tuple(matrix.table.tolist())
     group = (matrix.rows, matrix.columns)
-    return _Codes(codes.clone(), matrix.scales.clone(), zeros, table, order, group, matrix.shape, halves, signed)
+    codes = codes if halves else codes.clone()
+    return _Codes(codes, matrix.scales.clone(), zeros, table, order, group, matrix.shape, halves, signed)
 
 
 def _multiply(tiles: Sequence[Tensor], part: _Part) -> Tensor:
@@ -144,9 +211,7 @@ def _multiply(tiles: Sequence[Tensor], part: _Part) -> Tensor:
 def _multiply_in_blocks(tiles: Sequence[Tensor], part: _Codes) -> Tensor:
     out, inner = part.shape
     result = tiles[0].new_empty(sum(map(len, tiles)), out)
-    at_once = cpu_block_rows(inner)
-    for first in range(0, out, at_once):
-        rows = range(first, min(first + at_once, out))
+    for rows in _blocks(out, cpu_block_rows(inner)):
         plain = _plain(part, rows).to(result.dtype)
         position = 0
         for tile in tiles:
@@ -159,7 +224,7 @@ def _plain(part: _Codes, rows: range) -> Tensor:
     """Some rows in float32."""
     codes = part.codes[rows.start : rows.stop]
     if part.halves:
-        values = torch.cat([codes & 15, codes >> 4], 1)[:, : part.shape[1]]
+        values = _whole(part, rows)
         values = values.float() if part.table is None else _look_up(values, torch.tensor(part.table))
         values = values.sub_(8) if part.signed else values
     elif codes.dtype == torch.float8_e4m3fn:
@@ -168,6 +233,12 @@ def _plain(part: _Codes, rows: range) -> Tensor:
     else:
         values = codes.float()
     return scale(values.contiguous(), part.scales, part.zeros, part.group, rows)
+
+
+def _whole(part: _Codes, rows: range) -> Tensor:
+    """Codes of four bits of some rows, one in a byte, 0 to 15."""
+    codes = part.codes[rows.start : rows.stop]
+    return torch.cat([codes & 15, codes >> 4], 1)[:, : part.shape[1]]
 
 
 def _look_up(codes: Tensor, table: Tensor) -> Tensor:

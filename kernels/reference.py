@@ -74,9 +74,11 @@ class ReferenceBackend(EncoderOps):
             return weight.to(torch.promote_types(self.dtype, torch.float32)) + offset
         return weight.to(self.dtype, copy=True)
 
-    def prepare_table(self, weight: Tensor) -> Tensor:
+    def prepare_table(self, weight: Matrix) -> Tensor:
         """See `kernels.ops.Backend`."""
-        return weight.to(self.dtype, copy=True)
+        return (
+            dequantise(weight).to(self.dtype) if isinstance(weight, Packed) else weight.to(self.dtype, copy=True)
+        )
 
     def tied_head(self, table: Tensor) -> _Linear:
         """See `kernels.ops.Backend`."""

@@ -73,7 +73,7 @@ def judge(folder: Folder) -> Verdict:
         _refuse_quantisation(folder)
     entries = read_tensors(folder)
     tensors = layout(served, entries)
-    formats = assign(tensors.shapes, tensors.matrices, served.quantisation, entries, tensors.spare)
+    formats = assign(tensors.shapes, tensors.matrices, served.quantisation, entries, tensors.spare, tensors.tables)
     _check_templates(folder)
     with cpu_limit(LOAD_CPU_S, "loading the tokenizer and the chat template", "TEXT_TOO_COSTLY"):
         text = load_text_model(lambda path: folder.read(path, MAX_FILE_BYTES), config.max_context_tokens)
@@ -85,7 +85,9 @@ def judge(folder: Folder) -> Verdict:
     _probe_template(text)
     facts, labels = _facts(served, text), _labels(tensors, formats)
     if formats:
-        facts["quantised matrices"] = f"{len(formats)} of {len(tensors.matrices)}"
+        facts["quantised matrices"] = f"{len(formats.keys() & tensors.matrices)} of {len(tensors.matrices)}"
+        for name in formats.keys() - tensors.matrices:
+            facts["quantised embeddings"] = formats[name].label
     return Verdict(
         config.architecture,
         config.max_context_tokens,

@@ -154,7 +154,7 @@ def build(
         context: the longest context that the deployment serves, by which LongRoPE chooses its factors.
     """
     parts = _Parts(config, names, weights, ops)
-    table = ops.prepare_table(weights.pop(names.embedding))
+    table = ops.prepare_table(weights.matrix(names.embedding.removesuffix(".weight")))
     ropes = [
         ops.prepare_rope(rope.inv_freq(config.head_dim, context), max_positions, rope.scale)
         for rope in config.ropes

@@ -45,8 +45,12 @@ class Family(NamedTuple):
         return tensors.tensor_shapes(config, self.names)
 
     def matrices(self, config: ModelConfig) -> frozenset[str]:
-        """Those of them that may be quantised."""
+        """Those of them that may be quantised as layers are."""
         return tensors.matrices(config, self.names)
+
+    def tables(self, config: ModelConfig) -> frozenset[str]:
+        """Those of them with a row for each token, which are quantised in a way of their own, or not."""
+        return tensors.tables(config, self.names)
 
     def spare(self, config: ModelConfig) -> frozenset[str]:
         """Tensors that files may hold beside, and that nothing reads."""

@@ -5,7 +5,7 @@ vectors, or scores where it is a classifier with one label. Needs no torch.
 """
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from engine.errors import EngineError
@@ -66,13 +66,21 @@ class Layout:
 
     Attributes:
         shapes: those that are computed with, unquantised.
-        matrices: those of them that may be quantised.
+        matrices: those of them that may be quantised as layers are.
         spare: those that the files hold beside, and that nothing reads.
+        tables: those of `shapes` that may be quantised as embeddings and the matrix of the logits are.
     """
 
     shapes: Shapes
     matrices: frozenset[str]
     spare: frozenset[str] = frozenset()
+    tables: frozenset[str] = frozenset()
+
+    @property
+    def embeddings(self) -> Mapping[str, bool]:
+        """Those of `tables` whose rows are read: whether each is the matrix of the logits as well."""
+        read = self.tables - self.matrices
+        return dict.fromkeys(read, read == self.tables)
 
 
 def read_served(read: ReadFile) -> Served:
@@ -106,12 +114,12 @@ def decoder_family(
     Embedders come without one, and often as the decoder alone, whose names have no prefix.
     """
     family = architecture(config)
+    has_head = any(name.startswith(f"{family.names.head}.") for name in stored)
     if pooling is None:
-        has_head = f"{family.names.head}.weight" in stored
         return replace(config, tie_word_embeddings=config.tie_word_embeddings and not has_head), family
     if not any(name.startswith(_DECODER) for name in stored):
         family = family._replace(names=_without_prefix(family.names))
-    if not any(name.startswith(f"{family.names.head}.") for name in stored):
+    if not has_head:
         config = replace(config, tie_word_embeddings=True)
     return config, family
 
@@ -123,7 +131,8 @@ def layout(served: Served, stored: Collection[str]) -> Layout:
         encoder = ENCODERS[config.architecture]
         return Layout(encoder.tensor_shapes(config), encoder.matrices(config), encoder.spare(config, stored))
     config, family = decoder_family(config, stored, served.pooling)
-    return Layout(family.tensor_shapes(config), family.matrices(config), family.spare(config) & set(stored))
+    spare = family.spare(config) & set(stored)
+    return Layout(family.tensor_shapes(config), family.matrices(config), spare, family.tables(config))
 
 
 def _encoder(config: EncoderConfig, read: ReadFile) -> Served:

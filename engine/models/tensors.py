@@ -96,7 +96,7 @@ def tensor_shapes(config: ModelConfig, names: Names) -> Shapes:
 
 
 def matrices(config: ModelConfig, names: Names) -> frozenset[str]:
-    """The tensors that may be quantised: all matrices but routers and the table of embeddings."""
+    """The tensors that may be quantised as layers are: all matrices but routers and the table of embeddings."""
     head = [] if config.tie_word_embeddings else [f"{names.head}.weight"]
     found = [
         names.layer.format(i) + name
@@ -104,6 +104,12 @@ def matrices(config: ModelConfig, names: Names) -> frozenset[str]:
         for name in _matrices(config, names, layer)
     ]
     return frozenset(found + head)
+
+
+def tables(config: ModelConfig, names: Names) -> frozenset[str]:
+    """The tensors with a row for each token: the table of embeddings, and the matrix of the logits."""
+    head = [] if config.tie_word_embeddings else [f"{names.head}.weight"]
+    return frozenset([names.embedding, *head])
 
 
 def spare(config: ModelConfig, names: Names) -> frozenset[str]:

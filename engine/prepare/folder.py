@@ -51,7 +51,9 @@ class ModelFolder:
         raw: config.json as an object.
         served: what the model is, and is for.
         shapes: of the plain tensors, by name.
-        matrices: those of them that may be quantised, and are worth it: all but the matrix of the logits.
+        matrices: those of them that may be quantised as layers are, but for the matrix of the logits.
+        tables: embeddings and, where it is not tied, the matrix of the logits.
+        embeddings: the former.
         entries: what each tensor of the files is, by name.
 
     Raises:
@@ -70,9 +72,11 @@ class ModelFolder:
         known = layout(self.served, self.entries)
         self.shapes = known.shapes
         self._formats: Mapping[str, Format] = assign(
-            known.shapes, known.matrices, self.served.quantisation, self.entries, known.spare
+            known.shapes, known.matrices, self.served.quantisation, self.entries, known.spare, known.tables
         )
-        self.matrices = known.matrices - self._heads()
+        self.tables = known.tables
+        self.embeddings = known.tables - known.matrices
+        self.matrices = known.matrices - known.tables
 
     @property
     def decoder(self) -> tuple[ModelConfig, Family]:
@@ -87,10 +91,6 @@ class ModelFolder:
                 "QUANTISE_UNSUPPORTED", "only a model that generates text is measured with a calibration"
             )
         return config, architecture(config)
-
-    def _heads(self) -> set[str]:
-        config = self.served.config
-        return {f"{architecture(config).names.head}.weight"} if isinstance(config, ModelConfig) else set()
 
     @property
     def quantised(self) -> bool:
@@ -177,7 +177,9 @@ class StreamedWeights:
         return self._folder.tensor(name)
 
     def matrix(self, prefix: str, /) -> Any:
-        """The name of the matrix."""
+        """The name of the matrix; the embeddings, whose rows are read, themselves."""
+        if f"{prefix}.weight" in self._folder.embeddings:
+            return self._folder.matrix(f"{prefix}.weight")
         return Named(f"{prefix}.weight", self._folder.shapes[f"{prefix}.weight"])
 
     def experts(self, name: str, /) -> Sequence[Any]:

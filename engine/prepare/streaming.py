@@ -17,7 +17,7 @@ from engine.errors import EngineError
 from engine.prepare.calibration import Sample
 from engine.prepare.folder import ModelFolder, Named, StreamedWeights
 from kernels.cpu import CpuBackend
-from kernels.ops import Attending, Heads, KvSpec, QkNorm, Rows
+from kernels.ops import Attending, Heads, KvSpec, Matrix, QkNorm, Rows
 from kernels.packed import Packed, dequantise
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ class StreamingBackend(CpuBackend):
             return super().prepare_linear(weights, biases)
         return _Streamed(tuple(weights), torch.cat([bias.float() for bias in biases]) if biases else None)
 
-    def prepare_table(self, weight: Tensor) -> Tensor:
-        """See `kernels.ops.Backend`; in its own number type."""
-        return weight
+    def prepare_table(self, weight: Matrix) -> Tensor:
+        """See `kernels.ops.Backend`; in its own number type, a quantised one as the numbers it stands for."""
+        return dequantise(weight) if isinstance(weight, Packed) else weight
 
     def tied_head(self, table: Tensor) -> Any:
         """See `kernels.ops.Backend`."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from math import prod
 
 from engine.weights.formats import Format, Shape
-from kernels.packed import Layout, cpu_block_rows, cpu_bytes, cpu_kernel
+from kernels.packed import Layout, cpu_block_rows, cpu_bytes, cpu_kernel, cpu_table_bytes
 
 _UNPACKED = (
     5  # bytes for each number while one matrix is unpacked: bytes of words, halves, and their copies in order
@@ -18,7 +18,7 @@ _STACKED = 3  # matrices, as large as the largest: queries, keys and values
 _BLOCK = 24  # of each number of a block that is made plain: its code as an index, float32 thrice, and its own type
 
 
-def prepared_bytes(found: Format, shape: Shape, is_cpu: bool, item: int) -> int:
+def prepared_bytes(found: Format, shape: Shape, is_cpu: bool, item: int, is_tied: bool | None = None) -> int:
     """The matrices that `found` makes of the tensor of `shape`, as a backend keeps them.
 
     Args:
@@ -26,9 +26,12 @@ def prepared_bytes(found: Format, shape: Shape, is_cpu: bool, item: int) -> int:
         shape: of the plain tensor.
         is_cpu: the cpu backend computes; otherwise the reference, which makes them plain.
         item: bytes of the backend's number type.
+        is_tied: of a table of embeddings, whether it is the matrix of the logits as well; None of any other.
     """
     if not is_cpu:
         return prod(shape) * item
+    if is_tied is not None:
+        return cpu_table_bytes(found.layout(shape), (shape[0], shape[1]), item, is_tied)
     count, each = _matrices(shape)
     return count * cpu_bytes(found.layout(shape), each, item)
 

@@ -7,7 +7,8 @@ Of a layer L: `L.codes`, int8 [out, in] as I8, or two int4 in a byte, U8 [out, c
 
 Codes of int8 are signed. Those of int4 are 0 to 15, and the zero of a symmetric matrix is 8. config.json has
 "quantization_config": {"quant_method": "cloister", "bits": 4, "group_size": 128, "symmetric": false}; a group_size
-of 0 is the whole row.
+of 0 is the whole row. Embeddings and the matrix of the logits are plain, or as a field "embeddings" in it says,
+which has the same three fields.
 """
 
 from __future__ import annotations
@@ -87,6 +88,21 @@ class IntWeights:
 
 def parse(settings: Settings) -> tuple[IntWeights]:
     """See `engine.weights.quantisation`."""
+    return (_parse(settings),)
+
+
+def parse_tables(settings: Settings) -> tuple[IntWeights, ...]:
+    """What embeddings and the matrix of the logits may be; nothing where that is not said."""
+    raw = settings.take("embeddings")
+    if raw is None:
+        return ()
+    stated = Settings(raw, f"{settings.where}.embeddings")
+    found = _parse(stated)
+    stated.finish()
+    return (found,)
+
+
+def _parse(settings: Settings) -> IntWeights:
     bits = settings.one_of("bits", 8, 4)
     group = settings.one_of("group_size", *GROUPS)
-    return (IntWeights(bits, group, settings.flag("symmetric")),)
+    return IntWeights(bits, group, settings.flag("symmetric"))

@@ -75,6 +75,7 @@ def load_weights(
     matrices: Collection[str] = (),
     quantisation: Quantisation | None = None,
     spare: Collection[str] = (),
+    tables: Collection[str] = (),
 ) -> LoadedWeights:
     """The tensors of the file set's safetensors files, every byte hashed before use.
 
@@ -85,9 +86,10 @@ def load_weights(
         files: of the model.
         open_file: opens them.
         shapes: the plain tensors that the model declares.
-        matrices: those of them that may be quantised.
+        matrices: those of them that may be quantised as layers are.
         quantisation: what config.json says.
         spare: tensors that may be there and that nobody takes.
+        tables: those of the model's with a row for each token.
 
     Raises:
         EngineError: WEIGHTS_DIGEST_MISMATCH, WEIGHTS_INVALID, DTYPE_UNSUPPORTED, or TENSORS_MISMATCH (a tensor
@@ -102,4 +104,4 @@ def load_weights(
             entries[name] = entry
             if name not in spare:
                 tensors[name] = tensor
-    return LoadedWeights(tensors, shapes, assign(shapes, matrices, quantisation, entries, spare))
+    return LoadedWeights(tensors, shapes, assign(shapes, matrices, quantisation, entries, spare, tables))

@@ -36,10 +36,13 @@ class Quantisation:
     Attributes:
         method: who defined the format, as `quant_method` calls it.
         formats: what a quantised matrix may be; the files decide which.
+        tables: what embeddings and the matrix of the logits may be; where this is empty, the latter may be one of
+            `formats`.
     """
 
     method: str
     formats: tuple[Format, ...]
+    tables: tuple[Format, ...] = ()
 
 
 class Entry(Protocol):
@@ -69,8 +72,9 @@ def parse_quantisation(config: Mapping[str, Any]) -> Quantisation | None:
     settings = Settings(raw, where)
     method = settings.one_of("quant_method", *_METHODS)
     formats = _METHODS[method](settings)
+    tables = int_weights.parse_tables(settings) if method == "cloister" else ()
     settings.finish()
-    return Quantisation(method, formats)
+    return Quantisation(method, formats, tables)
 
 
 def assign(
@@ -79,15 +83,17 @@ def assign(
     quantisation: Quantisation | None,
     entries: Mapping[str, Entry],
     spare: Collection[str] = (),
+    tables: Collection[str] = (),
 ) -> dict[str, Format]:
     """Which of a model's matrices are quantised, and how; every tensor of the files is then accounted for.
 
     Args:
         shapes: the plain tensors that the model declares.
-        matrices: names of those that may be quantised.
+        matrices: names of those that may be quantised as layers are.
         quantisation: what config.json says.
         entries: the tensors of the files.
         spare: tensors that may be there and that nobody takes.
+        tables: names of those with a row for each token.
 
     Raises:
         EngineError: TENSORS_MISMATCH or DTYPE_UNSUPPORTED; the message names a tensor that is missing, surplus, or
@@ -97,7 +103,8 @@ def assign(
     used: set[str] = set()
     for name, shape in sorted(shapes.items()):
         if name not in entries or entries[name].dtype not in FLOATS:
-            found = _format(name, shape, quantisation, entries, shapes) if name in matrices else None
+            declared = _declared(name, quantisation, matrices, tables)
+            found = _format(name, shape, declared, entries, shapes)
             if found is not None:
                 formats[name] = found
                 used |= {stored for stored in _stored(found, name, shape, shapes) if stored in entries}
@@ -108,6 +115,17 @@ def assign(
     if surplus:
         raise EngineError("TENSORS_MISMATCH", f"tensor {surplus[0]} is not part of the model its config describes")
     return formats
+
+
+def _declared(
+    name: str, quantisation: Quantisation | None, matrices: Collection[str], tables: Collection[str]
+) -> tuple[Format, ...]:
+    """What the tensor `name` may be, if it is not plain."""
+    if quantisation is None:
+        return ()
+    if quantisation.tables and name in tables:
+        return quantisation.tables
+    return quantisation.formats if name in matrices else ()
 
 
 def stored_names(name: str, found: Format, shape: Shape, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
@@ -123,12 +141,11 @@ def _stored(found: Format, name: str, shape: Shape, shapes: Mapping[str, Shape])
 def _format(
     name: str,
     shape: Shape,
-    quantisation: Quantisation | None,
+    declared: tuple[Format, ...],
     entries: Mapping[str, Entry],
     shapes: Mapping[str, Shape],
 ) -> Format | None:
     """The one declared format whose tensors are there; None where no tensor of any is."""
-    declared = quantisation.formats if quantisation is not None else ()
     candidates = [candidate for candidate in declared if candidate.dimensions == len(shape)]
     tables = [(candidate, _stored(candidate, name, shape, shapes)) for candidate in candidates]
     fitting = [candidate for candidate, table in tables if _fits(table, entries)]

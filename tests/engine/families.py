@@ -132,7 +132,9 @@ def computed(
     config = parse_config(config_json)
     family = architecture(config)
     shapes = family.tensor_shapes(config)
-    formats = assign(shapes, family.matrices(config), config.quantisation, entries(tensors))
+    formats = assign(
+        shapes, family.matrices(config), config.quantisation, entries(tensors), (), family.tables(config)
+    )
     weights = LoadedWeights(dict(tensors), shapes, formats)
     model = family.build(config, weights, ops, max_positions=context, context=context)
     assert not weights.names
