@@ -17,8 +17,8 @@
 extern "C" {
 #endif
 
-/* Number types of KV pages and tables. */
-enum ClType { CL_FLOAT32 = 0, CL_BFLOAT16 = 1, CL_INT8 = 2 };
+/* Number types of KV pages, tables and scales. */
+enum ClType { CL_FLOAT32 = 0, CL_BFLOAT16 = 1, CL_INT8 = 2, CL_FLOAT16 = 3 };
 
 /* How a matrix is kept, and computed with. */
 enum ClKind {
@@ -33,17 +33,22 @@ enum ClKind {
 #define CL_TILE 16    /* outputs of a tile of weights; tokens of a tile of a KV page */
 #define CL_STRIDE 64  /* rows of int8 and bfloat16 activations are padded with zeros to a multiple of this */
 
-/* A matrix [out, in] as `cl_pack` made it: tiles of CL_TILE outputs; the last is padded with zeros. */
+/* A matrix [out, in] as `cl_pack` made it: tiles of CL_TILE outputs; the last is padded with zeros.
+   w = (value - zero) * scale * factor, where the value of a code is table[code], or code - offset. */
 typedef struct {
-  int32_t kind;      /* ClKind */
-  int32_t group;     /* inputs that share a weight scale; 0: all of a row */
-  int32_t decoded;   /* ClType of the panels of CL_DECODED */
-  int32_t bits;      /* of a code */
+  int32_t kind;       /* ClKind */
+  int32_t group;      /* inputs that share a weight scale: a multiple of CL_GROUP in CL_W4A8 and CL_W8A8; 0: all */
+  int32_t decoded;    /* ClType of the panels of CL_DECODED: CL_FLOAT32 or CL_BFLOAT16 */
+  int32_t bits;       /* of a code: 4 or 8 */
+  int32_t offset;     /* 8 or 128 where codes are signed (and had it added before cl_pack); else 0 */
+  int32_t scale_type; /* ClType of scales and zeros: CL_FLOAT32, or CL_FLOAT16 */
+  float factor;       /* of all scales: a power of two that takes them to the best range of CL_FLOAT16, or 1 */
+  int32_t pad;
   int64_t out, in;
   const void *weights;  /* tiles of codes or numbers */
-  const float *scales;  /* by tile, group and output; or NULL */
-  const float *zeros;   /* the same: w = (code - zero) * scale; NULL: 0 */
-  const float *table;   /* CL_DECODED: value of each code; NULL: the code itself */
+  const void *scales;   /* [tiles][groups][CL_TILE], padded with zeros; or NULL */
+  const void *zeros;    /* the same; NULL: 0 */
+  const float *table;   /* CL_DECODED: [2 ^ bits]; NULL: code - offset */
   const int32_t *order; /* weight column i multiplies input order[i]; NULL: input i */
 } ClMatrix;
 
@@ -123,7 +128,9 @@ typedef struct {
 
 /* out = x * weight^T + bias. */
 typedef struct {
-  const ClRows *x; /* with the form that the weights need, or else f32 */
+  /* With the form that each part needs (float32; bfloat16; int8 by CL_GROUP; int8 by row of CL_W8A8 with group 0), or
+     else f32; f32 where a part has an order. */
+  const ClRows *x;
   const ClLinear *weight;
   float *out;      /* [T, sum of out] */
   int64_t picked;  /* rows are step.picks, not step.tokens */
@@ -214,8 +221,8 @@ CL_EXPORT int64_t cl_kv_page_bytes(const ClKv *kv);
 CL_EXPORT int64_t cl_packed_bytes(const ClMatrix *matrix);
 
 /* Packs rows first .. first + rows - 1 of a matrix (first a multiple of CL_TILE) into `packed`, which is zeroed.
-   Source, row-major, rows of `in` numbers: float32 for CL_F32, bfloat16 for CL_BF16; for all others one byte a code
-   (int8 of CL_W8A8; of int4 0 to 15, signed ones with 8 added). */
+   Source, row-major, rows of `in` numbers: float32 for CL_F32, bfloat16 for CL_BF16; for all others one unsigned byte a
+   code, to which `offset` was added where it was signed. */
 CL_EXPORT void cl_pack(const ClMatrix *matrix, const void *source, int64_t first, int64_t rows, void *packed);
 
 /* Reads a buffer with all threads, as fast as memory gives it; for the ceiling of benchmarks. Returns a checksum. */
