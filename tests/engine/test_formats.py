@@ -91,6 +91,8 @@ def test_what_compressed_tensors_writes_is_read_as_it_reads_it_itself(
     bits, symmetric = (8, True) if number == "float" else (bits, symmetric)
     if kind == "pack-quantized" and strategy in ("tensor", "block"):
         symmetric = True  # its own reader does not pack the others' zero points
+    if kind == "pack-quantized" and not symmetric:
+        out += 8  # nor can it view zero points that fill no more than one word
     weights: dict[str, Any] = {"num_bits": bits, "type": number, "symmetric": symmetric, "strategy": strategy}
     if strategy == "group":
         weights["group_size"] = group
