@@ -9,12 +9,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from ctypes import Structure, c_char_p, c_float, c_int, c_int32, c_int64, c_void_p
 from typing import ClassVar
 
 import torch  # first of all: its libgomp is the one that the library must share, or there are two pools of threads
 
-from kernels.native.location import find_library, missing
+from kernels.native.location import find_library, is_named, missing, sources
 
 ABI = 1
 """CL_ABI of the header that this file mirrors."""
@@ -305,6 +306,18 @@ class Library:
         """Read `size` bytes with all threads, as fast as memory gives them; a checksum."""
         return int(self._functions.cl_read(buffer, size, threads))
 
+    def pin(self, cores: Sequence[int]) -> bool:
+        """Keep this thread on the first core, and each other of the team that its programs and torch's ops run on,
+        on one of its own; False when the system refuses one of them.
+        """
+        numbers = (c_int32 * len(cores))(*cores)
+        return not self._functions.cl_pin(ctypes.addressof(numbers), len(cores))
+
+    @property
+    def sources(self) -> str:
+        """Of which C++ sources it was built, as `location.sources` has them."""
+        return str(self._functions.cl_sources().decode())
+
 
 _SIGNATURES = {
     "cl_abi": (c_int, []),
@@ -317,6 +330,8 @@ _SIGNATURES = {
     "cl_packed_bytes": (c_int64, [c_void_p]),
     "cl_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     "cl_read": (c_int64, [c_void_p, c_int64, c_int64]),
+    "cl_pin": (c_int, [c_void_p, c_int64]),
+    "cl_sources": (c_char_p, []),
 }
 
 
@@ -326,7 +341,10 @@ def _found() -> Library | NativeUnavailable:
     try:
         if path is None:
             raise NativeUnavailable(missing())
-        return Library(str(path))
+        library = Library(str(path))
+        if not is_named() and sources() not in (None, library.sources):
+            raise NativeUnavailable(f"{path} was built from other sources than lie here: run ./install.sh again")
+        return library
     except NativeUnavailable as unavailable:
         return unavailable
 

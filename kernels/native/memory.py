@@ -1,6 +1,6 @@
-"""Memory for weights and KV pages that starts on a huge page, and is made of huge pages where the system has them.
+"""Memory for weights and KV pages that starts on a huge page, and is made of them where the system has some.
 
-A pass over weights touches every page of them: with pages of 4 KiB the translation buffer misses all the time, with
+A pass over weights touches every page of them: with pages of 4 KiB the translation buffer misses at each, with
 pages of 2 MiB hardly ever. They are asked for where a whole one fits, so nothing is held that was not asked for.
 
 Source: Linux, Documentation/admin-guide/mm/transhuge.rst; madvise(2), MADV_HUGEPAGE; proc_pid_smaps(5).

@@ -228,6 +228,13 @@ CL_EXPORT void cl_pack(const ClMatrix *matrix, const void *source, int64_t first
 /* Reads a buffer with all threads, as fast as memory gives it; for the ceiling of benchmarks. Returns a checksum. */
 CL_EXPORT int64_t cl_read(const void *buffer, int64_t bytes, int64_t threads);
 
+/* Keeps the calling thread on cores[0], and thread i of the team that it runs programs and torch's ops with on
+   cores[i]. 0, or how many of them could not be moved. */
+CL_EXPORT int cl_pin(const int32_t *cores, int64_t count);
+
+/* Which sources this library was built from: SHA-256, in hex, as CMakeLists.txt and location.py make it. */
+CL_EXPORT const char *cl_sources(void);
+
 #ifdef __cplusplus
 }
 #endif

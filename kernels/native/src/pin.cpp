@@ -4,9 +4,6 @@
 
 #include "cloister_kernels.h"
 
-extern "C" CL_EXPORT int cl_pin(const int32_t *cores, int64_t count);
-
-// Moves the calling thread to cores[0] and makes the team's thread i stay on cores[i]; 0, or how many would not.
 int cl_pin(const int32_t *cores, int64_t count) {
   int refused = 0;
 #pragma omp parallel num_threads(count) reduction(+ : refused)
