@@ -20,7 +20,7 @@ from kernels.native.location import find_library, is_named, missing, sources
 ABI = 1
 """CL_ABI of the header that this file mirrors."""
 
-CL_FLOAT32, CL_BFLOAT16, CL_INT8 = range(3)
+CL_FLOAT32, CL_BFLOAT16, CL_INT8, CL_FLOAT16 = range(4)
 CL_F32, CL_BF16, CL_W8A8, CL_W4A8, CL_DECODED = range(5)
 CL_GROUP, CL_TILE, CL_STRIDE = 32, 16, 64
 (
@@ -47,6 +47,10 @@ class ClMatrix(Structure):
         ("group", c_int32),
         ("decoded", c_int32),
         ("bits", c_int32),
+        ("offset", c_int32),
+        ("scale_type", c_int32),
+        ("factor", c_float),
+        ("pad", c_int32),
         ("out", c_int64),
         ("in", c_int64),
         ("weights", c_void_p),
