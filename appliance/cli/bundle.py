@@ -170,6 +170,7 @@ def _build(args: argparse.Namespace) -> int:
     from bundles.builder import build, check, check_signing, prepared, sign, written
 
     quantisation = bundle_preparing.read_quantisation(args)
+    keep = bundle_preparing.keeps_embeddings(args)
     bundle_preparing.check_signing(args, quantisation)
     signing = bundle_signing.read_signing(args) if bundle_signing.wanted(args) else None
     if signing:
@@ -179,7 +180,7 @@ def _build(args: argparse.Namespace) -> int:
     with (
         bundle_preparing.tidily(),
         _progress(args) as preparing,
-        prepared(args.model, args.out, quantisation, preparing) as source,
+        prepared(args.model, args.out, quantisation, preparing, keep_embeddings=keep) as source,
         _progress(args) as report,
     ):
         preparation = source.preparation

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +34,14 @@ def add_options(build: argparse.ArgumentParser) -> None:
         type=int,
         choices=_GROUPS,
         help=f"numbers of a row that share a scale, of int4 (default {_DEFAULT_GROUP})",
+    )
+    smaller.add_argument(
+        "--quantize-embeddings",
+        choices=(*_BITS, "keep"),
+        nargs="?",
+        const="int8",
+        metavar="{int8,int4,keep}",
+        help="embeddings and the matrix of the logits, too (int8 if none is said); keep: as a GGUF file has them",
     )
     smaller.add_argument(
         "--calibration",
@@ -65,9 +73,11 @@ def read_quantisation(args: argparse.Namespace) -> "Quantisation | None":
     from bundles.builder import Quantisation
 
     if args.quantize is None:
-        if args.calibration or args.group:
-            raise UsageError("--calibration and --group need --quantize")
+        if args.calibration or args.group or args.quantize_embeddings in _BITS:
+            raise UsageError("--calibration, --group and --quantize-embeddings int8 or int4 need --quantize")
         return None
+    if keeps_embeddings(args):
+        raise UsageError("--quantize-embeddings keep is of GGUF files that are not quantised anew")
     bits = _BITS[args.quantize]
     if bits == 8 and args.group:
         raise UsageError("--group is of int4; int8 has a scale for each row")
@@ -81,7 +91,22 @@ def read_quantisation(args: argparse.Namespace) -> "Quantisation | None":
         calibration=args.calibration,
         tokens=args.calibration_tokens,
         threads=args.threads or len(os.sched_getaffinity(0)),
+        embeddings=_BITS.get(args.quantize_embeddings, 0),
     )
+
+
+def keeps_embeddings(args: argparse.Namespace) -> bool:
+    """Whether the embeddings of a GGUF file stay quantised as they are there.
+
+    Raises:
+        UsageError: it is none.
+    """
+    kept: bool = args.quantize_embeddings == "keep"
+    if kept and args.model.suffix.lower() != ".gguf":
+        raise UsageError(
+            "--quantize-embeddings keep is of GGUF files; int8 and int4 of any that is quantised here"
+        )
+    return kept
 
 
 def check_signing(args: argparse.Namespace, quantisation: "Quantisation | None") -> None:
@@ -120,12 +145,16 @@ def summary(preparation: "Preparation | None") -> str:
     for step in preparation.steps if preparation else ():
         match step:
             case {"from": "gguf", "types": list(types)}:
-                lines.append(f"converted from GGUF ({', '.join(map(str, types))})")
+                kept = step.get("kept_embeddings")
+                lines.append(
+                    f"converted from GGUF ({', '.join(map(str, types))})"
+                    + (f", embeddings kept in {kept}" if kept else "")
+                )
             case {"bits": int(bits), "group": int(group), "matrices": list(matrices)}:
                 errors, rounded = ([each[key] for each in matrices] for key in ("error", "rounded"))
                 worst, worst_rounded = max(errors, default=0.0), max(rounded, default=0.0)
                 scale = f", a scale for {group} numbers" if group else ", a scale for each row"
-                lines.append(f"quantised to int{bits}{scale}: {len(matrices)} matrices")
+                lines.append(f"quantised to int{bits}{scale}: {len(matrices)} matrices{_embeddings(step)}")
                 fed_back = f"; plainly rounded {_mean(rounded):.2%} and {worst_rounded:.2%}"
                 lines.append(
                     f"  error of their outputs {_mean(errors):.2%} on average, {worst:.2%} at most"
@@ -133,6 +162,14 @@ def summary(preparation: "Preparation | None") -> str:
                 )
                 lines += _perplexity(step.get("calibration"))
     return "\n".join(lines)
+
+
+def _embeddings(step: Mapping[str, object]) -> str:
+    """What became of embeddings and the matrix of the logits, where they were quantised."""
+    match step:
+        case {"embeddings": int(bits), "tables": list(tables)} if tables:
+            return f"; embeddings to int{bits}, error {_mean([each['error'] for each in tables]):.2%}"
+    return ""
 
 
 def _perplexity(calibration: object) -> list[str]:

@@ -49,6 +49,7 @@ class Quantisation:
         calibration: JSON lines of texts such as the model is used for; int4 needs them.
         tokens: most of them that errors are fed back for.
         threads: of the processor; the same number gives the same bytes.
+        embeddings: bits of embeddings and of the matrix of the logits, 8 or 4; 0: they stay as they are.
     """
 
     bits: int
@@ -56,6 +57,7 @@ class Quantisation:
     calibration: Path | None = None
     tokens: int = 32768
     threads: int = 1
+    embeddings: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,8 @@ def prepared(
     quantisation: Quantisation | None,
     report: Report,
     preparer: Preparer | None = None,
+    *,
+    keep_embeddings: bool = False,
 ) -> Iterator[Prepared]:
     """The folder to build from: `model` itself, unless it is a GGUF file or is to be quantised.
 
@@ -102,6 +106,7 @@ def prepared(
         quantisation: None leaves the numbers as they are.
         report: hears of progress, in bytes of weights.
         preparer: how to run engine-prepare.
+        keep_embeddings: those of a GGUF file stay quantised, as its layers do.
 
     Raises:
         BundleError: PREPARE_FAILED, DISK_FULL, OUT_OF_MEMORY, or engine-prepare's own code; the SOURCE codes.
@@ -117,7 +122,7 @@ def prepared(
         steps, folder = [], model
         if is_gguf:
             folder = _step(place / "converted")
-            steps.append(_ask(preparer, _conversion(model, folder, keep=quantisation is None), report))
+            steps.append(_ask(preparer, _conversion(model, folder, quantisation is None, keep_embeddings), report))
         if quantisation is not None:
             source, folder = folder, _step(place / "quantised")
             steps.append(_ask(preparer, _question(quantisation, source, folder), report))
@@ -171,9 +176,10 @@ def _step(folder: Path) -> Path:
     return folder.absolute()
 
 
-def _conversion(model: Path, folder: Path, *, keep: bool) -> dict[str, object]:
-    """Numbers that are quantised stay so, unless they are to be quantised anew."""
-    return {"do": "convert", "source": str(model.absolute()), "out": str(folder), "keep": keep}
+def _conversion(model: Path, folder: Path, keep: bool, embeddings: bool) -> dict[str, object]:
+    """Numbers that are quantised stay so, unless they are to be quantised anew; embeddings where that is asked."""
+    where = {"source": str(model.absolute()), "out": str(folder)}
+    return {"do": "convert", **where, "keep": keep, "embeddings": embeddings}
 
 
 def _question(quantisation: Quantisation, source: Path, folder: Path) -> dict[str, object]:
@@ -188,6 +194,7 @@ def _question(quantisation: Quantisation, source: Path, folder: Path) -> dict[st
         "calibration": None if calibration is None else str(calibration.absolute()),
         "tokens": quantisation.tokens,
         "threads": quantisation.threads,
+        "embeddings": quantisation.embeddings,
     }
 
 

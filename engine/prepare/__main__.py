@@ -85,7 +85,7 @@ def _prepare(question: Question) -> dict[str, Any]:
         _limit(resource.RLIMIT_AS, _CONVERTING_BYTES)
         from engine.prepare.converting import convert_gguf
 
-        return convert_gguf(question.source, question.out, _Progress(), question.keep)
+        return convert_gguf(question.source, question.out, _Progress(), question.keep, question.keep_embeddings)
     from engine.prepare.quantising import quantise_folder
 
     return quantise_folder(question.source, question.out, question.settings, _Progress())

@@ -20,7 +20,7 @@ import numpy as np
 from engine.errors import EngineError
 from engine.prepare.gguf import BLOCKS, Container, TensorInfo, read_container
 from engine.prepare.gguf_blocks import Floats, dequantise
-from engine.prepare.gguf_kept import Kept, find_kept, packed, row_pieces, split_blocks
+from engine.prepare.gguf_kept import Kept, find_kept, keep_tables, packed, row_pieces, split_blocks
 from engine.prepare.gguf_metadata import Metadata
 from engine.prepare.gguf_models import ROPE_FACTORS, Converted, convert_model
 from engine.prepare.gguf_tokenizer import TokenizerFiles, read_tokenizer
@@ -32,10 +32,13 @@ if TYPE_CHECKING:
 
 _HEADS = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
 _LINEAR = re.compile(r"\.(q|k|v|o|gate|up|down)_proj\.weight$")
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _PIECE = 1 << 22  # numbers turned at once; a multiple of every block
 
 
-def convert_gguf(source: Path, folder: Path, told: Told, keep: bool = True) -> dict[str, Any]:
+def convert_gguf(
+    source: Path, folder: Path, told: Told, keep: bool = True, keep_embeddings: bool = False
+) -> dict[str, Any]:
     """Write the folder; what was done, for the record.
 
     Args:
@@ -43,6 +46,7 @@ def convert_gguf(source: Path, folder: Path, told: Told, keep: bool = True) -> d
         folder: an empty folder.
         told: hears of the bytes.
         keep: quantised numbers may stay so.
+        keep_embeddings: those of embeddings and of the matrix of the logits must; else they become plain.
 
     Raises:
         EngineError: GGUF_INVALID, GGUF_UNSUPPORTED, GGUF_TOKENIZER, SOURCE_UNREADABLE, DISK_FULL.
@@ -54,7 +58,7 @@ def convert_gguf(source: Path, folder: Path, told: Told, keep: bool = True) -> d
         model = convert_model(metadata, {n: t.shape for n, t in container.tensors.items()}, factors)
         tokenizer = read_tokenizer(metadata)
         _check(model, container, tokenizer)
-        kept = _kept(model, container) if keep else None
+        kept = _kept(model, container, keep_embeddings) if keep else None
         _write_weights(folder, stream.fileno(), container, model, kept, told)
     if kept is not None:
         model.config["quantization_config"] = kept.stated
@@ -65,12 +69,16 @@ def convert_gguf(source: Path, folder: Path, told: Told, keep: bool = True) -> d
         "architecture": model.family.architecture,
         "types": kinds,
         "kept": kept.type if kept else "",
+        "kept_embeddings": kept.table_type if kept else "",
     }
 
 
-def _kept(model: Converted, container: Container) -> Kept | None:
-    matrices = {name: container.tensors[given] for given, name in model.names.items() if _LINEAR.search(name)}
-    return find_kept(matrices)
+def _kept(model: Converted, container: Container, embeddings: bool) -> Kept | None:
+    tensors = {name: container.tensors[given] for given, name in model.names.items()}
+    kept = find_kept({name: tensor for name, tensor in tensors.items() if _LINEAR.search(name)})
+    if not embeddings:
+        return kept
+    return keep_tables(kept, {name: tensors[name] for name in _TABLES if name in tensors})
 
 
 def _write_weights(
@@ -79,13 +87,13 @@ def _write_weights(
     plans: dict[str, TensorPlan] = {}
     for given, name in model.names.items():
         tensor = container.tensors[given]
-        held = kept is not None and name in kept.matrices
+        held = kept is not None and kept.holds(name)
         plans |= kept.plans(name, tensor.shape) if kept and held else {name: _plan(tensor)}
     total, done = sum(plan.size for plan in plans.values()), 0
     with writing(folder, plans) as writer:
         for given, name in model.names.items():
             tensor = container.tensors[given]
-            if kept is not None and name in kept.matrices:
+            if kept is not None and kept.holds(name):
                 written = kept.plans(name, tensor.shape)
                 _write_kept(writer, [*written], given, tensor, model, fd)
             else:

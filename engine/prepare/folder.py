@@ -167,10 +167,15 @@ class StreamedWeights:
     """What a decoder is built of here: vectors are read at once, matrices are only named.
 
     A `engine.models.tensors.Weights`.
+
+    Args:
+        folder: the model.
+        tables: embeddings in the place of the folder's, by name.
     """
 
-    def __init__(self, folder: ModelFolder) -> None:
+    def __init__(self, folder: ModelFolder, tables: Mapping[str, Packed]) -> None:
         self._folder = folder
+        self._tables = tables
 
     def pop(self, name: str, /) -> Any:
         """The tensor `name`."""
@@ -178,9 +183,10 @@ class StreamedWeights:
 
     def matrix(self, prefix: str, /) -> Any:
         """The name of the matrix; the embeddings, whose rows are read, themselves."""
-        if f"{prefix}.weight" in self._folder.embeddings:
-            return self._folder.matrix(f"{prefix}.weight")
-        return Named(f"{prefix}.weight", self._folder.shapes[f"{prefix}.weight"])
+        name = f"{prefix}.weight"
+        if name in self._folder.embeddings:
+            return self._tables[name] if name in self._tables else self._folder.matrix(name)
+        return Named(name, self._folder.shapes[name])
 
     def experts(self, name: str, /) -> Sequence[Any]:
         """Refused: such files keep all experts in one tensor."""

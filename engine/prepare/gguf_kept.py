@@ -23,20 +23,33 @@ _FORMATS = {"Q8_0": IntWeights(8, 32, True), "Q4_0": IntWeights(4, 32, True)}
 
 
 class Kept(NamedTuple):
-    """The type of all matrices that may be quantised, and their names on Hugging Face."""
+    """What stays quantised.
+
+    Attributes:
+        matrices: of all linear layers, by their names on Hugging Face.
+        type: theirs.
+        tables: embeddings, and the matrix of the logits where there is one.
+        table_type: theirs; empty where they do not stay so.
+    """
 
     type: str
     matrices: frozenset[str]
+    tables: frozenset[str] = frozenset()
+    table_type: str = ""
 
     @property
     def stated(self) -> dict[str, Any]:
         """As config.json says it."""
-        found = _FORMATS[self.type]
-        return {"quant_method": "cloister", "bits": found.bits, "group_size": found.group, "symmetric": True}
+        tables = {"embeddings": _stated(self.table_type)} if self.tables else {}
+        return {"quant_method": "cloister", **_stated(self.type), **tables}
+
+    def holds(self, name: str) -> bool:
+        """The matrix `name` stays quantised."""
+        return name in self.matrices or name in self.tables
 
     def plans(self, name: str, shape: tuple[int, ...]) -> dict[str, TensorPlan]:
         """The tensors in the place of a matrix: its codes, then its scales."""
-        stored = _FORMATS[self.type].stored(name, shape)
+        stored = _FORMATS[self.type if name in self.matrices else self.table_type].stored(name, shape)
         return {
             key: TensorPlan(value.dtypes[0] if key.endswith(".codes") else "F16", value.shapes[0])
             for key, value in stored.items()
@@ -45,10 +58,35 @@ class Kept(NamedTuple):
 
 def find_kept(matrices: Mapping[str, TensorInfo]) -> Kept | None:
     """Where all these matrices, by their names on Hugging Face, are of one type that can be kept; else None."""
+    kept = _one_type(matrices)
+    return Kept(kept, frozenset(matrices)) if kept else None
+
+
+def keep_tables(kept: Kept | None, tables: Mapping[str, TensorInfo]) -> Kept:
+    """With embeddings and the matrix of the logits, too.
+
+    Raises:
+        EngineError: GGUF_UNSUPPORTED, they, or the linear layers, are not all of one type that can be kept.
+    """
+    found = _one_type(tables)
+    if kept is None or not found:
+        given = ", ".join(sorted({tensor.type for tensor in tables.values()}))
+        what = f"embeddings in {given}" if kept is not None else "linear layers of this file"
+        raise EngineError(
+            "GGUF_UNSUPPORTED",
+            f"the {what} cannot be kept as they are; {', '.join(_FORMATS)} can, if all are alike",
+        )
+    return kept._replace(tables=frozenset(tables), table_type=found)
+
+
+def _one_type(matrices: Mapping[str, TensorInfo]) -> str:
     types = {tensor.type for tensor in matrices.values()}
-    if len(types) == 1 and types <= _FORMATS.keys():
-        return Kept(types.pop(), frozenset(matrices))
-    return None
+    return types.pop() if len(types) == 1 and types <= _FORMATS.keys() else ""
+
+
+def _stated(kind: str) -> dict[str, Any]:
+    found = _FORMATS[kind]
+    return {"bits": found.bits, "group_size": found.group, "symmetric": True}
 
 
 def split_blocks(given: str, tensor: TensorInfo, content: bytes) -> tuple[Bytes, NDArray[np.uint16]]:

@@ -25,11 +25,14 @@ from engine.prepare.error_feedback import Grid, Rounded, relative_error, round_p
 from engine.prepare.folder import ModelFolder, Named
 from engine.prepare.question import Settings, Told
 from engine.prepare.streaming import compute, peak_bytes, perplexity, read_plain
+from engine.prepare.tables import GRIDS, round_table
 from engine.prepare.weights_file import TensorPlan, WeightsWriter, writing
 from engine.weights.int_weights import IntWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from kernels.packed import Packed
 
 _SCALES = {8: "F32", 4: "F16"}
 _SLICE_BYTES = 256 << 20  # of inputs, squared at once
@@ -69,9 +72,11 @@ def quantise_folder(source: Path, out: Path, settings: Settings, told: Told) -> 
     folder = ModelFolder(source)
     if folder.quantised:
         raise EngineError("QUANTISE_UNSUPPORTED", "the model is quantised already; quantise the plain one")
+    if settings.embeddings and not folder.tables:
+        raise EngineError("QUANTISE_UNSUPPORTED", "embeddings are quantised of decoders alone")
     calibration = _calibration(folder, settings)
     _check_memory(folder, calibration, settings)
-    work = _Work(folder, Grid(settings.bits, settings.group, settings.symmetric), told)
+    work = _Work(folder, Grid(settings.bits, settings.group, settings.symmetric), settings.embeddings, told)
     before = _measure(folder, calibration, "perplexity before", told)
     with writing(out, work.plans()) as writer:
         work.run(writer, calibration)
@@ -83,6 +88,7 @@ def quantise_folder(source: Path, out: Path, settings: Settings, told: Told) -> 
         **{k: v for k, v in asdict(settings).items() if k not in ("calibration",)},
         "calibration": _told_of(calibration, before, after),
         "matrices": [report._asdict() for report in work.reports],
+        "tables": [report._asdict() for report in work.tables],
     }
 
 
@@ -114,6 +120,8 @@ def _check_memory(folder: ModelFolder, calibration: Calibration | None, settings
     largest = (max(out for out, _ in shapes), max(inner for _, inner in shapes))
     tokens = 0 if calibration is None else max(calibration.tokens, count(calibration.held_out))
     needed = peak_bytes(folder, tokens, largest, settings.bits == 4)
+    if settings.embeddings:  # read whole; its codes are there twice
+        needed += max(4 * math.prod(folder.shapes[name]) for name in folder.tables)
     free = available_bytes()
     if needed > free:
         raise EngineError(
@@ -134,41 +142,59 @@ def _measure(folder: ModelFolder, calibration: Calibration | None, stage: str, t
 class _Work:
     """Quantises matrices as they come, and writes them."""
 
-    def __init__(self, folder: ModelFolder, grid: Grid, told: Told) -> None:
+    def __init__(self, folder: ModelFolder, grid: Grid, embeddings: int, told: Told) -> None:
         self._folder = folder
         self._grid = grid
+        self._embeddings = embeddings
         self._told = told
         self._wanted = sorted(folder.matrices)
         if any(len(folder.shapes[name]) != 2 for name in self._wanted):
             raise EngineError("QUANTISE_UNSUPPORTED", "experts in one tensor are not quantised here")
-        self._format = IntWeights(grid.bits, grid.group, grid.symmetric)
         self._left = set(self._wanted)
         self._sizes = {name: math.prod(folder.shapes[name]) for name in self._wanted}
         self._done = 0
         self.reports: list[MatrixReport] = []
+        self.tables: list[MatrixReport] = []
 
     def plans(self) -> dict[str, TensorPlan]:
         """What is written: in the place of each matrix what it becomes, the rest as it was."""
         plans: dict[str, TensorPlan] = {}
         for name, entry in sorted(self._folder.entries.items()):
-            if name not in self._left:
+            if name in self._left:
+                plans |= _plans(name, entry.shape, self._grid)
+            elif self._is_rounded_table(name):
+                plans |= _plans(name, entry.shape, GRIDS[self._embeddings])
+            else:
                 plans[name] = TensorPlan(entry.dtype, entry.shape)
-                continue
-            for key, stored in self._format.stored(name, entry.shape).items():
-                codes = key.endswith(".codes")
-                dtype = stored.dtypes[0] if codes else _SCALES[self._grid.bits]
-                plans[key] = TensorPlan(dtype, stored.shapes[0])
         return plans
 
     def run(self, writer: WeightsWriter, calibration: Calibration | None) -> None:
         """Write everything."""
+        tables: dict[str, Packed] = {}
         for name in self._folder.entries:
-            if name not in self._left:
+            if self._is_rounded_table(name):
+                table = self._round_table(name, writer)
+                tables |= {name: table} if name in self._folder.embeddings else {}
+            elif name not in self._left:
                 writer.write(name, self._folder.pieces(name))
         if calibration is not None:
-            compute(self._folder, calibration.texts, lambda names, x: self._multiply(names, x, writer))
+            compute(self._folder, calibration.texts, lambda names, x: self._multiply(names, x, writer), tables)
         for name in sorted(self._left):  # without a calibration all; else experts that no token chose
             self._quantise(name, None, 0, writer)
+
+    def _is_rounded_table(self, name: str) -> bool:
+        return bool(self._embeddings) and name in self._folder.tables
+
+    def _round_table(self, name: str, writer: WeightsWriter) -> Packed:
+        grid = GRIDS[self._embeddings]
+        with torch.inference_mode():
+            made = round_table(
+                self._folder.tensor(name), self._embeddings, lambda found: _stored(name, found, grid)
+            )
+        for key, pieces in made.content.items():
+            writer.write(key, pieces)
+        self.tables.append(MatrixReport(name, round(made.error, 6), round(made.error, 6), 0))
+        return made.packed
 
     def _multiply(self, matrices: tuple[Named, ...], x: Tensor, writer: WeightsWriter) -> Tensor:
         if matrices[0].name not in self._left:
@@ -195,6 +221,15 @@ class _Work:
         return plain
 
 
+def _plans(name: str, shape: tuple[int, ...], grid: Grid) -> dict[str, TensorPlan]:
+    """The tensors in the place of a matrix."""
+    stored = IntWeights(*grid).stored(name, shape)
+    return {
+        key: TensorPlan(value.dtypes[0] if key.endswith(".codes") else _SCALES[grid.bits], value.shapes[0])
+        for key, value in stored.items()
+    }
+
+
 def _gram(x: Tensor) -> Tensor:
     """The sum of x·xᵀ over all rows."""
     total = torch.zeros(x.shape[1], x.shape[1])
@@ -218,14 +253,15 @@ def _stored(name: str, found: Rounded, grid: Grid) -> Mapping[str, bytes]:
 
 
 def _write_config(folder: ModelFolder, out: Path, settings: Settings) -> None:
-    stated = {
-        "quant_method": "cloister",
-        "bits": settings.bits,
-        "group_size": settings.group,
-        "symmetric": settings.symmetric,
-    }
+    stated = {"quant_method": "cloister", **_told_as(Grid(settings.bits, settings.group, settings.symmetric))}
+    if settings.embeddings:
+        stated["embeddings"] = _told_as(GRIDS[settings.embeddings])
     text = json.dumps({**folder.raw, "quantization_config": stated}, indent=2, ensure_ascii=False) + "\n"
     (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def _told_as(grid: Grid) -> dict[str, Any]:
+    return {"bits": grid.bits, "group_size": grid.group, "symmetric": grid.symmetric}
 
 
 def _copy_others(source: Path, out: Path) -> None:

@@ -1,8 +1,9 @@
 """What engine-prepare is asked on standard input: one JSON object, all of whose fields are there.
 
-{"do": "convert", "source": "/media/model.gguf", "out": "/tmp/x", "keep": true} or {"do": "quantise", "source":
+{"do": "convert", "source": "/media/model.gguf", "out": "/tmp/x", "keep": true, "embeddings":
+true} or {"do": "quantise", "source":
 "/models/m", "out": "/tmp/y", "bits": 4, "group": 32, "symmetric": false, "calibration": "/texts.jsonl", "tokens":
-32768, "threads": 2}; `calibration` may be null.
+32768, "threads": 2, "embeddings": 8}; `calibration` may be null.
 """
 
 import json
@@ -28,6 +29,7 @@ class Settings:
         calibration: JSON lines of texts; needed for int4.
         tokens: most of them that errors are fed back for.
         threads: of the processor.
+        embeddings: bits of embeddings and of the matrix of the logits, 8 or 4; 0: they stay as they are.
     """
 
     bits: int
@@ -36,6 +38,7 @@ class Settings:
     calibration: Path | None
     tokens: int
     threads: int
+    embeddings: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,14 @@ class Question:
         out: an empty folder.
         settings: how to quantise; None: convert.
         keep: quantised numbers of a GGUF file may stay so.
+        keep_embeddings: those of its embeddings and matrix of the logits must.
     """
 
     source: Path
     out: Path
     settings: Settings | None
     keep: bool = False
+    keep_embeddings: bool = False
 
 
 def read_question(source: BinaryIO) -> Question:
@@ -70,8 +75,8 @@ def read_question(source: BinaryIO) -> Question:
                 settings = _settings(asked)
             case other:
                 raise ValueError(other)
-        keep = settings is None and bool(asked["keep"])
-        return Question(Path(asked["source"]), Path(asked["out"]), settings, keep)
+        keep, tables = (settings is None and bool(asked[key]) for key in ("keep", "embeddings"))
+        return Question(Path(asked["source"]), Path(asked["out"]), settings, keep, tables)
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError("INVALID_QUESTION", "standard input is no question to engine-prepare") from error
 
@@ -85,4 +90,5 @@ def _settings(asked: dict[str, Any]) -> Settings:
         calibration=None if calibration is None else Path(calibration),
         tokens=int(asked["tokens"]),
         threads=int(asked["threads"]),
+        embeddings=int(asked["embeddings"]),
     )

@@ -7,7 +7,7 @@ matrix meets the inputs that the quantised ones before it make.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -53,16 +53,18 @@ class StreamingBackend(CpuBackend):
             return super().prepare_linear(weights, biases)
         return _Streamed(tuple(weights), torch.cat([bias.float() for bias in biases]) if biases else None)
 
-    def prepare_table(self, weight: Matrix) -> Tensor:
-        """See `kernels.ops.Backend`; in its own number type, a quantised one as the numbers it stands for."""
-        return dequantise(weight) if isinstance(weight, Packed) else weight
+    def prepare_table(self, weight: Matrix) -> Any:
+        """See `kernels.ops.Backend`; a plain one in its own number type."""
+        return super().prepare_table(weight) if isinstance(weight, Packed) else weight
 
-    def tied_head(self, table: Tensor) -> Any:
+    def tied_head(self, table: Any) -> Any:
         """See `kernels.ops.Backend`."""
-        return table
+        return table if isinstance(table, torch.Tensor) else super().tied_head(table)
 
-    def embed(self, batch: Any, table: Tensor, scale: float = 1.0) -> Tensor:
+    def embed(self, batch: Any, table: Any, scale: float = 1.0) -> Tensor:
         """See `kernels.ops.Backend`."""
+        if not isinstance(table, torch.Tensor):
+            return super().embed(batch, table, scale)
         return table.index_select(0, batch.token_ids).float() * scale
 
     def linear(self, x: Tensor, weight: Any) -> Tensor:
@@ -102,12 +104,16 @@ class Step(NamedTuple):
     hidden: Tensor
 
 
-def compute(folder: ModelFolder, texts: Sequence[Sample], multiply: Multiply) -> Step:
-    """Compute all layers over texts, each from its beginning."""
+def compute(
+    folder: ModelFolder, texts: Sequence[Sample], multiply: Multiply, tables: Mapping[str, Packed] | None = None
+) -> Step:
+    """Compute all layers over texts, each from its beginning, with `tables` for the folder's embeddings."""
     ops, (config, family) = StreamingBackend(multiply), folder.decoder
     longest = max(len(text.ids) for text in texts)
     with torch.inference_mode():
-        model = family.build(config, StreamedWeights(folder), ops, longest, config.max_context_tokens)
+        model = family.build(
+            config, StreamedWeights(folder, tables or {}), ops, longest, config.max_context_tokens
+        )
         tables, pages = [], 0
         for text in texts:
             needed = -(-len(text.ids) // _PAGE)

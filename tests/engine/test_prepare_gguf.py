@@ -104,6 +104,34 @@ def test_blocks_that_our_own_format_holds_are_moved_and_served_and_are_plain_whe
     assert float((found - wanted).norm() / wanted.norm()) < 0.02  # the plain one is rounded to bfloat16
 
 
+@pytest.mark.parametrize(("kind", "name"), [("Q8_0", "llama"), ("Q4_0", "llama"), ("Q4_0", "qwen2")])
+def test_embeddings_and_heads_stay_quantised_where_that_is_asked_and_else_become_plain(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    source, out = write_gguf(tmp_path / "x.gguf", name, make_network(name), Q[kind]), tmp_path / "out"
+    out.mkdir()
+    report = convert_gguf(source, out, lambda stage, done, total: None, keep_embeddings=True)
+    assert report["kept_embeddings"] == report["kept"] == kind
+    found = ModelFolder(out)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(source).tensors}
+    given = {"model.embed_tokens.weight": "token_embd.weight", "lm_head.weight": "output.weight"}
+    assert found.tables <= given.keys()
+    for table in found.tables:
+        wanted = gguf.quants.dequantize(tensors[given[table]].data, Q[kind]).astype(np.float32)
+        assert torch.equal(read_plain(found, table), torch.from_numpy(wanted))
+    plain = ModelFolder(convert(source, tmp_path / "plain"))
+    assert "model.embed_tokens.weight" in plain.entries
+    assert "model.embed_tokens.weight" not in found.entries
+
+
+def test_embeddings_of_a_kind_that_cannot_be_kept_are_refused_where_that_is_asked(tmp_path: Path) -> None:
+    source, out = write_gguf(tmp_path / "x.gguf", "qwen2", make_network("qwen2"), Q["F16"]), tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(EngineError, match="cannot be kept") as found:
+        convert_gguf(source, out, lambda stage, done, total: None, keep_embeddings=True)
+    assert found.value.code == "GGUF_UNSUPPORTED"
+
+
 def make_wide() -> object:
     """Q4_K and Q6_K have blocks of 256."""
     network = make_network("qwen2")

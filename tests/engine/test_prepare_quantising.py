@@ -44,10 +44,15 @@ def write_texts(path: Path, texts: int = 24) -> Path:
 
 
 def quantise(
-    source: Path, out: Path, way: tuple[int, int, bool], calibration: Path | None, tokens: int = 2000
+    source: Path,
+    out: Path,
+    way: tuple[int, int, bool],
+    calibration: Path | None,
+    tokens: int = 2000,
+    embeddings: int = 0,
 ) -> dict[str, Any]:
     out.mkdir()
-    return quantise_folder(source, out, Settings(*way, calibration, tokens, 1), silent)
+    return quantise_folder(source, out, Settings(*way, calibration, tokens, 1, embeddings), silent)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +95,38 @@ def test_a_quantised_model_is_served_as_the_numbers_that_it_stands_for(
         found = teacher_forced(engine(tmp_path / "out", backend=backend), tokens, prompt_length=30)
         wanted = teacher_forced(engine(plain, backend=backend), tokens, prompt_length=30)
         assert float((found - wanted).norm() / wanted.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("way", "bits", "bound"), [(INT8, 8, 0.006), (INT4, 4, 0.08)])
+def test_embeddings_and_heads_are_quantised_where_that_is_asked(
+    way: tuple[int, int, bool], bits: int, bound: float, tied: bool, texts: Path, tmp_path: Path
+) -> None:
+    tmp_path.joinpath("m").mkdir()
+    save_llama(tmp_path / "m", tie_word_embeddings=tied)
+    source, out = tmp_path / "m", tmp_path / "out"
+    report = quantise(source, out, way, texts, embeddings=bits)
+    tables = ["model.embed_tokens.weight"] + ([] if tied else ["lm_head.weight"])
+    stored, stated = load_file(out / "model.safetensors"), json.loads((out / "config.json").read_text())
+    assert not {name for name in stored if name in tables}
+    assert stated["quantization_config"]["embeddings"]["bits"] == bits
+    assert sorted(each["name"] for each in report["tables"]) == sorted(tables)
+    for each in report["tables"]:
+        weight, found = (read_plain(ModelFolder(folder), each["name"]) for folder in (source, out))
+        wanted = float((found - weight).norm() / weight.norm())
+        assert each["error"] == pytest.approx(wanted, rel=1e-3)
+        assert 0 < wanted < bound
+    plain = dequantised(source, out, tmp_path / "plain")
+    tokens = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    for backend in ("cpu", "reference"):
+        found, wanted_logits = (
+            teacher_forced(engine(folder, backend=backend), tokens, prompt_length=30) for folder in (out, plain)
+        )
+        assert float((found - wanted_logits).norm() / wanted_logits.norm()) < 2e-3
+    assert report["calibration"]["perplexity_after"] == pytest.approx(
+        perplexity(ModelFolder(plain), read_calibration(texts, ModelFolder(plain).text(), 1, 2000).held_out),
+        rel=1e-4,
+    )
 
 
 def test_every_linear_layer_is_quantised_and_everything_else_is_what_it_was(
@@ -291,7 +328,8 @@ def test_the_process_tells_how_far_it_is_and_ends_with_its_report(
 ) -> None:
     (tmp_path / "out").mkdir()
     question = {"do": "quantise", "source": str(llama), "out": str(tmp_path / "out"), "bits": 4, "group": 128,
-                "symmetric": False, "calibration": str(texts), "tokens": 900, "threads": 1}  # fmt: skip
+                "symmetric": False, "calibration": str(texts), "tokens": 900, "threads": 1,
+                "embeddings": 8}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-P", "-m", "engine.prepare"], input=json.dumps(question).encode(), stdout=-1, check=True
     )
@@ -300,5 +338,6 @@ def test_the_process_tells_how_far_it_is_and_ends_with_its_report(
     assert {"quantising", "perplexity after"} <= {line["stage"] for line in progress}
     assert last["ok"]
     assert len(last["report"]["matrices"]) == 14
+    assert last["report"]["tables"]
     refused = subprocess.run([sys.executable, "-P", "-m", "engine.prepare"], input=b"{}", stdout=-1, check=True)
     assert json.loads(refused.stdout)["code"] == "INVALID_QUESTION"

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import packed
-from kernels.packed import Packed, cpu_bytes, cpu_kernel, dequantise
-from kernels.packed_cpu import layout_of, linear, prepare
+from kernels.packed import Packed, cpu_bytes, cpu_kernel, cpu_table_bytes, dequantise
+from kernels.packed_cpu import layout_of, linear, prepare, prepare_table, read_rows, tie
 
 TILE = 16
 KINDS = ("int4", "int4 zeros", "int8", "int8 zeros", "float8", "table")
@@ -133,6 +133,38 @@ def test_torchs_kernels_are_taken_where_they_fit_and_are_as_exact_as_a_plain_bfl
     exact = x.double() @ plain.double().T
     own = error(F.linear(x, plain.bfloat16()), exact)
     assert error(linear(x, prepare([given_matrix], [], torch.bfloat16)), exact) < 1.5 * own
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=shapes, at_once=st.sampled_from((1, 200, 2**20)), seed=st.integers(0, 99))
+def test_rows_of_a_table_are_its_exact_numbers_and_tied_it_multiplies_as_the_same_matrix(
+    shape: dict[str, Any], at_once: int, seed: int
+) -> None:
+    given_matrix = matrix(**(shape | {"ordered": False}))
+    _check_table(given_matrix, at_once, seed)
+
+
+@pytest.mark.parametrize("case", FITTING)
+def test_tables_in_torchs_kernels_take_what_is_planned(case: tuple[str, int, int, int, int, str]) -> None:
+    _check_table(matrix(*case[:5]), 2**20, 0)
+
+
+def _check_table(given_matrix: Packed, at_once: int, seed: int) -> None:
+    out, inner = given_matrix.shape
+    generator = torch.Generator().manual_seed(seed)
+    ids, x = torch.randint(0, out, (21,), generator=generator), torch.randn(5, inner, generator=generator)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_AT_ONCE", at_once)
+        table = prepare_table(given_matrix)
+        assert torch.equal(read_rows(table, ids), dequantise(given_matrix)[ids])
+        for dtype in (torch.float32, torch.bfloat16):
+            tied, alone = tie(table, dtype), prepare([given_matrix], [], dtype)
+            assert torch.equal(linear(x.to(dtype), tied), linear(x.to(dtype), alone))
+            held = {tensor.data_ptr(): tensor.nbytes for tensor in tensors((table, tied))}
+            layout = layout_of(given_matrix)
+            assert sum(held.values()) == cpu_table_bytes(layout, (out, inner), dtype.itemsize, is_tied=True)
+            own = sum(tensor.nbytes for tensor in tensors(table))
+            assert own == cpu_table_bytes(layout, (out, inner), dtype.itemsize, is_tied=False)
 
 
 def test_matrices_of_several_kinds_stack_with_their_biases() -> None:
