@@ -1,8 +1,12 @@
 """Puts a deployment together: from a set of files and options to a loop that answers."""
 
+from functools import partial
+
 import torch
 
 from engine.block_pool import BlockPool
+from engine.derived.files import Location
+from engine.derived.loading import Refused, build_model, load_model
 from engine.detokenizer import Vocabulary
 from engine.encoder_runner import EncoderRunner
 from engine.errors import EngineError
@@ -10,16 +14,16 @@ from engine.footprint import positions
 from engine.loop import EngineLoop
 from engine.memory import available_bytes, own_bytes
 from engine.memory_plan import PROCESS_BYTES, Model, plan_memory, read_model
-from engine.models.encoders.registry import ENCODERS
+from engine.models.decoder import Decoder
+from engine.models.encoders.encoder import Encoder
 from engine.models.encoders.spec import EncoderConfig
-from engine.models.served import Served, decoder_family
-from engine.models.tensors import Weights
+from engine.models.pooling import Pooling
+from engine.models.served import Served
 from engine.options import EngineOptions
 from engine.request import Task
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
 from engine.weights.files import FileSet, OpenFile, read_verified
-from engine.weights.loading import load_weights
 from kernels.cpu import CpuBackend
 from kernels.encoder_ops import EncoderBackend
 from kernels.ops import KvSpec
@@ -28,10 +32,23 @@ from kernels.reference import ReferenceBackend
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def build_engine(files: FileSet, open_file: OpenFile, options: EngineOptions) -> EngineLoop:
+def build_engine(
+    files: FileSet,
+    open_file: OpenFile,
+    options: EngineOptions,
+    derived: Location | None = None,
+    refused: Refused | None = None,
+) -> EngineLoop:
     """A loop over the model in `files`, ready to take requests.
 
     Every byte that is used is hashed and compared first. Sets the number of torch's threads for this process.
+
+    Args:
+        files: of the model.
+        open_file: opens them.
+        options: of the deployment.
+        derived: its weights, packed before; what they were made of is taken where they cannot be used.
+        refused: told why they were not.
 
     Raises:
         EngineError: any code of `read_model`, `resolve_options` and `load_weights`; ARCHITECTURE_UNSUPPORTED,
@@ -41,16 +58,6 @@ def build_engine(files: FileSet, open_file: OpenFile, options: EngineOptions) ->
     options = resolve_options(options, known)
     torch.set_num_threads(options.threads)
     vocabulary = _vocabulary(files, open_file, known.served)
-    tensors = known.layout
-    weights = load_weights(
-        files,
-        open_file,
-        tensors.shapes,
-        tensors.matrices,
-        known.served.quantisation,
-        tensors.spare,
-        tensors.tables,
-    )
     ops = make_backend(options)
     limits = Limits(
         options.max_step_tokens,
@@ -59,7 +66,9 @@ def build_engine(files: FileSet, open_file: OpenFile, options: EngineOptions) ->
         whole_blocks=options.deterministic,
         whole_prompts=isinstance(known.config, EncoderConfig),
     )
-    runner, eos_ids = _runner(known, weights, ops, options)
+    build = partial(build_model, known, max_positions=positions(options), context=options.max_context_tokens)
+    model = load_model(known, files, open_file, build, ops, derived, refused)
+    runner, eos_ids = _runner(model, ops, options, known.served.pooling)
     pool = BlockPool(options.kv_blocks, options.block_size)
     return EngineLoop(
         runner=runner,
@@ -80,15 +89,12 @@ def _vocabulary(files: FileSet, open_file: OpenFile, served: Served) -> Vocabula
 
 
 def _runner(
-    known: Model, weights: Weights, ops: EncoderBackend, options: EngineOptions
+    model: Decoder | Encoder, ops: EncoderBackend, options: EngineOptions, pooling: Pooling | None
 ) -> tuple[ModelRunner | EncoderRunner, tuple[int, ...]]:
     """What carries out plans, and the model's end tokens."""
-    config, pooling = known.config, known.served.pooling
-    if isinstance(config, EncoderConfig):
-        encoder = ENCODERS[config.architecture].build(config, weights, ops, options.max_context_tokens)
-        return EncoderRunner(encoder, ops, pooling), ()
-    config, family = decoder_family(config, known.stored, pooling)
-    model = family.build(config, weights, ops, positions(options), options.max_context_tokens)
+    if isinstance(model, Encoder):
+        return EncoderRunner(model, ops, pooling), ()
+    config = model.config
     kv = KvSpec(config.num_layers, options.kv_blocks, options.block_size, config.num_kv_heads, config.head_dim)
     return ModelRunner(model, ops, kv, options.max_running, pooling), config.eos_token_ids
 

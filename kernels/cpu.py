@@ -68,6 +68,11 @@ class CpuBackend(EncoderOps):
         self.dtype = dtype
         self.deterministic = deterministic
 
+    @property
+    def layout_id(self) -> str:
+        """See `kernels.ops.Backend`; torch packs four bits as its own kernels on this processor want them."""
+        return f"cpu 1 {self.dtype}, torch {torch.__version__} {torch.backends.cpu.get_cpu_capability()}"
+
     def prepare_linear(self, weights: Sequence[Matrix], biases: Sequence[Tensor] = ()) -> _Linear:
         """See `kernels.ops.Backend`."""
         if any(isinstance(matrix, Packed) for matrix in weights):

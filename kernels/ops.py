@@ -185,6 +185,14 @@ class Logprobs(NamedTuple):
 class Backend(Protocol):
     """What a model needs of a device."""
 
+    @property
+    def layout_id(self) -> str:
+        """All that the layouts of prepared weights follow from; where it is the same, they mean the same.
+
+        Prepared objects are tensors, numbers, texts and None in named tuples, tuples and lists, so that
+        engine-prepare can keep them in a file.
+        """
+
     def prepare_linear(self, weights: Sequence[Matrix], biases: Sequence[Tensor] = ()) -> Linear:
         """Stack matrices [out_i, in] into one that maps `in` numbers to sum(out_i); a bias for each, or none."""
 

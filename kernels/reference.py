@@ -49,6 +49,11 @@ class ReferenceBackend(EncoderOps):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         self.dtype = dtype
 
+    @property
+    def layout_id(self) -> str:
+        """See `kernels.ops.Backend`."""
+        return f"reference 1 {self.dtype}"
+
     def prepare_linear(self, weights: Sequence[Matrix], biases: Sequence[Tensor] = ()) -> _Linear:
         """See `kernels.ops.Backend`."""
         plain = [dequantise(matrix) if isinstance(matrix, Packed) else matrix for matrix in weights]

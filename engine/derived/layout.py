@@ -1,0 +1,109 @@
+"""Which derived file serves a deployment: by its model, and by all that its layout follows from. Needs no torch.
+
+A layout's name is only where to look. What a file was made for stands in it, too, as the backend itself says it,
+and what is not the same there is not used.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from engine.memory_plan import Model
+from engine.options import EngineOptions
+from kernels.native.location import find_library
+
+_FORMAT = 1  # of the files, and of the order in which a model's parts are prepared
+_LIBRARIES = ("cloister", "torch")
+_CPUINFO = Path("/proc/cpuinfo")
+_PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
+_CHOICES = ("CLOISTER_KERNELS_ISA", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")
+_NAME = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}-[a-z0-9]{1,16}-[0-9a-f]{16}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """One derived file.
+
+    Attributes:
+        model_digest: of the model that it was made of, hex.
+        layout: what it was made for; see `layout_name`.
+        sha256: of the file, hex.
+        size: its bytes.
+    """
+
+    model_digest: str
+    layout: str
+    sha256: str
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return f"{self.model_digest}.{self.layout}"
+
+    @property
+    def is_sound(self) -> bool:
+        """Nothing in it leads out of its folder, or can be no file of ours."""
+        return bool(_NAME.fullmatch(self.name) and _SHA256.fullmatch(self.sha256) and self.size > 0)
+
+
+def pays(model: Model, options: EngineOptions) -> bool:
+    """Packing this model once is worth a file: quantised matrices are unpacked, transposed and packed again.
+
+    Plain weights are not: they are as many bytes packed as they are in the store, so that nothing but one pass
+    over memory is saved, for twice the disk. The reference backend keeps plain numbers of everything, which are
+    more bytes to read than what they are made of.
+
+    Args:
+        model: of the deployment.
+        options: of the deployment, with every default filled in.
+    """
+    return bool(model.formats) and options.backend != "reference"
+
+
+def layout_name(options: EngineOptions, cpuinfo: Path = _CPUINFO) -> str:
+    """The name of the layout of a deployment on this machine: BACKEND-DTYPE-16 hexadecimal digits.
+
+    The digits follow from the format of the files, the libraries that pack and compute, the processor, and the
+    variables that choose among kernels. So another machine, another version or another choice is another file.
+
+    Args:
+        options: with every default filled in.
+        cpuinfo: proc_cpuinfo(5).
+    """
+    facts = {
+        "format": _FORMAT,
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "native": _native(),
+        "processor": _processor(cpuinfo),
+        "choices": {name: os.environ.get(name, "") for name in _CHOICES},
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return f"{options.backend}-{options.dtype}-{digest[:16]}"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _native() -> str:
+    """The digest of the compiled kernels, where there are any."""
+    library = find_library()
+    return hashlib.sha256(library.read_bytes()).hexdigest() if library else ""
+
+
+def _processor(cpuinfo: Path) -> Mapping[str, str]:
+    """What the first processor is, and can do."""
+    first = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    lines = (line.partition(":") for line in first.splitlines())
+    told = {name.strip(): value.strip() for name, _, value in lines}
+    return {name: told[name] for name in _PROCESSOR if name in told}
