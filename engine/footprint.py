@@ -166,12 +166,15 @@ def loading_peak(of: Sizes, stored: Mapping[str, int]) -> int:
     held = {name: stored.get(name, size) for name, size in prepared.items()}
     between = sum(max(held[name], size) for name, size in prepared.items())
     config = of.config
-    stacks = [2 * of.intermediate, of.query + 2 * of.kv, config.vocab_size]
+    is_table_plain = any(of.shapes[name][0] == config.vocab_size for name in of.shapes.keys() - of.formats.keys())
+    stacks = [2 * of.intermediate, of.query + 2 * of.kv, config.vocab_size * is_table_plain]
     stack = max(stacks) * config.hidden_size
     converts = any(held[name] != size for name, size in prepared.items())
     widest = max((held[name] // prod(shape) for name, shape in of.shapes.items()), default=of.item)
     copies = stack * max(of.item, widest) if converts else 0
-    moment = max(stack * of.item + copies, preparing_bytes(of.formats, of.shapes, of.is_cpu, of.item))
+    alone = [name for name in of.formats if of.shapes[name][0] == config.vocab_size]  # in no stack
+    preparing = preparing_bytes(of.formats, of.shapes, of.is_cpu, of.item, alone)
+    moment = max(stack * of.item + copies, preparing)
     return between + moment + _experts(of, held) + _rope_bytes(of) + _rope_angles(of)
 
 
@@ -207,11 +210,16 @@ def activation_bytes(of: Sizes) -> int:
 
 
 def _products(of: Sizes) -> int:
-    """Of the cpu backend with quantised matrices: a block of one, an input in its order, and answers in parts."""
+    """Of the cpu backend with quantised matrices: a block of one, an input in its order, and answers in parts.
+
+    Answers of the matrix of the logits are counted with the logits.
+    """
     if not of.formats or not of.is_cpu:
         return 0
-    longest = max(max(of.shapes[name][-2:]) for name in of.formats)
-    return multiplying_bytes(of.formats, of.shapes, of.item) + 2 * of.step * longest * of.item
+    logits = of.config.vocab_size
+    longest = max(size for name in of.formats for size in of.shapes[name][-2:] if size != logits)
+    blocks = multiplying_bytes(of.formats, of.shapes, of.item, of.embeddings)
+    return blocks + 2 * of.step * longest * of.item
 
 
 def _masks(of: Sizes) -> int:

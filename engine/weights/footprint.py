@@ -3,7 +3,7 @@
 Prepared bytes are exact; what the rest stands for, `kernels/packed_cpu.py` and `kernels/packed.py` make.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 
 from engine.weights.formats import Format, Shape
@@ -36,33 +36,43 @@ def prepared_bytes(found: Format, shape: Shape, is_cpu: bool, item: int, is_tied
     return count * cpu_bytes(found.layout(shape), each, item)
 
 
-def preparing_bytes(formats: Mapping[str, Format], shapes: Mapping[str, Shape], is_cpu: bool, item: int) -> int:
+def preparing_bytes(
+    formats: Mapping[str, Format],
+    shapes: Mapping[str, Shape],
+    is_cpu: bool,
+    item: int,
+    alone: Collection[str] = (),
+) -> int:
     """Most that is there beside what the files hold while a stack of matrices is prepared.
 
-    A stack is of at most three. The cpu backend prepares it matrix by matrix, the reference all together.
+    A stack is of at most three; each of `alone` is one. The cpu backend prepares it matrix by matrix, the
+    reference all together.
     """
-    if not formats:
-        return 0
-    largest = max(prod(_matrices(shapes[name])[1]) for name in formats)
+    sizes = {name: prod(_matrices(shapes[name])[1]) for name in formats}
+    largest = max((size for name, size in sizes.items() if name not in alone), default=0)
     stack = _STACKED * largest
-    return stack * (_KEPT + item) + (largest if is_cpu else stack) * (_UNPACKED + _PLAIN)
+    matrices = stack * (_KEPT + item) + (largest if is_cpu else stack) * (_UNPACKED + _PLAIN)
+    single = max((size for name, size in sizes.items() if name in alone), default=0)
+    return max(matrices, single * (_KEPT + _UNPACKED + (0 if is_cpu else _PLAIN + item)))
 
 
-def multiplying_bytes(formats: Mapping[str, Format], shapes: Mapping[str, Shape], item: int) -> int:
-    """Most that one block takes of a matrix that the cpu backend makes plain at each product."""
+def multiplying_bytes(
+    formats: Mapping[str, Format], shapes: Mapping[str, Shape], item: int, tables: Collection[str] = ()
+) -> int:
+    """Most that one block takes of a matrix that the cpu backend makes plain at each product, or reads rows of."""
     rows = (
         min(out, cpu_block_rows(inner)) * inner
-        for layout, (out, inner) in _layouts(formats, shapes)
-        if cpu_kernel(layout, (out, inner), item) == "codes"
+        for name, layout, (out, inner) in _layouts(formats, shapes)
+        if name in tables or cpu_kernel(layout, (out, inner), item) == "codes"
     )
     return _BLOCK * max(rows, default=0)
 
 
 def _layouts(
     formats: Mapping[str, Format], shapes: Mapping[str, Shape]
-) -> Iterator[tuple[Layout, tuple[int, int]]]:
+) -> Iterator[tuple[str, Layout, tuple[int, int]]]:
     for name, found in formats.items():
-        yield found.layout(shapes[name]), _matrices(shapes[name])[1]
+        yield name, found.layout(shapes[name]), _matrices(shapes[name])[1]
 
 
 def _matrices(shape: Shape) -> tuple[int, tuple[int, int]]:

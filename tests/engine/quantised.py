@@ -200,6 +200,11 @@ def config(method: str, **rest: Any) -> dict[str, Any]:
     return {"quant_method": method} | rest
 
 
+def config_of(bits: int, group: int, symmetric: bool) -> dict[str, Any]:
+    """Of our own format, without its name."""
+    return {"bits": bits, "group_size": group, "symmetric": symmetric}
+
+
 def packed_config(
     bits: int, group: int, symmetric: bool, kind: str = "pack-quantized", **rest: Any
 ) -> dict[str, Any]:
@@ -225,6 +230,14 @@ FORMATS: dict[str, tuple[dict[str, Any], Packer]] = {
     "int8 (ours)": (config("cloister", bits=8, group_size=0, symmetric=True), ours(8, 0, True)),
     "int8 g32, zeros (ours)": (config("cloister", bits=8, group_size=32, symmetric=False), ours(8, 32, False)),
     "int4 g32 (ours)": (config("cloister", bits=4, group_size=32, symmetric=True), ours(4, 32, True)),
+    "int8, embeddings too (ours)": (
+        config("cloister", bits=8, group_size=0, symmetric=True, embeddings=config_of(8, 0, True)),
+        ours(8, 0, True),
+    ),
+    "int4 g32, embeddings too (ours)": (
+        config("cloister", bits=4, group_size=32, symmetric=True, embeddings=config_of(4, 32, True)),
+        ours(4, 32, True),
+    ),
     "int4 g128, zeros (ours)": (config("cloister", bits=4, group_size=128, symmetric=False), ours(4, 128, False)),
     "awq g32": (AWQ, awq(32)),
     "awq, whole rows": (AWQ | {"group_size": -1}, awq(0)),

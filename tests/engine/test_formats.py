@@ -377,7 +377,12 @@ W4 = FORMATS["compressed int4"][0]
 W8 = FORMATS["compressed w8a8"][0]
 GROUP = ("config_groups", "group_0")
 GPTQ = FORMATS["gptq"][0]
+OURS = FORMATS["int4 g32, embeddings too (ours)"][0]
 UNSUPPORTED = [
+    (OURS, ("embeddings",), "bits", 2),
+    (OURS, ("embeddings",), "group_size", -1),
+    (OURS, (), "embeddings", []),
+    (AWQ, (), "embeddings", OURS["embeddings"]),
     ({"quant_method": "bitsandbytes"}, (), "quant_method", "bitsandbytes"),
     (AWQ, (), "bits", 8),
     (AWQ, (), "zero_point", False),

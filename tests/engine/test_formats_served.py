@@ -48,7 +48,9 @@ class Pair:
         self.quantised, self.plain = dict(plain), dict(plain)
         self.config, self.quantised_config = dict(config), {**config, "quantization_config": method}
         known = parse_config(json.dumps(config).encode())
-        for name in architecture(known).matrices(known):
+        family = architecture(known)
+        tables = family.tables(known) if "embeddings" in method else frozenset()
+        for name in family.matrices(known) | tables:
             made = pack(plain[name])
             del self.quantised[name]
             self.quantised |= {
@@ -100,7 +102,7 @@ def test_a_quantised_model_says_what_its_dequantised_matrices_say(llama: Tiny, n
 @pytest.mark.parametrize("model_type", ["phi3", "mixtral", "qwen3_moe", "gemma2"])
 def test_matrices_are_quantised_in_every_kind_of_layer(model_type: str, tmp_path: Path) -> None:
     tiny = make(tmp_path, model_type, SIZES | ({"moe_intermediate_size": 64} if "moe" in model_type else {}))
-    for name in ("gptq act-order", "int4 g32 (ours)"):
+    for name in ("gptq act-order", "int4 g32, embeddings too (ours)"):
         pair, tokens = Pair(tiny.config, tiny.tensors, *FORMATS[name]), draw_tokens(6, count=16)
         for ops in (ReferenceBackend(), CpuBackend()):
             torch.testing.assert_close(*pair.logits(ops, tokens), rtol=0, atol=1e-4)
@@ -140,7 +142,9 @@ def test_experts_in_mxfp4_say_what_their_plain_numbers_say(tmp_path: Path) -> No
         assert plan.weights == held_bytes(loop._runner._model), layout
 
 
-@pytest.mark.parametrize("name", ["int8 (ours)", "int4 g32 (ours)", "gptq act-order", "fp8 blocks"])
+@pytest.mark.parametrize(
+    "name", ["int8 (ours)", "int4 g32 (ours)", "int8, embeddings too (ours)", "gptq act-order", "fp8 blocks"]
+)
 def test_a_deterministic_answer_has_the_same_bits_whatever_shares_its_steps(
     llama: Tiny, name: str, tmp_path: Path
 ) -> None:
@@ -162,6 +166,7 @@ def test_a_deterministic_answer_has_the_same_bits_whatever_shares_its_steps(
     [
         ("int8 (ours)", "int8"),
         ("int4 g32 (ours)", "int4 g32"),
+        ("int4 g32, embeddings too (ours)", "int4 g32"),
         ("awq g32", "int4 g32 (awq)"),
         ("gptq act-order", "int4 g32 (gptq)"),
         ("compressed w8a8", "int8 (compressed-tensors)"),
@@ -184,7 +189,8 @@ def test_a_quantised_model_is_sound_and_described_by_how_it_is_stored(
         found = verdict.judge(Folder(fd, entries))
     assert (found.dtype, found.quantisation, found.parameters) == (label, label, before.parameters)
     assert before.quantisation is None
-    assert found.facts == {**before.facts, "quantised matrices": "14 of 14"}
+    facts = {"quantised matrices": "14 of 14"} | ({"quantised embeddings": label} if "embeddings" in name else {})
+    assert found.facts == {**before.facts, **facts}
     save_file(
         {n: t for n, t in pair.quantised.items() if "layers.1.mlp.up" not in n}, folder / "model.safetensors"
     )
@@ -199,8 +205,9 @@ def test_a_quantised_model_is_sound_and_described_by_how_it_is_stored(
 def test_the_memory_of_a_quantised_model_is_a_fraction_of_its_plain_numbers(llama: Tiny, tmp_path: Path) -> None:
     options = EngineOptions(kv_blocks=16, dtype="bfloat16")
     weights = {}
-    for name in ("int8 (ours)", "int4 g32 (ours)"):
+    for name in ("int8 (ours)", "int4 g32 (ours)", "int4 g32, embeddings too (ours)"):
         folder = Pair(llama.config, llama.tensors, *FORMATS[name]).save(tmp_path / name)
         weights[name] = plan_memory(read_model(*file_set(folder)), options, 1 << 40, cores=3).weights
     plain = sum(tensor.numel() * 2 for tensor in llama.tensors.values())
     assert weights["int4 g32 (ours)"] < weights["int8 (ours)"] < plain
+    assert weights["int4 g32, embeddings too (ours)"] < weights["int4 g32 (ours)"]
