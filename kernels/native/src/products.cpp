@@ -1,0 +1,227 @@
+// The product of rows and packed matrices: which thread computes what, in which blocks.
+#include "products.h"
+
+#include "dot.h"
+
+namespace CL_ISA {
+namespace {
+
+int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t tiles_of(const ClMatrix &m) { return up(m.out, CL_TILE); }
+
+struct Product {
+  const ClLinear &weight;
+  int64_t rows, width;  // of outputs
+  float *out;
+};
+
+// A part of the outputs: tiles of one matrix, and blocks of rows.
+struct Piece {
+  int64_t part, column;  // the matrix, and its first output's column
+  Span tiles, blocks;
+};
+
+// How many tiles and blocks of rows are taken at once.
+struct Cut {
+  int64_t tiles, blocks;
+};
+
+Cut cut(const ClLinear &weight, int64_t rows, int64_t threads) {
+  const int64_t all_blocks = row_blocks(rows);
+  int64_t tiles = 0, bytes = 0;
+  for (int64_t p = 0; p < weight.count; ++p) {
+    tiles += tiles_of(weight.parts[p]);
+    bytes += packed_bytes(weight.parts[p]);
+  }
+  const int64_t wanted = 8 * threads;
+  if (all_blocks == 1) {
+    int64_t at_once = up(1 << 17, up(bytes, tiles));
+    at_once = at_once < up(tiles, wanted) ? at_once : up(tiles, wanted);
+    return {up(at_once, TILES) * TILES, 1};
+  }
+  const int64_t pieces = up(tiles, PANEL), least = up(96, ROWS);
+  int64_t blocks = up(all_blocks * pieces, wanted);
+  blocks = blocks < least ? least : blocks;
+  return {PANEL, blocks < all_blocks ? blocks : all_blocks};
+}
+
+int64_t pieces_of(const ClLinear &weight, Cut cut) {
+  int64_t count = 0;
+  for (int64_t p = 0; p < weight.count; ++p) count += up(tiles_of(weight.parts[p]), cut.tiles);
+  return count;
+}
+
+Piece piece_at(const ClLinear &weight, int64_t rows, Cut cut, int64_t at) {
+  const int64_t all = row_blocks(rows), splits = up(all, cut.blocks);
+  const int64_t split = at % splits;
+  int64_t panel = at / splits, part = 0, column = 0;
+  for (;; ++part) {
+    const int64_t count = up(tiles_of(weight.parts[part]), cut.tiles);
+    if (panel < count) break;
+    panel -= count;
+    column += weight.parts[part].out;
+  }
+  const int64_t last = tiles_of(weight.parts[part]), end = (panel + 1) * cut.tiles;
+  return {part, column, {panel * cut.tiles, end < last ? end : last}, {all * split / splits, all * (split + 1) / splits}};
+}
+
+F16 factors(const ClMatrix &m, int64_t tile, const void *from) {
+  if (m.scale_type == CL_FLOAT16) return load_half(static_cast<const uint16_t *>(from) + tile * CL_TILE);
+  return load(static_cast<const float *>(from) + tile * CL_TILE);
+}
+
+// The answer of 16 outputs, of what was added up over all inputs.
+F16 finished(const ClMatrix &m, int64_t tile, const float *sums, const Block &b, int64_t row) {
+  F16 value = load(sums);
+  if (form_of(m) == Form::ROW) {
+    const F16 scale = factors(m, tile, m.scales);
+    I16 whole;
+    memcpy(&whole, sums, 64);
+    value = to_float(whole) * (scale * broadcast(b.scale[row]));
+    if (m.zeros) {
+      const float total = b.sum ? b.scale[row] * (float)b.sum[row] : b.total[row];
+      value = value - scale * factors(m, tile, m.zeros) * broadcast(total);
+    }
+  }
+  return m.scales ? value * broadcast(m.factor) : value;
+}
+
+class Panel {
+ public:
+  Panel(const Product &product, const Piece &piece, const Inputs &inputs, uint8_t *space)
+      : product_(product), matrix_(product.weight.parts[piece.part]), piece_(piece), inputs_(inputs), space_(space),
+        units_(tile_units(matrix_)), bytes_(tile_bytes(matrix_)) {
+    unpacks_ = matrix_.kind == CL_DECODED || (matrix_.kind == CL_W4A8 && row_blocks(product.rows) > 1);
+  }
+
+  // All of the piece: unit block after unit block, so that inputs and weights stay in caches.
+  void multiply() const {
+    const int64_t at_once = unpacks_ || row_blocks(product_.rows) > 1 ? UNITS : units_;
+    for (int64_t first = 0; first < units_; first += at_once) {
+      const int64_t left = units_ - first;
+      multiply_units(first, left < at_once ? left : at_once);
+    }
+  }
+
+ private:
+  void multiply_units(int64_t first, int64_t units) const {
+    const int64_t at_once = unpacks_ ? PANEL : piece_.tiles.end - piece_.tiles.first;
+    for (int64_t tile = piece_.tiles.first; tile < piece_.tiles.end; tile += at_once) {
+      const int64_t end = tile + at_once < piece_.tiles.end ? tile + at_once : piece_.tiles.end;
+      for (int64_t t = tile; unpacks_ && t < end; ++t)
+        unpack_tile(matrix_, t, first, units, space_ + (t - tile) * UNITS * 64);
+      for (int64_t i = piece_.blocks.first; i < piece_.blocks.end; ++i)
+        for (int64_t t = tile; t < end; t += TILES)
+          multiply_block(row_block(product_.rows, i), t, end, space_ + (t - tile) * UNITS * 64, first, units);
+    }
+  }
+
+  void multiply_block(RowBlock rows, int64_t tile, int64_t end, uint8_t *panel, int64_t first, int64_t units) const {
+    Block b = {};
+    b.matrix = &matrix_;
+    b.first = first, b.units = units, b.offset = inputs_.offset;
+    for (int64_t i = 0; i < TILES; ++i) {
+      const int64_t t = tile + i < end ? tile + i : tile;  // one too many is computed twice
+      const int64_t item = matrix_.scale_type == CL_FLOAT16 ? 2 : 4, at = t * scale_groups(matrix_) * CL_TILE * item;
+      b.weights[i] = unpacks_ ? panel + (t - tile) * UNITS * 64
+                              : static_cast<const uint8_t *>(matrix_.weights) + t * bytes_ +
+                                    first * (matrix_.kind == CL_W4A8 ? 32 : 64);
+      if (matrix_.scales) b.scales[i] = static_cast<const char *>(matrix_.scales) + at;
+      if (matrix_.zeros) b.zeros[i] = static_cast<const char *>(matrix_.zeros) + at;
+    }
+    const int64_t group = inputs_.form == Form::GROUPS ? first / GROUP_UNITS : 0;
+    const int64_t g = rows.first * inputs_.groups + group * rows.rows;
+    b.x = inputs_.codes + rows.first * inputs_.units + first * rows.rows;
+    b.scale = inputs_.scales + g;
+    if (inputs_.sums)
+      b.sum = inputs_.sums + g;
+    else
+      b.start = inputs_.starts + g, b.total = inputs_.totals + g;
+
+    alignas(64) float sums[TILES * ROWS * 16];
+    const bool last = first + units == units_;
+    for (int64_t t = 0; t < TILES; ++t) continue_sums(rows, tile + t, end, first, sums + t * rows.rows * 16);
+    kernel(rows.rows)(b, sums);
+    for (int64_t t = 0; t < TILES && tile + t < end; ++t)
+      for (int64_t m = 0; m < rows.rows; ++m) {
+        const float *from = sums + (t * rows.rows + m) * 16;
+        put(rows.first + m, tile + t, last ? finished(matrix_, tile + t, from, b, m) : load(from), last);
+      }
+  }
+
+  Kernel kernel(int64_t rows) const {
+    if (inputs_.form == Form::FLOAT32 || inputs_.form == Form::BFLOAT16) return plain_kernel(matrix_, rows);
+    return matrix_.kind == CL_W4A8 && !unpacks_ ? nibble_kernel(matrix_, rows) : byte_kernel(matrix_, rows);
+  }
+
+  float *at(int64_t row, int64_t tile) const {
+    return product_.out + row * product_.width + piece_.column + tile * CL_TILE;
+  }
+  int64_t outputs(int64_t tile) const {
+    const int64_t left = matrix_.out - tile * CL_TILE;
+    return left < CL_TILE ? left : CL_TILE;
+  }
+
+  // Zeros, or what the units before this block of units have added up to.
+  void continue_sums(RowBlock rows, int64_t tile, int64_t end, int64_t first, float *sums) const {
+    for (int64_t m = 0; m < rows.rows; ++m)
+      store(sums + m * 16, first && tile < end ? load_some(at(rows.first + m, tile), outputs(tile)) : F16{});
+  }
+
+  void put(int64_t row, int64_t tile, F16 value, bool last) const {
+    const int64_t count = outputs(tile);
+    if (last && product_.weight.bias)
+      value = value + load_some(product_.weight.bias + piece_.column + tile * CL_TILE, count);
+    if (count == CL_TILE)
+      store(at(row, tile), value);
+    else
+      store_some(at(row, tile), value, count);
+  }
+
+  const Product &product_;
+  const ClMatrix &matrix_;
+  const Piece &piece_;
+  const Inputs &inputs_;
+  uint8_t *const space_;
+  const int64_t units_, bytes_;
+  bool unpacks_;
+};
+
+int64_t own_bytes(const ClLinear &weight) {
+  const int64_t row = row_bytes(weight);
+  return up(row > PANEL_BYTES ? row : PANEL_BYTES, 64) * 64;
+}
+
+}  // namespace
+
+int64_t multiply_scratch(const ClLinear &weight, int64_t rows, int64_t threads) {
+  return inputs_bytes(weight, rows) + threads * own_bytes(weight);
+}
+
+int64_t linear_scratch(const ClLinearOp &op, const ClLimits &limits) {
+  return multiply_scratch(*op.weight, op.picked ? limits.picks : limits.tokens, limits.threads);
+}
+
+void multiply(const ClRows &x, int64_t rows, const ClLinear &weight, float *out, void *scratch, const Team &team,
+              int phase) {
+  if (rows == 0) return;
+  char *own = static_cast<char *>(scratch) + team.rank * own_bytes(weight);
+  char *laid = static_cast<char *>(scratch) + team.threads * own_bytes(weight);
+  if (lay_inputs(x, rows, weight, laid, own, team, phase)) team.barrier();
+  Product product = {weight, rows, 0, out};
+  for (int64_t p = 0; p < weight.count; ++p) product.width += weight.parts[p].out;
+  const Cut size = cut(weight, rows, team.threads);
+  const int64_t count = pieces_of(weight, size) * up(row_blocks(rows), size.blocks);
+  Span span;
+  while (team.take(phase + 1, count, 1, &span)) {
+    const Piece piece = piece_at(weight, rows, size, span.first);
+    const Inputs inputs = inputs_of(x, rows, weight, piece.part, laid);
+    Panel(product, piece, inputs, reinterpret_cast<uint8_t *>(own)).multiply();
+  }
+}
+
+void linear(const ClLinearOp &op, const ClStep &step, const Team &team) {
+  multiply(*op.x, op.picked ? step.picks : step.tokens, *op.weight, op.out, step.scratch, team, 0);
+}
+
+}  // namespace CL_ISA

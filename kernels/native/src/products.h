@@ -1,0 +1,88 @@
+// What the files of the products share: inputs as the kernels read them, and the block of outputs that one computes.
+#pragma once
+
+#include "ops.h"
+#include "rows.h"
+
+namespace CL_ISA {
+
+// A block of outputs is TILES tiles of up to ROWS rows: so many that sums and weights stay in registers.
+#if defined(__AVX512F__)
+constexpr int TILES = 2, ROWS = 12;
+#elif defined(__AVX2__)
+constexpr int TILES = 1, ROWS = 6;
+#else
+constexpr int TILES = 1, ROWS = 2;
+#endif
+constexpr int64_t PANEL = 4;      // tiles that are unpacked, and stay in L2 while all rows pass
+constexpr int64_t UNITS = 512;    // of inputs that are multiplied at once where there are many rows
+constexpr int64_t GROUP_UNITS = CL_GROUP / 4;
+constexpr int64_t PANEL_BYTES = PANEL * UNITS * 64;
+
+// A unit of inputs is four bytes: one float32, two bfloat16, four int8. A unit of 16 outputs' weights has 64 bytes.
+enum class Form { FLOAT32, BFLOAT16, GROUPS, ROW };  // the last two are int8
+
+// Rows of inputs as the kernels read them: block after block of rows, in each unit after unit, in each row after row.
+// One row alone is so as it is.
+struct Inputs {
+  Form form;
+  int32_t offset;        // of the codes that these inputs meet
+  const int32_t *order;
+  int64_t rows, units, groups;
+  const int32_t *codes;  // [block][units][rows of block]
+  const float *scales;   // [block][groups][rows of block]
+  const int32_t *starts; // the same: sum of a group's codes times -offset
+  const float *totals;   // the same: sum of a group's codes times its scale
+  const int32_t *sums;   // of one row as it is, that has neither of these; else NULL
+};
+
+struct RowBlock {
+  int64_t first, rows;
+};
+
+// Rows are parted evenly in as few blocks as there can be.
+inline int64_t row_blocks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
+inline RowBlock row_block(int64_t rows, int64_t at) {
+  const int64_t blocks = row_blocks(rows), first = rows * at / blocks;
+  return {first, rows * (at + 1) / blocks - first};
+}
+
+// What one kernel multiplies: the rows of a block by TILES tiles, over `units` units.
+struct Block {
+  const uint8_t *weights[TILES];  // of the first unit
+  const void *scales[TILES], *zeros[TILES];  // of each tile
+  const ClMatrix *matrix;
+  int64_t first, units;   // the first unit's number
+  int32_t offset;         // of Inputs
+  const int32_t *x;       // of the first unit, as the next three
+  const float *scale, *total;
+  const int32_t *start, *sum;
+};
+
+// Adds to sums [TILES][rows][16], which are float32, or int32 of CL_W8A8 with one scale.
+using Kernel = void (*)(const Block &block, float *sums);
+
+Kernel nibble_kernel(const ClMatrix &matrix, int64_t rows);  // CL_W4A8 as it is
+Kernel byte_kernel(const ClMatrix &matrix, int64_t rows);    // CL_W8A8, and unpacked CL_W4A8
+Kernel plain_kernel(const ClMatrix &matrix, int64_t rows);   // CL_F32, CL_BF16, and decoded
+
+// Bytes of a tile; units of its inputs (as they are when unpacked or decoded).
+int64_t tile_bytes(const ClMatrix &matrix);
+int64_t tile_units(const ClMatrix &matrix);
+int64_t scale_groups(const ClMatrix &matrix);
+
+// Units first .. first + units - 1 of a tile, made such as the kernels of bytes or plain numbers read.
+void unpack_tile(const ClMatrix &matrix, int64_t tile, int64_t first, int64_t units, uint8_t *panel);
+
+Form form_of(const ClMatrix &matrix);
+
+// The inputs of part `part`, in `scratch` unless one row can be read where it is.
+Inputs inputs_of(const ClRows &x, int64_t rows, const ClLinear &weight, int64_t part, char *scratch);
+
+// Writes what inputs_of says is in scratch, by all threads. Returns whether there was something: then a barrier is due.
+bool lay_inputs(const ClRows &x, int64_t rows, const ClLinear &weight, char *scratch, char *own, const Team &team,
+                int phase);
+int64_t inputs_bytes(const ClLinear &weight, int64_t rows);
+int64_t row_bytes(const ClLinear &weight);  // of each thread's own scratch while inputs are laid out
+
+}  // namespace CL_ISA

@@ -1,0 +1,168 @@
+// How rows of inputs are laid out for the kernels: in the form that a part's weights need, in its order, in blocks.
+#include "dot.h"
+#include "products.h"
+
+namespace CL_ISA {
+namespace {
+
+int64_t aligned(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+bool integers(Form form) { return form == Form::GROUPS || form == Form::ROW; }
+
+int32_t offset_of(const ClMatrix &m) { return m.kind == CL_W8A8 ? m.offset - CENTRE : m.offset; }
+
+// Whether two parts read the same inputs.
+bool same(const ClMatrix &a, const ClMatrix &b) {
+  return form_of(a) == form_of(b) && a.order == b.order &&
+         (!integers(form_of(a)) || offset_of(a) == offset_of(b));
+}
+
+// The first part that reads the same inputs as this one.
+int64_t first_like(const ClLinear &weight, int64_t part) {
+  for (int64_t p = 0; p < part; ++p)
+    if (same(weight.parts[p], weight.parts[part])) return p;
+  return part;
+}
+
+int64_t units_of(Form form, int64_t width) {
+  return form == Form::FLOAT32 ? width : padded(width) / (form == Form::BFLOAT16 ? 2 : 4);
+}
+
+int64_t groups_of(Form form, int64_t width) {
+  return form == Form::GROUPS ? (width + CL_GROUP - 1) / CL_GROUP : form == Form::ROW ? 1 : 0;
+}
+
+int64_t laid_bytes(const ClMatrix &m, int64_t rows) {
+  const Form form = form_of(m);
+  return aligned(rows * units_of(form, m.in) * 4) + 3 * aligned(rows * groups_of(form, m.in) * 4);
+}
+
+// Whether x has the rows in the form that a part needs.
+bool has(const ClRows &x, const ClMatrix &m) {
+  if (m.order) return false;
+  switch (form_of(m)) {
+    case Form::FLOAT32: return x.f32;
+    case Form::BFLOAT16: return x.bf16;
+    case Form::GROUPS: return x.int8 && x.group == CL_GROUP;
+    default: return x.int8 && groups(x) == 1 && x.group >= x.width && (x.group != CL_GROUP || x.width <= CL_GROUP);
+  }
+}
+
+struct Row {  // in the form that is needed
+  const int32_t *codes;
+  const float *scales;
+  const int32_t *sums;
+};
+
+Row given(const ClRows &x, Form form, int64_t at) {
+  if (form == Form::FLOAT32) return {reinterpret_cast<const int32_t *>(x.f32 + at * x.width), nullptr, nullptr};
+  if (form == Form::BFLOAT16)
+    return {reinterpret_cast<const int32_t *>(x.bf16 + at * padded(x.width)), nullptr, nullptr};
+  const int64_t count = groups(x);
+  return {reinterpret_cast<const int32_t *>(x.int8 + at * padded(x.width)), x.scales + at * count,
+          x.sums + at * count};
+}
+
+// Row `at` made from float32, in a thread's own scratch.
+Row made(const ClRows &x, const ClMatrix &m, int64_t at, char *own) {
+  const int64_t width = x.width, stride = padded(width);
+  const float *from = x.f32 + at * width;
+  if (m.order) {
+    float *ordered = reinterpret_cast<float *>(own);
+    for (int64_t i = 0; i < width; ++i) ordered[i] = from[m.order[i]];
+    from = ordered;
+  }
+  const Form form = form_of(m);
+  if (form == Form::FLOAT32) return {reinterpret_cast<const int32_t *>(from), nullptr, nullptr};
+  own += stride * 4;
+  ClRows one = {};
+  one.width = width;
+  one.group = form == Form::ROW ? stride : CL_GROUP;
+  if (form == Form::BFLOAT16) {
+    one.bf16 = reinterpret_cast<uint16_t *>(own);
+  } else {
+    one.int8 = reinterpret_cast<int8_t *>(own);
+    one.scales = reinterpret_cast<float *>(own + stride);
+    one.sums = reinterpret_cast<int32_t *>(own + 2 * stride);
+  }
+  write_row(one, 0, from);
+  return {reinterpret_cast<const int32_t *>(own), one.scales, one.sums};
+}
+
+// Puts a row in its column of a block of `rows`.
+void lay_row(const Inputs &to, RowBlock block, int64_t column, const Row &row) {
+  int32_t *codes = const_cast<int32_t *>(to.codes) + block.first * to.units + column;
+  for (int64_t u = 0; u < to.units; ++u) codes[u * block.rows] = row.codes[u];
+  float *scales = const_cast<float *>(to.scales), *totals = const_cast<float *>(to.totals);
+  int32_t *starts = const_cast<int32_t *>(to.starts);
+  for (int64_t g = 0; g < to.groups; ++g) {
+    const int64_t at = block.first * to.groups + g * block.rows + column;
+    scales[at] = row.scales[g];
+    totals[at] = row.scales[g] * (float)row.sums[g];
+    starts[at] = -to.offset * row.sums[g];
+  }
+}
+
+void lay_block(const ClRows &x, const ClMatrix &m, const Inputs &to, int64_t block_at, char *own) {
+  const RowBlock block = row_block(to.rows, block_at);
+  for (int64_t i = 0; i < block.rows; ++i)
+    lay_row(to, block, i, has(x, m) ? given(x, to.form, block.first + i) : made(x, m, block.first + i, own));
+}
+
+// Whether a part's inputs are to be laid out in scratch, and by it, not by an earlier part.
+bool lays(const ClRows &x, int64_t rows, const ClLinear &weight, int64_t part) {
+  return first_like(weight, part) == part && !(rows == 1 && has(x, weight.parts[part]));
+}
+
+}  // namespace
+
+Inputs inputs_of(const ClRows &x, int64_t rows, const ClLinear &weight, int64_t part, char *scratch) {
+  const int64_t like = first_like(weight, part);
+  const ClMatrix &m = weight.parts[part];
+  Inputs to = {};
+  to.form = form_of(m);
+  to.offset = offset_of(m);
+  to.order = m.order;
+  to.rows = rows;
+  to.units = units_of(to.form, m.in);
+  to.groups = groups_of(to.form, m.in);
+  if (rows == 1 && has(x, m)) {
+    const Row row = given(x, to.form, 0);
+    to.codes = row.codes, to.scales = row.scales, to.sums = row.sums;
+    return to;
+  }
+  for (int64_t p = 0; p < like; ++p)
+    if (first_like(weight, p) == p) scratch += laid_bytes(weight.parts[p], rows);
+  const int64_t each = aligned(rows * to.groups * 4);
+  to.scales = reinterpret_cast<float *>(scratch);
+  to.totals = reinterpret_cast<float *>(scratch + each);
+  to.starts = reinterpret_cast<int32_t *>(scratch + 2 * each);
+  to.codes = reinterpret_cast<int32_t *>(scratch + 3 * each);
+  return to;
+}
+
+int64_t inputs_bytes(const ClLinear &weight, int64_t rows) {
+  int64_t bytes = 0;
+  for (int64_t p = 0; p < weight.count; ++p)
+    if (first_like(weight, p) == p) bytes += laid_bytes(weight.parts[p], rows);
+  return bytes;
+}
+
+int64_t row_bytes(const ClLinear &weight) { return 8 * padded(weight.parts[0].in); }
+
+bool lay_inputs(const ClRows &x, int64_t rows, const ClLinear &weight, char *scratch, char *own, const Team &team,
+                int phase) {
+  const int64_t blocks = row_blocks(rows);
+  int64_t laid = 0;
+  for (int64_t p = 0; p < weight.count; ++p) laid += lays(x, rows, weight, p);
+  Span span;
+  while (laid && team.take(phase, laid * blocks, 1, &span)) {
+    int64_t part = 0;
+    for (int64_t skip = span.first / blocks;; ++part)
+      if (lays(x, rows, weight, part) && skip-- == 0) break;
+    lay_block(x, weight.parts[part], inputs_of(x, rows, weight, part, scratch), span.first % blocks, own);
+  }
+  return laid > 0;
+}
+
+}  // namespace CL_ISA
