@@ -21,7 +21,7 @@ from engine.cores import usable_cores
 from engine.errors import EngineError
 from engine.options import BACKENDS, DTYPES
 from kernels.bench.ceilings import ReadProbe, products
-from kernels.bench.clock import OpClock
+from kernels.bench.clock import kernel_clock
 
 _FAILED = 1
 _MEASURES = ("prefill", "b1", "b8", "b32", "b128", "context", "workload")
@@ -105,7 +105,7 @@ def _weights(args: argparse.Namespace) -> str:
 def _found(subject: Subject, measures: dict[str, Measure], rounds: int) -> list[Found]:
     """Round after round of each measure, memory probed before each; a first one warms up and is not counted."""
     probe, operations = ReadProbe(), products().of(subject.options.dtype, quantised=subject.quantised)
-    bench = Bench(subject.loop, subject.vocabulary, OpClock(subject.backend))
+    bench = Bench(subject.loop, subject.vocabulary, kernel_clock(subject.backend))
     found = []
     for name, measure in measures.items():
         if not isinstance(measure, Workload):

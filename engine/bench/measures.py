@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from engine.bench.subject import Load
 from engine.loop import EngineLoop
 from engine.request import Request, SamplingParams, StopCriteria
+from kernels.bench.clock import Clock
 
 _WARM_STEPS = 2
 _SHORTEST, _LONGEST = 100, 1024
 _SHORT_PROMPT = 32
-
-Clock = Callable[[], int]
-"""Nanoseconds that have passed inside kernels so far."""
 
 
 @dataclass(frozen=True, slots=True)
