@@ -5,8 +5,8 @@ from functools import partial
 import torch
 
 from engine.block_pool import BlockPool
-from engine.derived.files import Location
 from engine.derived.loading import Refused, build_model, load_model
+from engine.derived.location import Location
 from engine.detokenizer import Vocabulary
 from engine.encoder_runner import EncoderRunner
 from engine.errors import EngineError

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from google.protobuf.message import DecodeError
 
+from engine.derived.location import Derived, Location
 from engine.errors import EngineError
 from engine.process import die_with_parent
 from engine.protos import engine_pb2
@@ -28,6 +29,9 @@ REFUSED_STATUS = 3
 STEP_WITHIN_VARIABLE = "CLOISTER_STEP_WITHIN_S"
 """Names the seconds that one turn of a worker's engine may take before the worker gives no more signs of life."""
 
+CORES_VARIABLE = "CLOISTER_CORES"
+"""Names the hardware threads, with commas, that a worker's threads have to themselves, one for each, if any."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -38,6 +42,7 @@ class Launch:
     deployment: engine_pb2.Deployment
     store: Path
     socket: Path
+    derived_folder: Path | None = None
 
     @property
     def files(self) -> FileSet:
@@ -46,20 +51,37 @@ class Launch:
         return FileSet(given.model_digest, tuple(File(f.path, f.size, f.sha256) for f in given.files))
 
     def open_file(self, sha256: str) -> int:
-        """A read-only descriptor of the store's file with this digest; the caller closes it and checks the bytes.
+        """As `open_in_store`, in the store of this launch."""
+        return open_in_store(self.store, sha256)
 
-        Raises:
-            EngineError: INVALID_DEPLOYMENT, not a digest; FILE_MISSING, the store has no such file.
-        """
-        if not _SHA256.fullmatch(sha256):
-            raise EngineError("INVALID_DEPLOYMENT", "a file's digest is not 64 lower-case hexadecimal digits")
-        path = self.store / "sha256" / sha256[:2] / sha256
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError as error:
-            raise EngineError(
-                "FILE_MISSING", f"{path} cannot be opened ({error.strerror}); import the bundle again"
-            ) from error
+    @property
+    def derived(self) -> Location | None:
+        """The model's derived file, if engine-host has one for this deployment."""
+        if self.derived_folder is None or not self.deployment.HasField("derived"):
+            return None
+        return Location(self.derived_folder, derived_of(self.deployment.derived))
+
+
+def derived_of(message: engine_pb2.Derived) -> Derived:
+    """A derived file as the protocol has it, in the engine's own words."""
+    return Derived(message.model_digest, message.layout, message.sha256, message.size)
+
+
+def open_in_store(store: Path, sha256: str) -> int:
+    """A read-only descriptor of the store's file with this digest; the caller closes it and checks the bytes.
+
+    Raises:
+        EngineError: INVALID_DEPLOYMENT, not a digest; FILE_MISSING, the store has no such file.
+    """
+    if not _SHA256.fullmatch(sha256):
+        raise EngineError("INVALID_DEPLOYMENT", "a file's digest is not 64 lower-case hexadecimal digits")
+    path = store / "sha256" / sha256[:2] / sha256
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise EngineError(
+            "FILE_MISSING", f"{path} cannot be opened ({error.strerror}); import the bundle again"
+        ) from error
 
 
 def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
@@ -74,6 +96,7 @@ def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
         prog=program, description="Reads one cloister.engine.v1.Deployment from standard input."
     )
     parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
+    parser.add_argument("--derived", type=Path, help="the folder of packed weights")
     parser.add_argument("--socket", type=Path, required=True, help="Unix socket to listen on")
     parser.add_argument("--parent", type=int, help="process id of engine-host; nothing runs without it")
     chosen = parser.parse_args(argv)
@@ -89,7 +112,12 @@ def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
         raise EngineError("INVALID_DEPLOYMENT", f"{len(raw)} bytes on stdin are no Deployment") from error
     if not deployment.name or not deployment.files.files:
         raise EngineError("INVALID_DEPLOYMENT", "the Deployment on stdin lacks its name or its files")
-    return Launch(deployment, chosen.store, chosen.socket)
+    return Launch(deployment, chosen.store, chosen.socket, chosen.derived)
+
+
+def given_cores() -> tuple[int, ...]:
+    """The hardware threads that this worker's threads have to themselves, in order; none where nobody says."""
+    return tuple(int(number) for number in os.environ.get(CORES_VARIABLE, "").split(",") if number)
 
 
 def exit_refused(error: EngineError) -> NoReturn:

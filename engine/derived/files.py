@@ -14,35 +14,19 @@ import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from engine.derived.layout import Derived
+from engine.derived.location import UNFINISHED, Location
 from engine.errors import EngineError
 from kernels.native.memory import aligned_empty
 
 _ALIGNED = 64
 _CHUNK = 8 << 20
 _LENGTH_BYTES = 8
-UNFINISHED = ".making"
-"""What the name of a file ends with while it is written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Location:
-    """A derived file where it lies."""
-
-    folder: Path
-    derived: Derived
-
-    @property
-    def path(self) -> Path:
-        """Of the file."""
-        return self.folder / self.derived.name
 
 
 class Content(NamedTuple):
@@ -72,7 +56,7 @@ class DerivedWriter:
             EngineError: DERIVED_UNSUPPORTED, its numbers do not lie side by side.
             OSError: it cannot be written.
         """
-        order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+        order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride()[axis])
         dense = tensor.detach().permute(order)
         if tensor.device.type != "cpu" or tensor.layout != torch.strided or not dense.is_contiguous():
             raise EngineError("DERIVED_UNSUPPORTED", "a prepared tensor has gaps, or is not in the CPU's memory")
@@ -86,7 +70,7 @@ class DerivedWriter:
             }
         )
         if tensor.numel():
-            self._write(memoryview(dense.reshape(-1).view(torch.uint8).numpy()))
+            self._write(dense.reshape(-1).view(torch.uint8).numpy().data)
         return len(self._tensors) - 1
 
     def finish(self, about: Mapping[str, Any]) -> tuple[str, int]:
@@ -162,7 +146,7 @@ def _read(descriptor: int, location: Location) -> Tensor:
         raise _changed(location)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     memory = aligned_empty(derived.size)
-    view, digest, position = memoryview(memory.numpy()), hashlib.sha256(), 0
+    view, digest, position = memory.numpy().data, hashlib.sha256(), 0
     while position < derived.size:
         count = os.preadv(descriptor, [view[position : position + _CHUNK]], position)
         if count == 0:

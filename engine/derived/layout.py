@@ -7,9 +7,7 @@ and what is not the same there is not used.
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -22,35 +20,6 @@ _LIBRARIES = ("cloister", "torch")
 _CPUINFO = Path("/proc/cpuinfo")
 _PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
 _CHOICES = ("CLOISTER_KERNELS_ISA", "ATEN_CPU_CAPABILITY", "DNNL_MAX_CPU_ISA")
-_NAME = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{1,16}-[a-z0-9]{1,16}-[0-9a-f]{16}")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-@dataclass(frozen=True, slots=True)
-class Derived:
-    """One derived file.
-
-    Attributes:
-        model_digest: of the model that it was made of, hex.
-        layout: what it was made for; see `layout_name`.
-        sha256: of the file, hex.
-        size: its bytes.
-    """
-
-    model_digest: str
-    layout: str
-    sha256: str
-    size: int
-
-    @property
-    def name(self) -> str:
-        """Of the file."""
-        return f"{self.model_digest}.{self.layout}"
-
-    @property
-    def is_sound(self) -> bool:
-        """Nothing in it leads out of its folder, or can be no file of ours."""
-        return bool(_NAME.fullmatch(self.name) and _SHA256.fullmatch(self.sha256) and self.size > 0)
 
 
 def pays(model: Model, options: EngineOptions) -> bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import cast
 
 from engine.derived.building import AbsentWeights, RecordingOps, RecordingWeights, ReplayingOps
-from engine.derived.files import Location, read_derived, writing
-from engine.derived.layout import Derived
+from engine.derived.files import read_derived, writing
+from engine.derived.location import Derived, Location
 from engine.errors import EngineError
 from engine.memory_plan import Model
 from engine.models.decoder import Decoder

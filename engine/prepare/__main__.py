@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from engine.errors import EngineError, is_out_of_memory
-from engine.prepare.question import Question, read_question
+from engine.prepare.question import Packing, Question, read_question
 
 _CONVERTING_BYTES = 16 << 30  # of address space; GGUF comes from strangers, and converting needs far less
 _LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256))
@@ -79,8 +79,13 @@ def main() -> int:
     return 0
 
 
-def _prepare(question: Question) -> dict[str, Any]:
-    """Each way imports what it needs: numpy to convert, torch to quantise."""
+def _prepare(question: Question | Packing) -> dict[str, Any]:
+    """Each way imports what it needs: numpy to convert, torch to quantise and to pack."""
+    if isinstance(question, Packing):
+        _limit(resource.RLIMIT_FSIZE, question.most_bytes)
+        from engine.prepare.packing import pack
+
+        return pack(question)
     if question.settings is None:
         _limit(resource.RLIMIT_AS, _CONVERTING_BYTES)
         from engine.prepare.converting import convert_gguf

@@ -3,7 +3,9 @@
 {"do": "convert", "source": "/media/model.gguf", "out": "/tmp/x", "keep": true, "embeddings":
 true} or {"do": "quantise", "source":
 "/models/m", "out": "/tmp/y", "bits": 4, "group": 32, "symmetric": false, "calibration": "/texts.jsonl", "tokens":
-32768, "threads": 2, "embeddings": 8}; `calibration` may be null.
+32768, "threads": 2, "embeddings": 8}; `calibration` may be null. Or of engine-host: {"do": "pack", "model_digest":
+"ab..", "files": [["config.json", 712, "cd.."], ..], "store": "/home/store", "out": "/home/derived", "layout":
+"cpu-bfloat16-0123456789abcdef", "backend": "cpu", "dtype": "bfloat16", "threads": 2, "most_bytes": 1000000}.
 """
 
 import json
@@ -13,6 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from engine.errors import EngineError
+from engine.options import EngineOptions
+from engine.weights.files import File, FileSet
 
 Told = Callable[[str, int, int], None]
 """Hears what is done, how much of it, and of how much; 0 where nobody knows."""
@@ -60,7 +64,28 @@ class Question:
     keep_embeddings: bool = False
 
 
-def read_question(source: BinaryIO) -> Question:
+@dataclass(frozen=True)
+class Packing:
+    """Weights of the store that are to be put into the layout of a backend.
+
+    Attributes:
+        files: of the model.
+        store: where they lie.
+        out: where the derived file goes.
+        layout: what it is called by, beside the model's digest.
+        options: backend, dtype and threads; the rest does not matter here.
+        most_bytes: that the file may have.
+    """
+
+    files: FileSet
+    store: Path
+    out: Path
+    layout: str
+    options: EngineOptions
+    most_bytes: int
+
+
+def read_question(source: BinaryIO) -> Question | Packing:
     """The question on standard input.
 
     Raises:
@@ -73,12 +98,26 @@ def read_question(source: BinaryIO) -> Question:
                 settings = None
             case "quantise":
                 settings = _settings(asked)
+            case "pack":
+                return _packing(asked)
             case other:
                 raise ValueError(other)
         keep, tables = (settings is None and bool(asked[key]) for key in ("keep", "embeddings"))
         return Question(Path(asked["source"]), Path(asked["out"]), settings, keep, tables)
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError("INVALID_QUESTION", "standard input is no question to engine-prepare") from error
+
+
+def _packing(asked: dict[str, Any]) -> Packing:
+    files = tuple(File(str(path), int(size), str(sha256)) for path, size, sha256 in asked["files"])
+    return Packing(
+        files=FileSet(str(asked["model_digest"]), files),
+        store=Path(asked["store"]),
+        out=Path(asked["out"]),
+        layout=str(asked["layout"]),
+        options=EngineOptions(str(asked["backend"]), str(asked["dtype"]), threads=int(asked["threads"])),
+        most_bytes=int(asked["most_bytes"]),
+    )
 
 
 def _settings(asked: dict[str, Any]) -> Settings:

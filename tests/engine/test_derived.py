@@ -16,9 +16,10 @@ from torch import Tensor
 
 from engine.build import make_backend
 from engine.derived import building, files, layout
-from engine.derived.files import Location, read_derived
-from engine.derived.layout import Derived, layout_name, pays
+from engine.derived.files import read_derived
+from engine.derived.layout import layout_name, pays
 from engine.derived.loading import build_model, derive, load_model
+from engine.derived.location import UNFINISHED, Derived, Location
 from engine.derived.objects import decode, encode
 from engine.errors import EngineError
 from engine.memory_plan import Model, plan_memory, read_model
@@ -275,7 +276,7 @@ def test_what_a_killed_writer_left_is_no_file_and_the_next_one_replaces_it(int4:
             writer.put(torch.ones(1000))
             os._exit(9)
     os.waitpid(child, 0)
-    assert [path.name for path in out.iterdir()] == [name + files.UNFINISHED]
+    assert [path.name for path in out.iterdir()] == [name + UNFINISHED]
     with files.writing(out / name) as writer:
         number = writer.put(torch.arange(5))
         sha256, size = writer.finish({})
