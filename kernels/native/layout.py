@@ -1,0 +1,110 @@
+"""How the native kernels keep a matrix and a KV page, and the bytes that takes; needs neither torch nor library.
+
+tests/kernels/test_native_layout.py holds the byte counts to those of the library itself.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from kernels.packed import Layout
+
+FLOAT32, BFLOAT16, INT8, FLOAT16 = range(4)
+"""ClType."""
+F32, BF16, W8A8, W4A8, DECODED = range(5)
+"""ClKind."""
+GROUP, TILE, STRIDE = 32, 16, 64
+_BYTES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1, FLOAT16: 2}
+KV_TYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
+
+
+class Form(NamedTuple):
+    """How a matrix is kept: what `choose` can tell before it is read.
+
+    Attributes:
+        kind: ClKind.
+        group: inputs that share a scale; 0: all of a row.
+        bits: of a code or a number.
+        decoded: ClType of the panels of DECODED.
+        scale_type: ClType of scales and zeros.
+        has_scales: there are scales.
+        has_zeros: there are zeros.
+        has_table: codes stand for what a table of 2 ** bits numbers has for them.
+        has_order: its columns are in an order of their own.
+    """
+
+    kind: int
+    group: int
+    bits: int
+    decoded: int = FLOAT32
+    scale_type: int = FLOAT32
+    has_scales: bool = False
+    has_zeros: bool = False
+    has_table: bool = False
+    has_order: bool = False
+
+
+def choose(layout: Layout | None, inner: int, item: int) -> Form:
+    """How a matrix with `inner` inputs is kept.
+
+    Integer kernels take integers in groups of whole multiples of GROUP, or rows; they round inputs to int8, which
+    float32 must not. All other codes are decoded for each product, panel by panel.
+
+    Args:
+        layout: of a quantised matrix; None: it is plain.
+        inner: its inputs.
+        item: bytes of the backend's number type.
+    """
+    wide = item == _BYTES[FLOAT32]
+    if layout is None:
+        return Form(F32, 0, 32) if wide else Form(BF16, 0, 16)
+    group = 0 if layout.columns >= inner else layout.columns
+    kind = DECODED
+    if not wide and layout.kind == "int" and group % GROUP == 0:
+        kind = W4A8 if layout.bits == 4 else W8A8
+    return Form(
+        kind=kind,
+        group=group,
+        bits=layout.bits,
+        decoded=FLOAT32 if wide else BFLOAT16,
+        scale_type=FLOAT32 if wide or not group else FLOAT16,
+        has_scales=True,
+        has_zeros=layout.zeros,
+        has_table=layout.kind != "int",
+        has_order=layout.order,
+    )
+
+
+def matrix_bytes(form: Form, out: int, inner: int) -> int:
+    """All tensors of a matrix."""
+    tiles, groups = -(-out // TILE), -(-inner // form.group) if form.group else 1
+    scales = tiles * groups * TILE * _BYTES[form.scale_type]
+    table = 4 * 2**form.bits if form.has_table else 0
+    order = 4 * inner if form.has_order else 0
+    return packed_bytes(form, out, inner) + scales * (form.has_scales + form.has_zeros) + table + order
+
+
+def packed_bytes(form: Form, out: int, inner: int) -> int:
+    """What cl_packed_bytes says."""
+    if form.kind == DECODED:
+        row = -(-inner // 2) if form.bits == 4 else inner
+    elif form.kind == F32:
+        row = 4 * inner
+    elif form.kind == BF16:
+        row = 2 * _up(inner, 2)
+    elif form.kind == W4A8:
+        row = _up(inner, GROUP) // 2
+    else:
+        row = _up(inner, GROUP if form.group else 4)
+    return _up(out, TILE) * row
+
+
+def kv_page_bytes(kv_type: int, block_size: int, heads: int, dim: int) -> int:
+    """What cl_kv_page_bytes says."""
+    tokens = _up(block_size, TILE)
+    scales = 2 * _BYTES[FLOAT32] if kv_type == INT8 else 0
+    return heads * tokens * (2 * _up(dim, TILE) * _BYTES[kv_type] + scales)
+
+
+def _up(count: int, unit: int) -> int:
+    return -(-count // unit) * unit
