@@ -11,10 +11,11 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ import grpc
 from appliance.errors import CloisterError
 from appliance.logfile import LogFile
 from appliance.processes import ProcessSpec
-from engine.process import Silence, child_environment
+from engine.process import CORES_LEFT, Silence, child_environment, run_on
 
 _MAX_LINE = 1024 * 1024
 WATCHDOG = "WATCHDOG"
@@ -69,6 +70,33 @@ class _Child:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
 
 
+class _CoresLeft:
+    """Keeps the processes off the cores that engine-host has given to deployments, as it tells."""
+
+    def __init__(self) -> None:
+        self._teller = 0
+        self._left: frozenset[int] = frozenset()
+
+    def told(self, teller: int, left: str, pids: Iterable[int]) -> None:
+        """The process `teller` leaves these hardware threads to the others; it keeps itself where it should be."""
+        if re.fullmatch(r"\d{1,5}(,\d{1,5})*", left):
+            self._teller, self._left = teller, frozenset(map(int, left.split(",")))
+            for pid in pids:
+                self.started(pid)
+
+    def started(self, pid: int) -> None:
+        """A process was started, which inherits what this one may run on."""
+        if pid != self._teller:
+            run_on(pid, self._left)
+
+    def ended(self, pid: int, pids: Iterable[int]) -> None:
+        """A process ended; with the teller, all deployments did."""
+        if pid == self._teller:
+            self._teller, self._left = 0, frozenset(os.sched_getaffinity(0))
+            for other in pids:
+                run_on(other, self._left)
+
+
 class Supervisor:
     """The processes of one home directory.
 
@@ -96,6 +124,7 @@ class Supervisor:
         self._ready: Mapping[str, asyncio.Event] = {spec.name: asyncio.Event() for spec in table}
         self._children: dict[str, _Child] = {}
         self._sockets: dict[str, socket.socket] = {}
+        self._cores = _CoresLeft()
 
     async def run(self, stopping: asyncio.Event, all_ready: Callable[[], None]) -> None:
         """Run until `stopping` is set, then drain; `all_ready` is called once, when every process is.
@@ -195,6 +224,7 @@ class Supervisor:
     async def _bury(self, spec: ProcessSpec, child: _Child) -> None:
         """Report the end of a process and close its log."""
         self._children.pop(spec.name, None)
+        self._cores.ended(child.process.pid, self._pids())
         asyncio.get_running_loop().remove_reader(self._sockets[spec.name])
         await _finish(child.log_pump)
         self._report(Report(spec.name, "ended", child.process.pid, _how_it_ended(child.process.returncode)))
@@ -219,6 +249,7 @@ class Supervisor:
         silence = Silence(process.pid, spec.heard_within)
         child = _Child(process, silence, log, asyncio.create_task(_pump(process, log, unlogged)))
         self._children[spec.name] = child
+        self._cores.started(process.pid)
         notify = self._sockets[spec.name]  # what it has said already waits there
         asyncio.get_running_loop().add_reader(notify, self._on_notify, notify, child)
         self._report(Report(spec.name, "starting", process.pid))
@@ -251,8 +282,14 @@ class Supervisor:
         if senders != [child.process.pid]:
             return
         child.silence.heard()
-        if b"READY=1" in data.split(b"\n"):
+        lines = data.decode(errors="replace").split("\n")
+        if "READY=1" in lines:
             child.ready.set()
+        for left in (line.partition("=")[2] for line in lines if line.startswith(f"X_{CORES_LEFT}=")):
+            self._cores.told(child.process.pid, left, self._pids())
+
+    def _pids(self) -> list[int]:
+        return [child.process.pid for child in self._children.values()]
 
     async def _drain(self) -> None:
         """SIGTERM in reverse order, each given its time, then SIGKILL."""

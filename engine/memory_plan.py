@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from engine import encoder_footprint, footprint
-from engine.cores import usable_cores
+from engine.cores import engine_cores, usable_cores
 from engine.encoder_footprint import EncoderSizes
 from engine.errors import EngineError
 from engine.footprint import Sizes
@@ -190,13 +190,13 @@ def plan_memory(model: Model, options: EngineOptions, available: int, cores: int
         model: the model.
         options: as asked for.
         available: bytes that this deployment may take.
-        cores: for its threads by default; all but one of this process when None.
+        cores: for its threads by default; those of `engine.cores.engine_cores` when None.
 
     Raises:
         EngineError: OPTIONS_INVALID names the option.
     """
     # A spinning thread that shares its core slows a step tenfold: one core is for the other processes.
-    cores = usable_cores() - 1 if cores is None else cores
+    cores = engine_cores(usable_cores()) if cores is None else cores
     config = model.config
     if isinstance(config, EncoderConfig):
         options = encoder_footprint.resolve(config, options, cores)

@@ -6,7 +6,7 @@ thing. Sockets are made with mode 0600 inside a directory that only the applianc
 where $WATCHDOG_USEC asks for it, the event loop tells the same socket that it turns (WATCHDOG=1); `Silence` is the
 other end: it judges when a process that it hears no more has to be killed.
 
-Source: sd_notify(3); sd_watchdog_enabled(3); prctl(2), PR_SET_PDEATHSIG.
+Source: sd_notify(3); sd_watchdog_enabled(3); prctl(2), PR_SET_PDEATHSIG; sched_setaffinity(2).
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,6 +29,8 @@ _PR_SET_PDEATHSIG = 1
 _MAX_UNIX_PATH = 107
 _SIGNS_PER_LIMIT = 4  # sd_watchdog_enabled(3) recommends two; four leave room on a busy machine
 _PARENT_VARIABLE = "CLOISTER_PARENT"
+CORES_LEFT = "CORES_LEFT"
+"""The fact by which engine-host tells the hardware threads, with commas, that are not a deployment's."""
 _RESERVED = set(logging.makeLogRecord({}).__dict__) | {"message", "asctime"}
 
 log = logging.getLogger(__name__)
@@ -100,6 +102,11 @@ class Process:
         limit = _watchdog_limit()
         if limit:
             self._feed(asyncio.get_running_loop(), _connected(), limit / _SIGNS_PER_LIMIT, "")
+
+    def tell(self, facts: Mapping[str, str]) -> None:
+        """Tell whoever started this process something more, which they need not know."""
+        with contextlib.suppress(OSError):  # it stands still itself, or is gone
+            _notify("\n".join(f"X_{name}={value}" for name, value in facts.items()), socket.MSG_DONTWAIT)
 
     def _feed(self, loop: asyncio.AbstractEventLoop, notify: socket.socket, every: float, before: str) -> None:
         """Send a sign of life now and every so many seconds; never wait for a watcher that does not read."""
@@ -268,6 +275,27 @@ def _notify(state: str, flags: int = 0) -> None:
         sock.connect(_address(address))
         if state:
             sock.send(state.encode(), flags)
+
+
+def run_on(pid: int, threads: Collection[int], but: Collection[int] = ()) -> None:
+    """Let all of a process run on these hardware threads alone; what cannot be moved, or has ended, stays.
+
+    Args:
+        pid: of the process.
+        threads: by the kernel's numbers; nothing happens where there are none.
+        but: threads of the process that keep to some of these are left where they are.
+    """
+    kept = frozenset(but)
+    for _ in range(2 if threads else 0):  # once more for those that others of them started meanwhile
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"/proc/{pid}/task"):
+                _move(int(name), threads, kept)
+
+
+def _move(thread: int, to: Collection[int], kept: frozenset[int]) -> None:
+    with contextlib.suppress(OSError):
+        if not os.sched_getaffinity(thread) <= kept:
+            os.sched_setaffinity(thread, to)
 
 
 class _JsonLines(logging.Formatter):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from engine.cores import engine_cores
 from engine.errors import EngineError
 from engine.host.inventory import CPU, Inventory, cpu_device, measure
 from engine.launch import Launch
@@ -16,8 +17,6 @@ from engine.memory import own_bytes
 from engine.memory_plan import MemoryPlan, plan_memory, read_model
 from engine.options import EngineOptions
 from engine.protos import engine_pb2
-
-_CORES_KEPT = 1  # for the other processes: a spinning thread that shares its core slows a step tenfold
 
 
 class _Promise(NamedTuple):
@@ -88,7 +87,7 @@ class Planner:
                 self._promised[name] = _Promise(deployment, plan)
 
     def complete(self, deployment: engine_pb2.Deployment) -> engine_pb2.Deployment:
-        """The deployment with as many KV pages as were planned for it, so that its worker takes no more.
+        """The deployment with as many KV pages and threads as were planned, so that its worker takes no more.
 
         Nothing is filled in from a recorded inventory: the worker runs on this machine.
         """
@@ -97,6 +96,7 @@ class Planner:
         done.CopyFrom(deployment)
         if promise is not None and promise.deployment == deployment and self._recorded is None:
             done.options.kv_blocks = deployment.options.kv_blocks or promise.plan.options.kv_blocks
+            done.options.threads = deployment.options.threads or promise.plan.options.threads
         return done
 
     def _left(self, cpu: engine_pb2.Device, workers: Mapping[str, int]) -> engine_pb2.Device:
@@ -120,7 +120,7 @@ class Planner:
             model = read_model(launch.files, launch.open_file)
         except OSError as error:
             raise EngineError("FILE_MISSING", f"the model's files cannot be read: {error.strerror}") from error
-        return plan_memory(model, engine_options(deployment.options), available, cores - _CORES_KEPT)
+        return plan_memory(model, engine_options(deployment.options), available, engine_cores(cores))
 
     def _unsupported(self, wanted: str) -> EngineError:
         """Why nothing can be planned on a device that is not the CPU."""
