@@ -27,7 +27,16 @@ from engine.prepare.question import Settings
 from engine.prepare.streaming import read_plain
 
 CALIBRATION_SEED, NOTES = 3000, 512
-WAYS = {"int8": (8, 0, True), "int4 g32": (4, 32, False), "int4 g128": (4, 128, False)}
+WAYS = {  # bits, group, symmetric, bits of embeddings
+    "int8": (8, 0, True, 0),
+    "int8, embeddings int8": (8, 0, True, 8),
+    "int4 g32": (4, 32, False, 0),
+    "int4 g32, embeddings int8": (4, 32, False, 8),
+    "int4 g32, embeddings int4": (4, 32, False, 4),
+    "int4 g128": (4, 128, False, 0),
+    "int4 g128, embeddings int8": (4, 128, False, 8),
+    "int4 g128, embeddings int4": (4, 128, False, 4),
+}
 
 
 class Result(NamedTuple):
@@ -73,8 +82,8 @@ def fields_right(model: Model, wide: bool, splits: Sequence[str], count: int) ->
 
 def quantised(source: Path, way: str, calibration: Path, wide: bool, splits: Sequence[str], count: int) -> Result:
     """Quantise in one way, and measure."""
-    bits, group, symmetric = WAYS[way]
-    settings = Settings(bits, group, symmetric, calibration, 1 << 15, torch.get_num_threads())
+    bits, group, symmetric, embeddings = WAYS[way]
+    settings = Settings(bits, group, symmetric, calibration, 1 << 15, torch.get_num_threads(), embeddings)
     with tempfile.TemporaryDirectory() as folder:
         report = quantise_folder(source, Path(folder), settings, lambda stage, done, total: None)
         found = fields_right(load(Path(folder)), wide, splits, count)
