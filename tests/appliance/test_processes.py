@@ -62,6 +62,14 @@ elif mode == "tied":  # as every process of the house lives
         process.ready()
         await process.stopping.wait()
     sys.exit(run("tied", main))
+elif mode.isdigit():  # leaves this core to the others, as engine-host does
+    from engine.process import CORES_LEFT, run
+    async def main(process):
+        process.tell({CORES_LEFT: "0,x"})  # no list of cores: nobody moves
+        process.tell({CORES_LEFT: mode})
+        process.ready()
+        await process.stopping.wait()
+    sys.exit(run("leaver", main))
 elif mode == "impostor":  # a child of the process speaks for it
     if os.fork() == 0:
         notify(b"READY=1")
@@ -229,6 +237,24 @@ async def test_a_process_that_ignores_sigterm_is_killed_after_its_time(home: Pat
     async with running(home, spec("stubborn", "stubborn", within=0.5)) as run:
         await run.ready.wait()
     assert (await run.until("stubborn", "stopped")).detail == "killed by SIGKILL"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core has nothing to tell apart")
+async def test_processes_keep_to_the_cores_that_one_leaves_them_for_as_long_as_it_lives(home: Path) -> None:
+    every = os.sched_getaffinity(0)
+    left = max(every)
+    async with running(
+        home, spec("early"), spec("leaver", str(left), ("early",)), spec("late", needs=("leaver",))
+    ) as run:
+        await run.ready.wait()
+        pids = [(await run.until(name, "ready")).pid for name in ("early", "leaver", "late")]
+        assert [os.sched_getaffinity(pid) for pid in pids] == [{left}, every, {left}]
+        os.kill(pids[0], signal.SIGKILL)
+        again = await run.until("early", "ready", 2)
+        assert os.sched_getaffinity(again.pid) == {left}
+        os.kill(pids[1], signal.SIGKILL)
+        await run.until("leaver", "ended")
+        assert [os.sched_getaffinity(pid) for pid in (again.pid, pids[2])] == [every, every]
 
 
 def test_children_die_with_a_killed_supervisor(home: Path) -> None:
