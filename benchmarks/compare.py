@@ -53,7 +53,8 @@ ROWS = {
 
 
 def _llama_cpp(kind: str) -> Callable[[argparse.Namespace], Contender]:
-    # Without its fused attention, which is the slower one here: 23.3 against 17.5 tokens/s at 4,096, 39.2 against 38.0.
+    # Without its fused attention, the slower one here: 17.5 and not 23.3 tokens/s at 4,096, 38.0 and not 39.2
+    # without a context.
     return lambda args: LlamaCpp(args.shape, kind, args.threads, flash=False)
 
 

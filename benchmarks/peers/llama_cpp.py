@@ -54,9 +54,10 @@ class LlamaCpp:
         room = asked.batch * (asked.context + asked.tokens) + 64
         words = ("-npp", f"{asked.context}", "-ntg", f"{asked.tokens}", "-npl", f"{asked.batch}", "-c", f"{room}")
         threads = ("-t", self._threads, "-tb", self._threads, "-fa", self._flash, "--output-format", "jsonl")
-        told = self._run("llama-batched-bench", *words, *threads)
-        (found,) = (json.loads(line) for line in told.splitlines() if line.startswith("{"))
-        return float(found["speed_tg"])
+        told = ""
+        while not told:  # it prints by a thread that may end with the process before it has printed
+            told = self._run("llama-batched-bench", *words, *threads).strip()
+        return float(json.loads(told)["speed_tg"])
 
     def _run(self, program: str, *words: str) -> str:
         command = (str(BINARIES / program), "-m", str(self._model), *words)

@@ -95,7 +95,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 8192,
         "bos_token_id": 0,
         "eos_token_id": 1,
         "tie_word_embeddings": True,
