@@ -107,6 +107,77 @@ inline F16 to_float(I16 x) {
   return r;
 }
 
+inline I16 operator&(I16 a, I16 b) {
+  CL_EACH a.part[i] &= b.part[i];
+  return a;
+}
+inline I16 operator<<(I16 a, int n) {
+  CL_EACH a.part[i] <<= n;
+  return a;
+}
+inline I16 operator>>(I16 a, int n) {  // keeps the sign
+  CL_EACH a.part[i] >>= n;
+  return a;
+}
+inline I16 load_int16(const int16_t *p) {
+  typedef int16_t HalfV __attribute__((vector_size(2 * LANES)));
+  I16 r;
+  CL_EACH {
+    HalfV half;
+    memcpy(&half, p + i * LANES, sizeof half);
+    r.part[i] = __builtin_convertvector(half, IntV);
+  }
+  return r;
+}
+inline I16 load_int8(const int8_t *p) {
+  typedef int8_t ByteV __attribute__((vector_size(LANES)));
+  I16 r;
+  CL_EACH {
+    ByteV bytes;
+    memcpy(&bytes, p + i * LANES, sizeof bytes);
+    r.part[i] = __builtin_convertvector(bytes, IntV);
+  }
+  return r;
+}
+inline I16 lanes() {
+  I16 r;
+  for (int i = 0; i < 16; ++i) r.part[i / LANES][i % LANES] = i;
+  return r;
+}
+
+// The bits of numbers, and back.
+inline I16 bits(F16 x) {
+  I16 r;
+  CL_EACH r.part[i] = (IntV)x.part[i];
+  return r;
+}
+inline F16 numbers(I16 x) {
+  F16 r;
+  CL_EACH r.part[i] = (FloatV)x.part[i];
+  return r;
+}
+
+// a where low <= lane < high, else b.
+inline F16 select(int low, int high, F16 a, F16 b) {
+  const I16 at = lanes();
+  CL_EACH {
+    const IntV inside = (at.part[i] >= low) & (at.part[i] < high);
+    a.part[i] = inside ? a.part[i] : b.part[i];
+  }
+  return a;
+}
+// a where x < y, else b.
+inline F16 select_less(F16 x, F16 y, F16 a, F16 b) {
+  CL_EACH a.part[i] = x.part[i] < y.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+
+// a where x == y, else b.
+inline F16 select_equal(F16 x, F16 y, F16 a, F16 b) {
+  CL_EACH a.part[i] = x.part[i] == y.part[i] ? a.part[i] : b.part[i];
+  return a;
+}
+
 // Of the sixteen, in one fixed tree: halves, quarters, pairs.
 inline float sum(F16 x) {
   float v[16];
@@ -123,13 +194,17 @@ inline float highest(F16 x) {
   return v[0];
 }
 
-// The first n of sixteen numbers, zeros behind them; and only these stored.
+// The first n of sixteen numbers (or all, where there are more), zeros behind them; and only these stored.
 inline F16 load_some(const float *p, int64_t n) {
+  if (n >= 16) return load(p);
   float v[16] = {};
   memcpy(v, p, sizeof(float) * n);
   return load(v);
 }
-inline void store_some(float *p, F16 x, int64_t n) { memcpy(p, &x, sizeof(float) * n); }
+inline void store_some(float *p, F16 x, int64_t n) {
+  if (n >= 16) return store(p, x);
+  memcpy(p, &x, sizeof(float) * n);
+}
 
 inline float from_bf16(uint16_t x) {
   const uint32_t bits = (uint32_t)x << 16;
@@ -143,6 +218,35 @@ inline uint16_t to_bf16(float x) {
   memcpy(&bits, &x, sizeof bits);
   if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Sixteen bfloat16 numbers to float32, and float32 ones rounded to bfloat16 as `to_bf16` does (but numbers below the
+// smallest normal one become zeros where the instruction set has it so).
+inline F16 load_bf16(const uint16_t *p) {
+  typedef uint16_t HalfV __attribute__((vector_size(2 * LANES)));
+  F16 r;
+  CL_EACH {
+    HalfV half;
+    memcpy(&half, p + i * LANES, sizeof half);
+    r.part[i] = (FloatV)(__builtin_convertvector(half, IntV) << 16);
+  }
+  return r;
+}
+inline void store_bf16(uint16_t *p, F16 x) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)x.part[0]);
+  memcpy(p, &half, sizeof half);
+#else
+  typedef uint16_t HalfV __attribute__((vector_size(2 * LANES)));
+  typedef uint32_t WordV __attribute__((vector_size(4 * LANES)));
+  CL_EACH {
+    const WordV word = (WordV)x.part[i];
+    const WordV even = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    const WordV kept = x.part[i] == x.part[i] ? even : (word >> 16 | 0x40);
+    const HalfV half = __builtin_convertvector(kept, HalfV);
+    memcpy(p + i * LANES, &half, sizeof half);
+  }
+#endif
 }
 
 }  // namespace
