@@ -32,6 +32,9 @@ STEP_WITHIN_VARIABLE = "CLOISTER_STEP_WITHIN_S"
 CORES_VARIABLE = "CLOISTER_CORES"
 """Names the hardware threads, with commas, that a worker's threads have to themselves, one for each, if any."""
 
+DERIVED_REFUSED = "DERIVED_REFUSED"
+"""The fact by which a worker tells why it did not use the derived file it was given."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 

@@ -9,8 +9,9 @@ import grpc
 
 from engine.host.inventory import read_recorded
 from engine.host.keeper import RestartPolicy
+from engine.host.packing import LEAST_BYTES, Packer
 from engine.host.service import HostService
-from engine.process import Process, run
+from engine.process import CORES_LEFT, Process, run
 from engine.protos import engine_pb2_grpc
 
 NAME = "engine-host"
@@ -25,6 +26,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=NAME, description="Starts the processes of deployments.")
     parser.add_argument("--run", type=Path, required=True, help="directory of sockets")
     parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
+    parser.add_argument("--derived", type=Path, help="directory of packed weights; without it none are kept")
+    parser.add_argument(
+        "--derive-from",
+        type=int,
+        default=LEAST_BYTES >> 20,
+        metavar="MIB",
+        help="quantised weights of that size are packed before a worker starts, and kept (%(default)s)",
+    )
     default = RestartPolicy()
     parser.add_argument(
         "--heard-within",
@@ -64,7 +73,9 @@ async def _serve(chosen: argparse.Namespace, policy: RestartPolicy, process: Pro
     run_directory, store = chosen.run.absolute(), chosen.store.absolute()
     inventory = read_recorded(chosen.inventory.absolute()) if chosen.inventory else None
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
-    service = HostService(run_directory, store, policy, inventory)
+    derived = chosen.derived.absolute() if chosen.derived else None
+    packer = Packer(store, derived, policy.load_limit_s, chosen.derive_from << 20)
+    service = HostService(run_directory, store, policy, inventory, partial(_tell_cores, process), packer)
     engine_pb2_grpc.add_HostServiceServicer_to_server(service, server)
     process.listen(server, run_directory / SOCKET)
     await server.start()
@@ -72,6 +83,10 @@ async def _serve(chosen: argparse.Namespace, policy: RestartPolicy, process: Pro
     await process.stopping.wait()
     await service.close()
     await server.stop(_WATCHERS_GRACE_S)
+
+
+def _tell_cores(process: Process, left: frozenset[int]) -> None:
+    process.tell({CORES_LEFT: ",".join(map(str, sorted(left)))})
 
 
 if __name__ == "__main__":

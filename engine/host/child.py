@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.launch import REFUSED_STATUS, STEP_WITHIN_VARIABLE
+from engine.launch import CORES_VARIABLE, REFUSED_STATUS, STEP_WITHIN_VARIABLE
 from engine.process import Silence, child_environment
 
 _UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
@@ -37,6 +37,8 @@ class ChildSpec:
         deployment: serialised `cloister.engine.v1.Deployment`.
         heard_within_s: how long it may give no sign of life once it serves.
         step_within_s: how long one turn of a worker's engine may take.
+        cores: hardware threads that a worker's threads have to themselves.
+        derived: directory of derived files; None: there is none.
     """
 
     role: str
@@ -46,6 +48,8 @@ class ChildSpec:
     deployment: bytes
     heard_within_s: float
     step_within_s: float
+    cores: tuple[int, ...] = ()
+    derived: Path | None = None
 
     @property
     def socket(self) -> Path:
@@ -61,7 +65,8 @@ class ChildSpec:
     def argv(self) -> tuple[str, ...]:
         """Its command line, with this interpreter; nothing of the current directory is imported."""
         places = ("--store", str(self.store), "--socket", str(self.socket), "--parent", str(os.getpid()))
-        return (sys.executable, "-P", "-m", f"engine.{self.role}", *places)
+        derived = ("--derived", str(self.derived)) if self.derived else ()
+        return (sys.executable, "-P", "-m", f"engine.{self.role}", *places, *derived)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -69,6 +74,7 @@ class ChildSpec:
         return {
             **child_environment(self.notify, self.heard_within_s),
             STEP_WITHIN_VARIABLE: f"{self.step_within_s:g}",
+            CORES_VARIABLE: ",".join(map(str, self.cores)),
         }
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,8 @@ import grpc
 from engine.errors import EngineError
 from engine.host.inventory import Inventory
 from engine.host.keeper import RestartPolicy
+from engine.host.packing import Packer
+from engine.host.places import Places, own_cores
 from engine.host.planning import Planner
 from engine.host.slot import DeploymentSlot
 from engine.protos import engine_pb2, engine_pb2_grpc
@@ -28,6 +30,8 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         store: directory of files by digest.
         policy: restarts and draining.
         inventory: recorded devices; measured when None.
+        cores_left: told at each change which hardware threads are left to processes that are not of deployments.
+        packer: of weights, before workers start; each worker packs by itself when None.
     """
 
     def __init__(
@@ -36,6 +40,8 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         store: Path,
         policy: RestartPolicy | None = None,
         inventory: Inventory | None = None,
+        cores_left: Callable[[frozenset[int]], None] = lambda left: None,
+        packer: Packer | None = None,
     ) -> None:
         self._run = run
         self._store = store
@@ -48,6 +54,8 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         self._version = 0
         self._news = asyncio.Event()
         self._closing = self._closed = False
+        self._places = Places(own_cores(), cores_left)
+        self._packer = packer
 
     async def GetInventory(  # noqa: N802  # the method's name in the proto
         self,
@@ -93,6 +101,8 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
             await context.abort(grpc.StatusCode.UNAVAILABLE, "HOST_DRAINING: engine-host is stopping")
         async with self._planning:
             await asyncio.to_thread(self._planner.promise, desired, self._workers())
+            if self._packer is not None:
+                self._packer.hear(request.derived, {wanted.files.model_digest for wanted in desired.values()})
             self._want(desired)
         return engine_pb2.ReconcileResponse()
 
@@ -127,8 +137,9 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
         for name, slot in self._slots.items():
             slot.want(desired.get(name))
         for name in desired.keys() - self._slots.keys():
+            places = self._run, self._store
             slot = DeploymentSlot(
-                name, self._run, self._store, self._changed, self._policy, self._planner.complete
+                name, *places, self._changed, self._policy, self._planner.complete, self._places.take, self._packer
             )
             slot.want(desired[name])
             self._slots[name] = slot
@@ -142,7 +153,8 @@ class HostService(engine_pb2_grpc.HostServiceServicer):
             self._changed()
 
     def _changed(self) -> None:
-        """Wake every watcher."""
+        """Wake every watcher, and put every process in its place."""
+        self._places.settle({name: slot.pids for name, slot in self._slots.items() if slot.worker_pid is not None})
         self._version += 1
         self._news.set()
         self._news = asyncio.Event()

@@ -1,6 +1,8 @@
 """`python -m engine.worker`: one deployment's model, its KV pages and its steps."""
 
 import asyncio
+import contextlib
+import logging
 import os
 import sys
 from functools import partial
@@ -9,7 +11,7 @@ from pathlib import Path
 import grpc
 
 from engine.errors import EngineError, is_out_of_memory
-from engine.launch import STEP_WITHIN_VARIABLE, Launch, exit_refused, read_launch
+from engine.launch import DERIVED_REFUSED, STEP_WITHIN_VARIABLE, Launch, exit_refused, given_cores, read_launch
 from engine.loop import EngineLoop
 from engine.memory import available_bytes
 from engine.process import Process, configure_logging, run
@@ -23,6 +25,9 @@ FORBIDDEN = ("sqlalchemy", "cryptography", "jinja2")
 _DRAIN_S = 10.0
 _STREAMS_GRACE_S = 0.5
 _MAX_REQUEST_BYTES = 16 << 20
+_FACT_LENGTH = 500
+
+log = logging.getLogger(__name__)
 
 
 def main() -> int:
@@ -36,7 +41,8 @@ def main() -> int:
 
 
 async def _main(launch: Launch, process: Process) -> None:
-    thread = EngineThread(partial(_build, launch))
+    refusals: list[EngineError] = []
+    thread = EngineThread(partial(_build, launch, refusals))
     thread.start()
     built = asyncio.wrap_future(thread.built)
     stopping = asyncio.create_task(process.stopping.wait())
@@ -47,10 +53,12 @@ async def _main(launch: Launch, process: Process) -> None:
         engine = built.result()
     except EngineError as error:
         exit_refused(error)
-    await _serve(launch.socket, thread, engine, process)
+    await _serve(launch.socket, thread, engine, process, refusals)
 
 
-async def _serve(socket: Path, thread: EngineThread, engine: EngineLoop, process: Process) -> None:
+async def _serve(
+    socket: Path, thread: EngineThread, engine: EngineLoop, process: Process, refusals: list[EngineError]
+) -> None:
     service = WorkerService(thread, engine.options.backend)
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
     engine_pb2_grpc.add_WorkerServiceServicer_to_server(service, server)
@@ -64,10 +72,16 @@ async def _serve(socket: Path, thread: EngineThread, engine: EngineLoop, process
             "MAX_CONTEXT_TOKENS": str(engine.max_context_tokens),
             "RUNS_AS": f"{options.backend} {options.dtype}{mode}",
         }
+        | ({DERIVED_REFUSED: _line(refusals[0])} if refusals else {})
     )
     await process.stopping.wait()
     await service.drain(_DRAIN_S)
     await server.stop(_STREAMS_GRACE_S)
+
+
+def _line(error: EngineError) -> str:
+    """As a fact: of one line, and not too long."""
+    return " ".join(str(error).split())[:_FACT_LENGTH]
 
 
 def _step_limit() -> float:
@@ -75,20 +89,31 @@ def _step_limit() -> float:
     return float(os.environ.get(STEP_WITHIN_VARIABLE, "inf"))
 
 
-def _build(launch: Launch) -> EngineLoop:
+def _build(launch: Launch, refusals: list[EngineError]) -> EngineLoop:
     """Load and hash the weights; torch is imported here, where its threads are set.
+
+    Args:
+        launch: of this worker.
+        refusals: is told why a derived file was not used.
 
     Raises:
         EngineError: the deployment cannot run as asked.
     """
+    cores = given_cores()
+    if cores:
+        with contextlib.suppress(OSError):  # not this machine's any more
+            os.sched_setaffinity(0, cores)  # this thread's, and of those it starts; before torch counts them
     from engine.build import build_engine
 
     try:
-        engine = build_engine(launch.files, launch.open_file, to_options(launch.deployment.options))
+        options = to_options(launch.deployment.options)
+        engine = build_engine(launch.files, launch.open_file, options, launch.derived, refusals.append)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise _too_large(launch) from error
+    if len(cores) == engine.options.threads:
+        _pin(cores)
     tokens = engine.options.kv_blocks * engine.options.block_size
     if tokens < engine.max_context_tokens and not engine.scheduler.limits.whole_prompts:
         raise EngineError(
@@ -97,6 +122,15 @@ def _build(launch: Launch) -> EngineLoop:
             f"{engine.max_context_tokens}; raise kv_blocks or lower max_context_tokens",
         )
     return engine
+
+
+def _pin(cores: tuple[int, ...]) -> None:
+    """Keep each thread that computes on a core of its own; without the native library, all of them on all."""
+    from kernels.native.library import NativeUnavailable, load
+
+    with contextlib.suppress(NativeUnavailable):
+        if not load().pin(cores):
+            log.warning("threads not pinned", extra={"cores": cores})
 
 
 def _too_large(launch: Launch) -> EngineError:

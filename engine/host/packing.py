@@ -1,0 +1,247 @@
+"""Has engine-prepare pack the weights of a deployment before its worker starts, unless that was done before.
+
+A derived file is used only under the digest that control has on record for it, or that engine-prepare told this
+very process; whatever else lies in the folder is not looked at, and removed. engine-prepare is a process of its
+own under limits, ended when its deployment is not wanted any more; whatever becomes of it, the worker starts, and
+packs in its own memory where there is no file.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.derived.layout import layout_name, pays
+from engine.derived.location import UNFINISHED, Derived, Location
+from engine.errors import EngineError
+from engine.host.planning import engine_options
+from engine.launch import Launch, derived_of
+from engine.memory_plan import MemoryPlan, plan_memory, read_model
+from engine.protos import engine_pb2
+
+LEAST_BYTES = 256 << 20
+"""Of weights that are packed ahead; fewer are packed faster than a process starts."""
+
+_LEFT_FREE = 2 << 30  # of the disk, for logs and databases
+_MARGIN = 64 << 20  # more than planned, for what says what is in a file
+_ANSWER_BYTES = 1 << 16
+_NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """What a worker is given instead of packing by itself.
+
+    Attributes:
+        derived: the file; None where there is none.
+        problem: CODE: why there is none though there should be; empty when all is well.
+    """
+
+    derived: Derived | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One derived file that a deployment wants."""
+
+    deployment: engine_pb2.Deployment
+    plan: MemoryPlan
+    location: Location  # whose digest and size are not known yet
+
+
+class Packer:
+    """The derived files of this machine.
+
+    Args:
+        store: directory of files by digest.
+        folder: of derived files, which is made here; None: nothing is packed ahead.
+        limit_s: that engine-prepare may take.
+        least_bytes: of weights that are packed ahead.
+    """
+
+    def __init__(
+        self, store: Path, folder: Path | None, limit_s: float = 1800.0, least_bytes: int = LEAST_BYTES
+    ) -> None:
+        self._store = store
+        self._folder = folder
+        self._limit_s = limit_s
+        self._least_bytes = least_bytes
+        self._made: dict[str, Derived] = {}
+        self._on_record: dict[str, Derived] = {}
+        self._refused: set[Derived] = set()
+        self._making: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        if folder is not None:
+            folder.mkdir(mode=0o700, exist_ok=True)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where derived files lie."""
+        return self._folder
+
+    def hear(self, on_record: Iterable[engine_pb2.Derived], wanted: Iterable[str]) -> None:
+        """What control has on record; all other files go, unless they are of a model that is wanted.
+
+        Args:
+            on_record: every derived file that control knows.
+            wanted: digests of the models of deployments that run or should.
+        """
+        known = (derived_of(message) for message in on_record)
+        self._on_record = {derived.name: derived for derived in known if derived.is_sound}
+        models = set(wanted)
+        self._made = {name: made for name, made in self._made.items() if made.model_digest in models}
+        if self._folder is None:
+            return
+        try:
+            for path in self._folder.iterdir():
+                name = path.name.removesuffix(UNFINISHED)
+                is_of_use = name in self._on_record or name.partition(".")[0] in models
+                if not is_of_use or (name != path.name and not self._is_being_made(name)):
+                    path.unlink()
+        except OSError as error:
+            log.warning("derived files not removed", extra={"reason": error.strerror})
+
+    def refuse(self, derived: Derived) -> None:
+        """A worker found that a file is not what it should be: it is made again when next it is wanted."""
+        self._refused.add(derived)
+        if self._made.get(derived.name) == derived:
+            del self._made[derived.name]
+
+    async def packed(self, deployment: engine_pb2.Deployment) -> Packed:
+        """The deployment's derived file, made now if there is none; raises nothing but cancellation."""
+        try:
+            return await self._packed(deployment)
+        except Exception as error:  # whatever it was, the deployment must start
+            log.exception("weights not packed", extra={"deployment": deployment.name})
+            return Packed(problem=f"DERIVED_NOT_MADE: {type(error).__name__}; engine-host's log has the cause")
+
+    async def _packed(self, deployment: engine_pb2.Deployment) -> Packed:
+        try:
+            job = await asyncio.to_thread(self._job, deployment)
+        except (EngineError, OSError):
+            return Packed()  # its worker says what is wrong with it
+        if job is None:
+            return Packed()
+        name = job.location.derived.name
+        async with self._making[name]:
+            found = self._made.get(name) or self._on_record.get(name)
+            if found is not None and found not in self._refused and _is_there(job.location.folder, found):
+                return Packed(found)
+            try:
+                made = await self._make(job)
+            except EngineError as error:
+                log.warning("weights not packed", extra={"deployment": deployment.name, "reason": str(error)})
+                return Packed(problem=f"DERIVED_NOT_MADE: its weights are packed anew at each start: {error}")
+        self._made[name] = made
+        self._refused.discard(made)
+        log.info("weights packed", extra={"deployment": deployment.name, "bytes": made.size, "derived": made.name})
+        return Packed(made)
+
+    def _is_being_made(self, name: str) -> bool:
+        return name in self._making and self._making[name].locked()
+
+    def _job(self, deployment: engine_pb2.Deployment) -> _Job | None:
+        """What there is to pack; None when a file would not pay."""
+        if self._folder is None:
+            return None
+        launch = Launch(deployment, self._store, Path())
+        model = read_model(launch.files, launch.open_file)
+        plan = plan_memory(model, engine_options(deployment.options), available=0)
+        derived = Derived(deployment.files.model_digest, layout_name(plan.options), "0" * 64, 1)
+        if not pays(model, plan.options) or plan.weights < self._least_bytes or not derived.is_sound:
+            return None
+        return _Job(deployment, plan, Location(self._folder, derived))
+
+    async def _make(self, job: _Job) -> Derived:
+        """Have the file made.
+
+        Raises:
+            EngineError: it was not.
+        """
+        wanted = job.location.derived
+        try:
+            free = shutil.disk_usage(job.location.folder).free
+            if free < job.plan.weights + _MARGIN + _LEFT_FREE:
+                raise EngineError("DISK_FULL", f"{free} bytes are free and {job.plan.weights} are to be written")
+            async with asyncio.timeout(self._limit_s):
+                report = await self._ask(job)
+            made = Derived(wanted.model_digest, wanted.layout, str(report["sha256"]), int(report["size"]))
+        except TimeoutError as error:
+            raise EngineError("PREPARE_TIMEOUT", f"engine-prepare took over {self._limit_s:g} s") from error
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            raise EngineError("PREPARE_FAILED", "engine-prepare could not be asked") from error
+        if not made.is_sound or not _is_there(job.location.folder, made):
+            raise EngineError("PREPARE_FAILED", "engine-prepare made no file")
+        return made
+
+    async def _ask(self, job: _Job) -> Mapping[str, Any]:
+        """Run engine-prepare; its report.
+
+        Raises:
+            EngineError: its own refusal, or PREPARE_FAILED.
+            OSError: it cannot be started.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "engine.prepare"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env=_environment(),
+        )
+        try:
+            output, _ = await process.communicate(json.dumps(self._question(job)).encode())
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+        if process.returncode != 0:
+            raise EngineError("PREPARE_FAILED", f"engine-prepare ended with status {process.returncode}")
+        match json.loads(output[-_ANSWER_BYTES:].rstrip(b"\n").rpartition(b"\n")[2]):
+            case {"ok": True, "report": dict(report)}:
+                return report
+            case {"ok": False, "code": str(code), "message": str(message)}:
+                raise EngineError(code, message)
+        raise EngineError("PREPARE_FAILED", "engine-prepare answered in an unknown form")
+
+    def _question(self, job: _Job) -> Mapping[str, Any]:
+        options, files = job.plan.options, job.deployment.files
+        return {
+            "do": "pack",
+            "model_digest": files.model_digest,
+            "files": [(file.path, file.size, file.sha256) for file in files.files],
+            "store": str(self._store),
+            "out": str(job.location.folder),
+            "layout": job.location.derived.layout,
+            "backend": options.backend,
+            "dtype": options.dtype,
+            "threads": min(options.threads, len(os.sched_getaffinity(0))),
+            "most_bytes": 2 * job.plan.weights + _MARGIN,
+        }
+
+
+def derived_message(derived: Derived) -> engine_pb2.Derived:
+    """The file as the protocol has it."""
+    return engine_pb2.Derived(**asdict(derived))
+
+
+def _is_there(folder: Path, derived: Derived) -> bool:
+    """A file of that name and size; whoever reads it checks the rest."""
+    try:
+        return (folder / derived.name).lstat().st_size == derived.size
+    except OSError:
+        return False
+
+
+def _environment() -> Mapping[str, str]:
+    """Variables of engine-prepare: this process's, as a worker's are, but not whom to tell that it is ready."""
+    return {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
