@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from appliance.cli import arguments
+from appliance.cli import arguments, bench_engine, bench_serve
 from appliance.cli.output import emit
 
 if TYPE_CHECKING:
@@ -34,6 +34,22 @@ def register(parser: argparse.ArgumentParser) -> None:
     importing.add_argument("--to", type=arguments.directory, metavar="DIR", help="on the disk of the model store")
     importing.add_argument("--rounds", type=arguments.whole(1, 100), default=3, help="how often (default 3)")
     importing.set_defaults(run=_import)
+    bench_engine.register(
+        verbs.add_parser(
+            "engine",
+            help="the engine alone: prompts, batches of answers, and a workload of many requests",
+            description="Tokens per second of whole steps, beside what memory and processor allow in the same "
+            "run. The last line is a JSON object.",
+        )
+    )
+    bench_serve.register(
+        verbs.add_parser(
+            "serve",
+            help="a running appliance, as applications see it",
+            description="Requests arrive at random moments, at each rate in turn; told are the times to the first "
+            "token and between tokens, and how many requests a second met both objectives.",
+        )
+    )
 
 
 def _size(text: str) -> int:

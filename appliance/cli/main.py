@@ -32,7 +32,7 @@ NOUNS: dict[str, str] = {
     "tenant": "tenants: who may call which models, and how much",
     "key": "client certificates and API keys of tenants' applications",
     "audit": "read and verify the audit log",
-    "bench": "measure this machine: the importer against its disks",
+    "bench": "measure this machine: the importer, the engine, and what applications see",
 }
 _MODULES = {"init": "initialise"}
 
