@@ -48,7 +48,7 @@ inline void store(float *p, F16 x) { memcpy(p, &x, sizeof x); }
 inline void store(int32_t *p, I16 x) { memcpy(p, &x, sizeof x); }
 inline F16 broadcast(float x) {
   F16 r;
-  CL_EACH r.part[i] = FloatV{} + x;
+  CL_EACH r.part[i] = x - FloatV{};  // of zero and x, a sum would have to be added up: -0 + 0 is 0
   return r;
 }
 inline I16 broadcast(int32_t x) {
