@@ -1,5 +1,6 @@
 """Puts a deployment together: from a set of files and options to a loop that answers."""
 
+import logging
 from functools import partial
 
 import torch
@@ -26,8 +27,13 @@ from engine.scheduler import Limits, Scheduler
 from engine.weights.files import FileSet, OpenFile, read_verified
 from kernels.cpu import CpuBackend
 from kernels.encoder_ops import EncoderBackend
+from kernels.native.backend import NativeBackend
+from kernels.native.library import NativeUnavailable, load
 from kernels.ops import KvSpec
 from kernels.reference import ReferenceBackend
+from kernels.steps import StepLimits
+
+log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,7 +69,7 @@ def build_engine(
         options.max_step_tokens,
         options.max_running,
         options.max_context_tokens,
-        whole_blocks=options.deterministic,
+        whole_blocks=options.deterministic and options.backend != "native",  # which cuts prompts anywhere
         whole_prompts=isinstance(known.config, EncoderConfig),
     )
     build = partial(build_model, known, max_positions=positions(options), context=options.max_context_tokens)
@@ -96,7 +102,8 @@ def _runner(
         return EncoderRunner(model, ops, pooling), ()
     config = model.config
     kv = KvSpec(config.num_layers, options.kv_blocks, options.block_size, config.num_kv_heads, config.head_dim)
-    return ModelRunner(model, ops, kv, options.max_running, pooling), config.eos_token_ids
+    limits = StepLimits(options.max_step_tokens, options.max_running, options.max_context_tokens)
+    return ModelRunner(model, ops, kv, limits, pooling), config.eos_token_ids
 
 
 def resolve_options(options: EngineOptions, model: Model) -> EngineOptions:
@@ -105,20 +112,47 @@ def resolve_options(options: EngineOptions, model: Model) -> EngineOptions:
     Raises:
         EngineError: OPTIONS_INVALID; OUT_OF_MEMORY with the numbers of the plan.
     """
-    plan = plan_memory(model, options, available_bytes() + min(own_bytes(), PROCESS_BYTES))
+    available = available_bytes() + min(own_bytes(), PROCESS_BYTES)
+    plan = plan_memory(model, options, available, has_native=_has_native(options))
     plan.require_fit()
     return plan.options
 
 
 def make_backend(options: EngineOptions) -> EncoderBackend:
-    """The backend that resolved options name.
+    """The backend that options name.
 
     Raises:
-        EngineError: OPTIONS_INVALID.
+        EngineError: OPTIONS_INVALID, there is no such backend, or it does not run here.
     """
-    dtype = _DTYPES[options.dtype]
-    if options.backend == "reference":
+    dtype, name = _DTYPES[options.dtype], options.backend
+    if name == "cpu":
+        name = "native" if _has_native(options) else "torch"
+    if name == "reference":
         return ReferenceBackend(dtype)
-    if options.backend == "cpu":
+    if name == "torch" and options.kv_dtype in ("", options.dtype):
         return CpuBackend(dtype, options.deterministic)
-    raise EngineError("OPTIONS_INVALID", f"there is no backend {options.backend!r}")
+    if name == "native":
+        try:
+            return NativeBackend(dtype, options.kv_dtype, options.deterministic)
+        except NativeUnavailable as error:
+            raise EngineError("OPTIONS_INVALID", f"backend native: {error}") from error
+    raise EngineError("OPTIONS_INVALID", f"there is no backend {name!r} with kv_dtype {options.kv_dtype!r}")
+
+
+def _has_native(options: EngineOptions) -> bool:
+    """Whether the native library serves; where it does not load, that is told, unless nobody asked for it.
+
+    Raises:
+        EngineError: OPTIONS_INVALID, the environment names an instruction set that does not run here.
+    """
+    if options.backend in ("reference", "torch"):
+        return False
+    try:
+        library = load()
+    except NativeUnavailable as error:
+        log.warning("no native kernels", extra={"reason": str(error)})
+        return False
+    except ValueError as error:
+        raise EngineError("OPTIONS_INVALID", f"CLOISTER_KERNELS_ISA: {error}") from error
+    log.info("native kernels", extra={"library": library.path, "isa": library.isa})
+    return True

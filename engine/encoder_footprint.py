@@ -48,8 +48,8 @@ class EncoderSizes:
 
     @property
     def is_cpu(self) -> bool:
-        """The cpu backend computes; otherwise the reference."""
-        return self.options.backend == "cpu"
+        """Torch's kernels compute; otherwise the reference."""
+        return self.options.backend == "torch"
 
     @property
     def step(self) -> int:

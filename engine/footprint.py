@@ -95,8 +95,8 @@ class Sizes:
 
     @property
     def is_cpu(self) -> bool:
-        """The cpu backend computes; otherwise the reference."""
-        return self.options.backend == "cpu"
+        """Torch's kernels compute; otherwise the reference."""
+        return self.options.backend == "torch"
 
     @property
     def positions(self) -> int:

@@ -6,6 +6,7 @@ its options with it before it reads a weight. Needs no torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 from engine import encoder_footprint, footprint
@@ -23,6 +24,7 @@ from engine.weights.files import FileSet, OpenFile, read_verified
 from engine.weights.formats import Format
 from engine.weights.quantisation import assign, stored_names
 from engine.weights.safetensors import TensorEntry, read_stored_header
+from kernels.native.location import find_library
 
 PROCESS_BYTES = 192 * 2**20
 """What a worker takes beside its tensors and its vocabulary. With everything imported, 150 MiB that no file backs
@@ -31,6 +33,7 @@ _TOKENIZER_TIMES = 12
 """Bytes for each byte of tokenizer.json while its vocabulary is kept; measured 10 with 128,000 tokens."""
 
 CPU = "cpu"
+_WIDE = ("F32", "F64")
 _GIB = 2**30
 _MIB = 2**20
 
@@ -128,6 +131,7 @@ class Model:
         stored: bytes of each tensor in its file; of a quantised matrix, by its plain name, of all its tensors.
         tokenizer: bytes of tokenizer.json, where a vocabulary is made of it.
         formats: of the matrices that are quantised.
+        dtype: float32 where most of its numbers are stored so, else bfloat16: what it is served in by default.
     """
 
     served: Served
@@ -135,6 +139,7 @@ class Model:
     stored: Mapping[str, int]
     tokenizer: int = 0
     formats: Mapping[str, Format] = field(default_factory=dict)
+    dtype: str = "float32"
 
     @property
     def config(self) -> ModelConfig | EncoderConfig:
@@ -174,7 +179,12 @@ def read_model(files: FileSet, open_file: OpenFile) -> Model:
         names = stored_names(name, found, tensors.shapes[name], tensors.shapes)
         stored[name] = sum(stored[part] for part in names if part in entries)
     tokenizer = files.find("tokenizer.json") if served.task is Task.GENERATE else None
-    return Model(served, tensors, stored, tokenizer.size if tokenizer else 0, formats)
+    return Model(served, tensors, stored, tokenizer.size if tokenizer else 0, formats, _dtype(entries))
+
+
+def _dtype(entries: Mapping[str, TensorEntry]) -> str:
+    wide = sum(prod(entry.shape) for entry in entries.values() if entry.dtype in _WIDE)
+    return "float32" if 2 * wide > sum(prod(entry.shape) for entry in entries.values()) else "bfloat16"
 
 
 def _content(files: FileSet, open_file: OpenFile, path: str) -> bytes | None:
@@ -183,7 +193,13 @@ def _content(files: FileSet, open_file: OpenFile, path: str) -> bytes | None:
     return None if file is None else bytes(read_verified(file, open_file))
 
 
-def plan_memory(model: Model, options: EngineOptions, available: int, cores: int | None = None) -> MemoryPlan:
+def plan_memory(
+    model: Model,
+    options: EngineOptions,
+    available: int,
+    cores: int | None = None,
+    has_native: bool | None = None,
+) -> MemoryPlan:
     """What `model` takes with `options`, their defaults filled in for a device with `available` bytes.
 
     Args:
@@ -191,10 +207,12 @@ def plan_memory(model: Model, options: EngineOptions, available: int, cores: int
         options: as asked for.
         available: bytes that this deployment may take.
         cores: for its threads by default; those of `engine.cores.engine_cores` when None.
+        has_native: the native library serves where options do not say otherwise; when None, where it is installed.
 
     Raises:
         EngineError: OPTIONS_INVALID names the option.
     """
+    options = options.choose(model.dtype, find_library() is not None if has_native is None else has_native)
     # A spinning thread that shares its core slows a step tenfold: one core is for the other processes.
     cores = engine_cores(usable_cores()) if cores is None else cores
     config = model.config

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 from engine.errors import EngineError
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "native", "torch")
 DTYPES = ("float32", "bfloat16")
+KV_DTYPES = (*DTYPES, "int8")
 _FULL_CONTEXTS = 32
 _SHARE_OF_MEMORY = 2  # KV pages take a half unless the options say otherwise; activations need memory too
 _AT_MOST = {
@@ -23,7 +24,7 @@ class EngineOptions:
     """Options of one deployment; 0 or empty takes the default that `resolve` fills in.
 
     Attributes:
-        backend: reference or cpu.
+        backend: native, torch or reference; cpu is native where its library is there, else torch.
         dtype: float32 or bfloat16.
         deterministic: same output bit for bit whatever shares the batch.
         kv_blocks: KV pages.
@@ -32,6 +33,7 @@ class EngineOptions:
         max_running: most requests in one step.
         max_context_tokens: prompt and answer together.
         threads: threads of the worker.
+        kv_dtype: float32, bfloat16 or int8, of keys and values; native alone has another than dtype.
     """
 
     backend: str = ""
@@ -43,6 +45,23 @@ class EngineOptions:
     max_running: int = 0
     max_context_tokens: int = 0
     threads: int = 0
+    kv_dtype: str = ""
+
+    def choose(self, stored: str, has_native: bool) -> "EngineOptions":
+        """These options with backend and number types filled in.
+
+        Args:
+            stored: number type that the model is stored in.
+            has_native: the native library is there.
+        """
+        found = "native" if has_native else "torch"
+        dtype = self.dtype or stored
+        return replace(
+            self,
+            backend=found if self.backend in ("", "cpu") else self.backend,
+            dtype=dtype,
+            kv_dtype=self.kv_dtype or dtype,
+        )
 
     def resolve(
         self, model_context: int, block_bytes_per_token: int, memory_bytes: int, cores: int
@@ -68,6 +87,7 @@ class EngineOptions:
             self,
             backend=self.backend or "cpu",
             dtype=self.dtype or "float32",
+            kv_dtype=self.kv_dtype or self.dtype or "float32",
             block_size=block_size,
             max_step_tokens=max_step_tokens,
             max_running=self.max_running or max(1, min(_DEFAULT_RUNNING, max_step_tokens - block_size)),
@@ -87,6 +107,9 @@ class EngineOptions:
         wrong = {
             f"backend {self.backend!r} is not one of {', '.join(BACKENDS)}": self.backend not in BACKENDS,
             f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}": self.dtype not in DTYPES,
+            f"kv_dtype {self.kv_dtype!r} is not one of {', '.join(KV_DTYPES)}": self.kv_dtype not in KV_DTYPES,
+            f"kv_dtype {self.kv_dtype} is not dtype {self.dtype}, and backend {self.backend} has no other: only "
+            "native has": self.backend in ("reference", "torch") and self.kv_dtype != self.dtype,
             f"max_context_tokens {self.max_context_tokens} is beyond the model's {model_context}": (
                 self.max_context_tokens > model_context
             ),

@@ -13,6 +13,7 @@ from engine.sampler import SamplerState
 from engine.vectors import to_rows
 from kernels.encoder_ops import EncoderBackend, Span
 from kernels.ops import KvSpec, Logprobs, Rows
+from kernels.steps import StepLimits, make_step
 
 _SCORED_AT_ONCE = 64  # prompt tokens whose logits are computed at once, so that memory does not grow with prompts
 
@@ -24,18 +25,24 @@ class ModelRunner:
         model: the decoder, in the layouts of `ops`.
         ops: the backend.
         kv: size of the KV cache.
-        num_slots: requests that can run at once.
+        limits: the largest step.
         pooling: what becomes of the last token's hidden state where a vector is wanted.
     """
 
     def __init__(
-        self, model: Decoder, ops: EncoderBackend, kv: KvSpec, num_slots: int, pooling: Pooling | None = None
+        self,
+        model: Decoder,
+        ops: EncoderBackend,
+        kv: KvSpec,
+        limits: StepLimits,
+        pooling: Pooling | None = None,
     ) -> None:
         self._model = model
         self._ops = ops
         self._normalise = pooling is not None and pooling.normalise
         self._kv = ops.allocate_kv(kv)
-        self._samplers = SamplerState(num_slots)
+        self._step = make_step(model, ops, self._kv, limits)
+        self._samplers = SamplerState(limits.rows)
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Compute the plan's rows, and draw a token or read a vector for each that asks for one.
@@ -47,10 +54,11 @@ class ModelRunner:
                 self._ops.scrub(self._kv, plan.scrub)
             self._samplers.set_up(plan.samplers)
             self._samplers.observe(plan.rows)
-            hidden = self._forward(plan)
+            hidden, logits = self.compute(plan)
             sampled = [row for row in plan.rows if row.sampling_slot is not None]
-            results = self._draw(sampled, self.logits(plan, hidden)) if sampled else {}
-            results |= self._pool(plan, hidden)
+            results = self._draw(sampled, logits) if sampled else {}
+            if any(row.pooled for row in plan.rows):
+                results |= self._pool(plan, hidden)
             for row, first in zip(plan.rows, _firsts(plan), strict=True):
                 if row.targets:
                     result = results.get(row.handle, ResultRow(row.handle, ()))
@@ -59,28 +67,25 @@ class ModelRunner:
             plan.step, tuple(results.get(row.handle, ResultRow(row.handle, ())) for row in plan.rows)
         )
 
-    def logits(self, plan: StepPlan, hidden: Any) -> Any:
-        """Logits [rows that sample, vocabulary] of the plan's last tokens, out of what the step came to."""
-        ends = [first + len(row.token_ids) for row, first in zip(plan.rows, _firsts(plan), strict=True)]
-        sampled = [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sampling_slot is not None]
-        return self._model.logits(self._ops, hidden, sampled)
+    def compute(self, plan: StepPlan) -> tuple[Any, Any]:
+        """Write keys and values; what the plan's tokens come to before the head, and the logits of its samples.
 
-    def _forward(self, plan: StepPlan) -> Any:
-        """What the plan's tokens come to before the head; keys and values are written."""
+        Logits [rows that sample, vocabulary] are those of each row's last token. Both hold until the next step.
+        """
+        ends = accumulate(len(row.token_ids) for row in plan.rows)
+        sampled = [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sampling_slot is not None]
         rows = Rows(
             token_ids=[token for row in plan.rows for token in row.token_ids],
             starts=[row.start for row in plan.rows],
             counts=[len(row.token_ids) for row in plan.rows],
             block_tables=[_table(row) for row in plan.rows],
         )
-        return self._model(self._ops, self._kv, self._ops.begin(rows, self._kv))
+        return self._step(rows, sampled)
 
     def _pool(self, plan: StepPlan, hidden: Any) -> dict[int, ResultRow]:
         """The vectors of rows that are pooled: what their last tokens came to."""
         ends = [first + len(row.token_ids) for row, first in zip(plan.rows, _firsts(plan), strict=True)]
         wanted = {row.handle: Span(end - 1, 1) for row, end in zip(plan.rows, ends, strict=True) if row.pooled}
-        if not wanted:
-            return {}
         pooled = self._ops.pool(hidden, list(wanted.values()), "last")
         rows = to_rows(list(wanted), self._ops.vectors(pooled, len(wanted), self._normalise))
         return {row.handle: row for row in rows}

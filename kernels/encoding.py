@@ -16,6 +16,7 @@ import torch.nn.functional as F  # noqa: N812  # torch's own custom
 from torch import Tensor
 
 from kernels.encoder_ops import Looking, Passages, Span
+from kernels.ops import Table
 
 _TILE = 16  # rows of a tile of the backends' products
 _QUERIES = (
@@ -59,11 +60,9 @@ class EncoderOps:
             spans=tuple(Span(first, count) for first, count in zip(firsts, passages.counts, strict=False)),
         )
 
-    def embed_passages(
-        self, batch: _Passages, words: Tensor, places: Tensor | None, types: Tensor | None
-    ) -> Tensor:
+    def embed_passages(self, batch: _Passages, words: Table, places: Table | None, types: Table | None) -> Tensor:
         """See `kernels.encoder_ops.EncoderBackend`."""
-        x = words.index_select(0, batch.token_ids)
+        x: Tensor = words.index_select(0, batch.token_ids)
         if types is not None:
             x = x + types.index_select(0, batch.type_ids)
         return x if places is None else x + places.index_select(0, batch.positions)

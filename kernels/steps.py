@@ -1,4 +1,4 @@
-"""What a backend may offer beside its ops: a model's whole step at once, recorded from these ops."""
+"""A model's whole step: its ops one by one, or all at once where a backend makes a program of them."""
 
 from __future__ import annotations
 
@@ -38,15 +38,16 @@ class StepModel(Protocol):
 class Step(Protocol):
     """A whole step of one model over one KV cache."""
 
-    def __call__(self, rows: Rows, picked: Sequence[int]) -> tuple[Hidden, Tensor]:
-        """What `begin`, the model, and its logits of the tokens `picked` come to, bit for bit.
+    def __call__(self, rows: Rows, picked: Sequence[int]) -> tuple[Hidden, Tensor | None]:
+        """Write keys and values, and compute what is wanted.
 
         Args:
             rows: of the step.
-            picked: at most one token for each row.
+            picked: tokens, at most one of each row.
 
         Returns:
-            Hidden, as the ops have it, and logits; both until the next step.
+            What the tokens come to before the head, as the ops have it, and the logits of `picked`, which may be
+            None where none are; both until the next step.
 
         Raises:
             ValueError: the step is larger than the limits.
@@ -59,3 +60,20 @@ class Compiler(Protocol):
 
     def compile(self, model: StepModel, kv: KvCache, limits: StepLimits) -> Step:
         """The step of `model` over `kv`."""
+
+
+def make_step(model: StepModel, ops: Backend, kv: KvCache, limits: StepLimits) -> Step:
+    """The step of `model` over `kv`: a program where the backend has them, with the bits of its ops one by one."""
+    return ops.compile(model, kv, limits) if isinstance(ops, Compiler) else _OpByOp(model, ops, kv)
+
+
+class _OpByOp(NamedTuple):
+    """The ops, run as the model calls them."""
+
+    model: StepModel
+    ops: Backend
+    kv: KvCache
+
+    def __call__(self, rows: Rows, picked: Sequence[int]) -> tuple[Hidden, Tensor | None]:
+        hidden = self.model(self.ops, self.kv, self.ops.begin(rows, self.kv))
+        return hidden, self.model.logits(self.ops, hidden, picked) if picked else None

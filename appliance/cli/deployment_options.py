@@ -18,10 +18,15 @@ _SIZES = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """A flag for each option of a deployment."""
-    parser.add_argument(
-        "--backend", default="", metavar="NAME", help="cpu or reference; the host chooses when absent"
-    )
+    parser.add_argument("--backend", default="", metavar="NAME", help="cpu, torch or reference; cpu when absent")
     parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"), metavar="float32|bfloat16")
+    parser.add_argument(
+        "--kv-dtype",
+        default="",
+        choices=("", "float32", "bfloat16", "int8"),
+        metavar="float32|bfloat16|int8",
+        help="of keys and values; as --dtype when absent",
+    )
     parser.add_argument(
         "--deterministic", action="store_true", help="same output bit for bit, whatever shares the batch; slower"
     )
@@ -35,6 +40,7 @@ def options(args: argparse.Namespace) -> admin_pb2.DeploymentOptions:
     return admin_pb2.DeploymentOptions(
         backend=args.backend,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
         deterministic=args.deterministic,
         **{name: getattr(args, name) for name in _SIZES},
     )

@@ -285,8 +285,9 @@ class DeploymentOptions(_message.Message):
     MAX_RUNNING_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     backend: _builtins.str
-    """reference or cpu; empty lets the host choose."""
+    """reference, cpu or torch; empty lets the host choose."""
     dtype: _builtins.str
     """float32 or bfloat16."""
     deterministic: _builtins.bool
@@ -303,6 +304,8 @@ class DeploymentOptions(_message.Message):
     """Prompt and answer together."""
     threads: _builtins.int
     """Threads of the worker."""
+    kv_dtype: _builtins.str
+    """Of keys and values: float32, bfloat16 or int8."""
     def __init__(
         self,
         *,
@@ -315,10 +318,11 @@ class DeploymentOptions(_message.Message):
         max_running: _builtins.int = ...,
         max_context_tokens: _builtins.int = ...,
         threads: _builtins.int = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "deterministic", b"deterministic", "dtype", b"dtype", "kv_blocks", b"kv_blocks", "max_context_tokens", b"max_context_tokens", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "deterministic", b"deterministic", "dtype", b"dtype", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "max_context_tokens", b"max_context_tokens", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,6 +27,7 @@ from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
 from engine.weights.files import File, FileSet
 from kernels.ops import KvSpec
+from kernels.steps import StepLimits
 
 _BLOCK = 16
 
@@ -162,7 +163,7 @@ def _loop(config: ModelConfig, weights: DrawnWeights, options: EngineOptions) ->
     kv = KvSpec(config.num_layers, options.kv_blocks, options.block_size, config.num_kv_heads, config.head_dim)
     limits = Limits(options.max_step_tokens, options.max_running, context)
     scheduler = Scheduler(BlockPool(options.kv_blocks, options.block_size), limits)
-    runner = ModelRunner(model, ops, kv, options.max_running)
+    runner = ModelRunner(model, ops, kv, StepLimits(options.max_step_tokens, options.max_running, context))
     return EngineLoop(runner, scheduler, Vocabulary(None, config.vocab_size), (), options)
 
 

@@ -442,10 +442,11 @@ class DeploymentOptions(_message.Message):
     MAX_RUNNING_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
+    KV_DTYPE_FIELD_NUMBER: _builtins.int
     backend: _builtins.str
-    """reference or cpu; empty lets the host choose."""
+    """reference, cpu (native kernels where they are, else torch's) or torch; empty is cpu."""
     dtype: _builtins.str
-    """float32 or bfloat16; empty takes float32 on a CPU."""
+    """float32 or bfloat16; empty takes float32 for a model stored in it, else bfloat16."""
     deterministic: _builtins.bool
     """Same output bit for bit whatever shares the batch."""
     kv_blocks: _builtins.int
@@ -460,6 +461,8 @@ class DeploymentOptions(_message.Message):
     """Prompt and answer together; 0 takes the model's own limit."""
     threads: _builtins.int
     """Threads of the worker; 0 takes all cores but one, which the other processes need."""
+    kv_dtype: _builtins.str
+    """Of keys and values: float32, bfloat16 or int8; empty takes dtype."""
     def __init__(
         self,
         *,
@@ -472,10 +475,11 @@ class DeploymentOptions(_message.Message):
         max_running: _builtins.int = ...,
         max_context_tokens: _builtins.int = ...,
         threads: _builtins.int = ...,
+        kv_dtype: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "deterministic", b"deterministic", "dtype", b"dtype", "kv_blocks", b"kv_blocks", "max_context_tokens", b"max_context_tokens", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "deterministic", b"deterministic", "dtype", b"dtype", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "max_context_tokens", b"max_context_tokens", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,7 @@ def to_options(options: engine_pb2.DeploymentOptions) -> EngineOptions:
         max_running=options.max_running,
         max_context_tokens=options.max_context_tokens,
         threads=options.threads,
+        kv_dtype=options.kv_dtype,
     )
 
 

@@ -32,7 +32,7 @@ from kernels.native.weights import (
     prepare_linear,
     prepare_matrix,
 )
-from kernels.ops import Draw, Heads, KvSpec, Logprobs, Matrix, Rows, Sampling
+from kernels.ops import Draw, Heads, KvSpec, Logprobs, Matrix, Rows, Sampling, Table
 from kernels.sampling import sample
 from kernels.steps import StepLimits, StepModel
 
@@ -132,9 +132,7 @@ class NativeBackend(StepOps[Tensor], EncoderOps):
         """See `kernels.steps.Compiler`."""
         return NativeStep(self.library, record(model, kv, self.weights_dtype), kv, limits)
 
-    def embed_passages(
-        self, batch: Any, words: PackedMatrix, places: PackedMatrix | None, types: PackedMatrix | None
-    ) -> Tensor:
+    def embed_passages(self, batch: Any, words: Table, places: Table | None, types: Table | None) -> Tensor:
         """See `kernels.encoder_ops.EncoderBackend`."""
         x = self._look_up(words, batch.token_ids)
         if types is not None:

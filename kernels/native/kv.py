@@ -93,7 +93,7 @@ def lay_out(rows: Rows) -> StepRows:
 
 def fresh_blocks(rows: Rows, block_size: int) -> list[int]:
     """The pages whose first position the step writes."""
-    found = []
+    found: list[int] = []
     for start, count, table in zip(rows.starts, rows.counts, rows.block_tables, strict=True):
         first, last = -(-start // block_size), (start + count - 1) // block_size
         if first <= last:

@@ -20,6 +20,7 @@ from kernels.native.weights import PackedMatrix, StackedExperts, StackedLinear
 from kernels.ops import ACTIVATIONS, Attending, Heads, QkNorm, Routing
 
 H = TypeVar("H")
+Read = TypeVar("Read", contravariant=True)
 
 
 class RowForm(NamedTuple):
@@ -56,13 +57,13 @@ def _needed(part: PackedMatrix) -> RowForm:
     return RowForm(layout.INT8, 0 if kind == layout.W8A8 and not part.form.group else layout.GROUP)
 
 
-class Addresses(Protocol[H]):
+class Addresses(Protocol[Read]):
     """Where activations lie, and structs that live as long as the ops that point to them."""
 
-    def f32(self, handle: H | None, /) -> int | None:
+    def f32(self, handle: Read | None, /) -> int | None:
         """Of the float32 numbers of an activation; None of None, and of what nobody reads."""
 
-    def rows(self, handle: H, forms: Forms | None = None, /) -> int:
+    def rows(self, handle: Read, forms: Forms | None = None, /) -> int:
         """Of a ClRows to write; or to read in these forms, or else in float32."""
 
     def keep(self, struct: Structure | ctypes.Array[Any], /) -> int:

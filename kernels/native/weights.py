@@ -201,9 +201,8 @@ def _source(codes: Tensor, matrix: ClMatrix) -> Tensor:
         return codes.float().contiguous()
     if matrix.kind == layout.BF16:
         return codes.bfloat16().contiguous()
-    if matrix.offset:
-        return codes.contiguous().view(torch.uint8) + matrix.offset  # which wraps as a signed code would not
-    return codes.contiguous().view(torch.uint8)
+    unsigned = codes.contiguous().view(torch.uint8)
+    return unsigned.add(matrix.offset) if matrix.offset else unsigned  # which wraps: -8 + 8 is 0
 
 
 def _with_scales(packed: PackedMatrix, run: Sequence[Packed]) -> PackedMatrix:

@@ -20,6 +20,7 @@ def test_defaults_are_those_the_protocol_names() -> None:
     assert resolve() == EngineOptions(
         backend="cpu",
         dtype="float32",
+        kv_dtype="float32",
         kv_blocks=32 * 63,
         block_size=16,
         max_step_tokens=512,
@@ -27,6 +28,14 @@ def test_defaults_are_those_the_protocol_names() -> None:
         max_context_tokens=1000,
         threads=3,
     )
+
+
+def test_a_model_is_served_as_it_is_stored_by_native_kernels_where_they_are() -> None:
+    found = EngineOptions().choose("bfloat16", has_native=True)
+    assert (found.backend, found.dtype, found.kv_dtype) == ("native", "bfloat16", "bfloat16")
+    found = EngineOptions("cpu", "float32", kv_dtype="int8").choose("bfloat16", has_native=False)
+    assert (found.backend, found.dtype, found.kv_dtype) == ("torch", "float32", "int8")
+    assert EngineOptions("reference").choose("float32", has_native=True).backend == "reference"
 
 
 def test_pages_stay_within_memory_but_hold_one_context() -> None:
@@ -50,6 +59,9 @@ def test_a_small_step_takes_fewer_requests() -> None:
     [
         ({"backend": "cuda"}, "cuda"),
         ({"dtype": "float16"}, "float16"),
+        ({"kv_dtype": "int4"}, "int4"),
+        ({"kv_dtype": "int8", "backend": "torch"}, "only native has"),
+        ({"kv_dtype": "bfloat16", "backend": "reference"}, "only native has"),
         ({"max_context_tokens": 1001}, "max_context_tokens"),
         ({"max_step_tokens": 64, "max_running": 64}, "max_step_tokens"),
         ({"max_step_tokens": 16}, "max_step_tokens"),

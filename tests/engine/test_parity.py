@@ -80,7 +80,7 @@ def test_logits_of_the_demo_model_equal_those_of_transformers(options: str) -> N
     model = transformers_model(DEMO)
     vocabulary = model.config.vocab_size
     tokens = torch.randint(0, vocabulary, (100,), generator=torch.Generator().manual_seed(3)).tolist()
-    logits = teacher_forced(engine(DEMO, **OPTIONS[options]), tokens, prompt_length=80)
+    logits = teacher_forced(engine(DEMO, dtype="float32", **OPTIONS[options]), tokens, prompt_length=80)
     torch.testing.assert_close(logits, expected_logits(model, tokens, 80), rtol=0, atol=1e-4)
 
 

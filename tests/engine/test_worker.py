@@ -18,9 +18,12 @@ from engine.launch import Launch
 from engine.protos import engine_pb2, engine_pb2_grpc
 from engine.worker import __main__ as worker_main
 from engine.worker.translate import answer_seed
+from kernels.native.location import find_library
 from tests.engine.processes import Running, refusal, running
 from tests.engine.sessions import LIMIT_S, OPTIONS, Session, submit
 from tests.engine.tiny_models import CONTEXT, VOCABULARY
+
+CPU = "torch" if find_library() is None else "native"
 
 
 @dataclass
@@ -55,7 +58,7 @@ async def worker(tiny_store: tuple[Path, engine_pb2.FileSet], socket_dir: Path) 
         assert process.said == [
             "READY=1",
             f"X_MAX_CONTEXT_TOKENS={CONTEXT}",
-            "X_RUNS_AS=cpu float32 deterministic",
+            f"X_RUNS_AS={CPU} float32 deterministic",
         ]
         yield Worker(process, channel)
 
@@ -92,7 +95,7 @@ async def test_sessions_run_together_abort_drain_and_get_only_their_own_rows(wor
     second.call.cancel()
     status = await worker.until_idle()
     assert status.blocks_free + status.blocks_cached == status.blocks_total == 128
-    assert status.backend == "cpu"
+    assert status.backend == CPU
     assert status.tokens_generated < 8 + 8 + 60 + 200 + 250
 
 

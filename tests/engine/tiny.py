@@ -137,15 +137,15 @@ def record_logits(loop: EngineLoop) -> dict[tuple[int, int], torch.Tensor]:
     """From now on every row of logits the engine computes, by handle and position of the token it decides."""
     seen: dict[tuple[int, int], torch.Tensor] = {}
     runner: Any = loop._runner
-    compute = runner.logits
+    compute = runner.compute
 
-    def recording(plan: StepPlan, hidden: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = compute(plan, hidden)
+    def recording(plan: StepPlan) -> tuple[Any, Any]:
+        hidden, logits = compute(plan)
         sampled = [row for row in plan.rows if row.sampling_slot is not None]
         seen.update({(row.handle, row.end): logits[i].clone() for i, row in enumerate(sampled)})
-        return logits
+        return hidden, logits
 
-    runner.logits = recording
+    runner.compute = recording
     return seen
 
 

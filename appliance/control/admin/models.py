@@ -31,8 +31,11 @@ from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc
 from bundles.protos import importer_pb2
 
-_BACKENDS = ("", "reference", "cpu")
-_DTYPES = ("", "float32", "bfloat16")
+_CHOICES = {
+    "backend": ("", "cpu", "native", "torch", "reference"),
+    "dtype": ("", "float32", "bfloat16"),
+    "kv_dtype": ("", "float32", "bfloat16", "int8"),
+}
 _LONGEST_PATH = 4096
 _LONGEST_ID = 128
 _FINAL = {"committed", "rejected"}
@@ -273,8 +276,8 @@ def check_options(options: admin_pb2.DeploymentOptions) -> None:
     Raises:
         CloisterError: INVALID_OPTION.
     """
-    for field, value, known in (("backend", options.backend, _BACKENDS), ("dtype", options.dtype, _DTYPES)):
-        if value not in known:
+    for field, known in _CHOICES.items():
+        if getattr(options, field) not in known:
             choices = ", ".join(filter(None, known))
             raise CloisterError(
                 "INVALID_OPTION", f"{field} is one of {choices}, or left out", field=f"options.{field}"
