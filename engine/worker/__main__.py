@@ -66,11 +66,12 @@ async def _serve(
     await server.start()
     process.feed_unless(partial(thread.stuck, _step_limit()))
     options = engine.options
+    kv = f" {options.kv_dtype}-kv" if options.kv_dtype != options.dtype else ""
     mode = " deterministic" if options.deterministic else ""
     process.ready(
         {
             "MAX_CONTEXT_TOKENS": str(engine.max_context_tokens),
-            "RUNS_AS": f"{options.backend} {options.dtype}{mode}",
+            "RUNS_AS": f"{options.backend} {options.dtype}{kv}{mode}",
         }
         | ({DERIVED_REFUSED: _line(refusals[0])} if refusals else {})
     )

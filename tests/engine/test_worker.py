@@ -296,7 +296,7 @@ def test_another_error_while_loading_stays_what_it_is(
     store, files = tiny_store
     monkeypatch.setattr("engine.build.build_engine", defect)
     with pytest.raises(RuntimeError, match="shapes differ"):
-        worker_main._build(Launch(engine_pb2.Deployment(name="tiny", files=files), store, Path("unused")))
+        worker_main._build(Launch(engine_pb2.Deployment(name="tiny", files=files), store, Path("unused")), [])
 
 
 async def test_a_process_whose_host_is_gone_ends_before_it_reads_or_listens(socket_dir: Path) -> None:
