@@ -22,7 +22,7 @@ class ProcessSpec:
     Attributes:
         name: what logs, status and messages call it.
         module: run with `python -m`.
-        arguments: where one is {home}, {run} or {store}, that path takes its place.
+        arguments: where one is {home}, {run}, {store} or {derived}, that path takes its place.
         needs: names of the processes that must be ready first.
         ready_within: seconds it may take to say READY (sd_notify(3)).
         drain_within: seconds it may take to end after SIGTERM, before SIGKILL.
@@ -40,7 +40,7 @@ class ProcessSpec:
 
     def argv(self, home: Path) -> tuple[str, ...]:
         """The command, with this interpreter and absolute paths; nothing of the current directory is imported."""
-        places = {"{home}": str(home), "{run}": str(home / "run"), "{store}": str(home / "store")}
+        places = {"{home}": str(home), **{f"{{{name}}}": str(home / name) for name in ("run", "store", "derived")}}
         return (sys.executable, "-P", "-m", self.module, *(places.get(a, a) for a in self.arguments))
 
 
@@ -93,7 +93,8 @@ def _engine_host(settings: "Settings") -> tuple[str, ...]:
         "step_within": watchdog.step_seconds,
         "load_within": watchdog.load_seconds,
     }
-    return ("--run", "{run}", "--store", "{store}", *_options({**values, **settings.devices.model_dump()}))
+    places = ("--run", "{run}", "--store", "{store}", "--derived", "{derived}")
+    return (*places, *_options({**values, **settings.devices.model_dump()}))
 
 
 def _options(values: Mapping[str, object]) -> tuple[str, ...]:

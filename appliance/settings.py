@@ -149,6 +149,15 @@ class DeviceSettings(_Section):
         "for planning, and shown as recorded wherever devices are shown.",
         "the absolute path of a file",
     )
+    derive_mib: int = _setting(
+        256,
+        "Quantised weights of this size and more are packed for the processor once, before their first worker "
+        "starts, and kept in `derived/`, where they are as large as in the store; smaller ones are packed at each "
+        "start.",
+        "MiB",
+        ge=0,
+        le=1 << 24,
+    )
 
 
 class ImportSettings(_Section):

@@ -18,6 +18,7 @@ import grpc
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from appliance.control import derived
 from appliance.control.db.database import Database
 from appliance.control.db.models import Deployment
 from appliance.errors import CloisterError
@@ -60,6 +61,7 @@ class Deployments:
     def __init__(self, database: Database, socket: Path) -> None:
         self.loading = asyncio.Lock()
         self._database = database
+        self._derived = derived.DerivedFiles(database)
         self._socket = socket
         self._desired: dict[str, str] = {}
         self._revoked: dict[str, str] = {}
@@ -209,6 +211,7 @@ class Deployments:
         log.info("engine-host is reached")
         async for update in host.WatchDeployments(engine_pb2.WatchDeploymentsRequest()):
             self._running = {status.name: status for status in update.deployments}
+            await self._derived.hear(update.deployments)
             if self._host is None:
                 self._leaving = frozenset(
                     self._running.keys() - {row.name for row in await self._database.run(_all)}
@@ -232,7 +235,7 @@ class Deployments:
         return status is not None and status.state == _READY and status.model_digest == self._desired.get(name)
 
     async def _tell(self) -> None:
-        rows = await self._database.run(_all)
+        rows, on_record = await self._database.run(lambda s: (_all(s), derived.in_use(s)))
         self._desired = {row.name: row.model_digest for row in rows}
         self._revoked = {row.name: row.revoked for row in rows if row.revoked}
         self._told = False
@@ -243,7 +246,7 @@ class Deployments:
         waits = self._desired.keys() - self._running.keys() if self._leaving else frozenset()
         told = [row for row in rows if row.name not in self._withheld | waits]
         try:
-            await self._host.Reconcile(_reconcile_request(told), timeout=_TELL_LIMIT_S)
+            await self._host.Reconcile(_reconcile_request(told, on_record), timeout=_TELL_LIMIT_S)
             self._told = True
         except grpc.aio.AioRpcError as error:
             log.warning("engine-host was not told", extra={"status": error.code().name})
@@ -271,8 +274,8 @@ def _all(session: Session) -> list[Deployment]:
     return list(session.scalars(select(Deployment).where(Deployment.parked.is_(False)).order_by(Deployment.name)))
 
 
-def _reconcile_request(rows: list[Deployment]) -> engine_pb2.ReconcileRequest:
-    return engine_pb2.ReconcileRequest(deployments=map(as_engine_has_it, rows))
+def _reconcile_request(rows: list[Deployment], on_record: list[engine_pb2.Derived]) -> engine_pb2.ReconcileRequest:
+    return engine_pb2.ReconcileRequest(deployments=map(as_engine_has_it, rows), derived=on_record)
 
 
 def as_engine_has_it(row: Deployment) -> engine_pb2.Deployment:

@@ -14,6 +14,8 @@ version.state       event            UUID, DIGEST/TIME  approved, active, retire
                                                      revoked
 model.activation    event            UUID            active, returned        version, canaries, reason
 model.removal       event            N-TIME          removed                 outbox position, version, digest
+model.derived       event            UUID            recorded, refused,      digest, layout, digest and size of
+                                                     removed                 the file
 store.damage        event            N-TIME          found                   outbox position, file, finding
 store.repair        event            N-TIME          repaired                outbox position, file
 trust.change        event            N-TIME          accepted                outbox position, what changed
@@ -36,6 +38,7 @@ CONTROL = "control"
 REQUEST = "inference.request"
 CHANGE = "operator.change"
 VERSION_STATE = "version.state"
+DERIVED = "model.derived"
 ACTIVATION = "model.activation"
 TRUST = "trust"
 IMPORT = "import"

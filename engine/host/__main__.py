@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
     parser.add_argument("--derived", type=Path, help="directory of packed weights; without it none are kept")
     parser.add_argument(
-        "--derive-from",
+        "--derive-mib",
         type=int,
         default=LEAST_BYTES >> 20,
         metavar="MIB",
@@ -74,7 +74,7 @@ async def _serve(chosen: argparse.Namespace, policy: RestartPolicy, process: Pro
     inventory = read_recorded(chosen.inventory.absolute()) if chosen.inventory else None
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", _MAX_REQUEST_BYTES)])
     derived = chosen.derived.absolute() if chosen.derived else None
-    packer = Packer(store, derived, policy.load_limit_s, chosen.derive_from << 20)
+    packer = Packer(store, derived, policy.load_limit_s, chosen.derive_mib << 20)
     service = HostService(run_directory, store, policy, inventory, partial(_tell_cores, process), packer)
     engine_pb2_grpc.add_HostServiceServicer_to_server(service, server)
     process.listen(server, run_directory / SOCKET)

@@ -54,6 +54,8 @@ class Host(engine_pb2_grpc.HostServiceServicer):
         self.sockets = ("/w.sock", "/t.sock")
         self.fits = lambda _request, _running: True
         self.capabilities = ["generate", "chat"]
+        self.derived: engine_pb2.Derived | None = None
+        self.refused: engine_pb2.Derived | None = None
 
     async def GetInventory(self, request: Any, context: Any) -> engine_pb2.GetInventoryResponse:
         cpu = engine_pb2.Device(id="cpu", kind="cpu", name="Example", memory_bytes=2, memory_available_bytes=1)
@@ -95,6 +97,7 @@ class Host(engine_pb2_grpc.HostServiceServicer):
             reason=self.reasons.get(deployment.name, ""), message="because",
             worker_socket=self.sockets[0], text_socket=self.sockets[1],
             max_context_tokens=CONTEXT, capabilities=self.capabilities, model_digest=deployment.files.model_digest,
+            derived=self.derived, refused=self.refused,
         )  # fmt: skip
 
 

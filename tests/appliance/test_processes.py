@@ -140,8 +140,9 @@ def test_a_table_with_a_need_that_comes_later_is_reported() -> None:
 
 def test_arguments_are_filled_in_and_the_current_directory_is_not_imported_from() -> None:
     argv = {s.name: s.argv(Path("/srv/home")) for s in TABLE}
-    assert argv["engine-host"][:8] == (
+    assert argv["engine-host"][:10] == (
         sys.executable, "-P", "-m", "engine.host", "--run", "/srv/home/run", "--store", "/srv/home/store",
+        "--derived", "/srv/home/derived",
     )  # fmt: skip
     assert argv["importer"][3:6] == ("bundles.importer", "--home", "/srv/home")
     assert "--quota-bytes=0" in argv["importer"]

@@ -44,7 +44,7 @@ def quantised(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
 async def host(quantised: tuple[Path, engine_pb2.FileSet], socket_dir: Path) -> AsyncIterator[Host]:
     run = socket_dir / "run"
     run.mkdir()
-    derived = ("--derived", str(socket_dir / "derived"), "--derive-from", "0")
+    derived = ("--derived", str(socket_dir / "derived"), "--derive-mib", "0")
     argv = ("engine.host", "--run", str(run), "--store", str(quantised[0]), *derived)
     async with (
         running(socket_dir, argv) as process,

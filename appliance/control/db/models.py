@@ -81,6 +81,17 @@ class Deployment(Base):
     """Why its version is no longer vouched for; it goes on while it runs and is not started again."""
 
 
+class Derived(Base):
+    """A derived file of engine-prepare's: what a worker computes with has this digest, or is not used."""
+
+    __tablename__ = "derived"
+    model_digest: Mapped[str] = mapped_column(primary_key=True)
+    layout: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[str]
+    size: Mapped[int]
+    recorded_ns: Mapped[int]
+
+
 class Alias(Base):
     """What clients call, and the deployment that answers."""
 
