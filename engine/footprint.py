@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
+from engine import native_footprint
 from engine.models.spec import Mixture, ModelConfig
 from engine.models.tensors import Shapes
 from engine.options import EngineOptions
@@ -95,8 +96,13 @@ class Sizes:
 
     @property
     def is_cpu(self) -> bool:
-        """Torch's kernels compute; otherwise the reference."""
+        """Torch's kernels compute; otherwise the native ones, or the reference."""
         return self.options.backend == "torch"
+
+    @property
+    def is_native(self) -> bool:
+        """The native kernels compute."""
+        return self.options.backend == "native"
 
     @property
     def positions(self) -> int:
@@ -121,6 +127,8 @@ def weights_bytes(of: Sizes) -> int:
 
 def _prepared(of: Sizes) -> dict[str, int]:
     """Each tensor as a backend keeps it; a norm whose weight has an offset stays in float32."""
+    if of.is_native:
+        return native_footprint.prepared_bytes(of)
     wide = max(of.item, _FLOAT) if of.config.norm_offset else of.item
     plain = {
         name: prod(shape) * (wide if len(shape) == 1 and name.endswith(".weight") else of.item)
@@ -134,6 +142,8 @@ def _prepared(of: Sizes) -> dict[str, int]:
 
 def _rope_bytes(of: Sizes) -> int:
     """cpu: float32 [positions, 2, 1, rotated]; reference: two [positions, rotated / 2]; of each embedding."""
+    if of.is_native:
+        return native_footprint.rope_bytes(of, _rotated(of))
     return of.positions * _rotated(of) * (2 * _FLOAT if of.is_cpu else of.item)
 
 
@@ -144,6 +154,8 @@ def _rotated(of: Sizes) -> int:
 
 def block_bytes(of: Sizes) -> int:
     """One KV page over all layers."""
+    if of.is_native:
+        return native_footprint.block_bytes(of)
     return of.config.num_layers * 2 * of.kv * of.options.block_size * of.item
 
 
@@ -165,6 +177,9 @@ def loading_peak(of: Sizes, stored: Mapping[str, int]) -> int:
     prepared = _prepared(of)
     held = {name: stored.get(name, size) for name, size in prepared.items()}
     between = sum(max(held[name], size) for name, size in prepared.items())
+    rest = _experts(of, held) + _rope_bytes(of) + _rope_angles(of)
+    if of.is_native:
+        return between + native_footprint.packing_bytes(of) + rest
     config = of.config
     is_table_plain = any(of.shapes[name][0] == config.vocab_size for name in of.shapes.keys() - of.formats.keys())
     stacks = [2 * of.intermediate, of.query + 2 * of.kv, config.vocab_size * is_table_plain]
@@ -175,7 +190,7 @@ def loading_peak(of: Sizes, stored: Mapping[str, int]) -> int:
     alone = [name for name in of.formats if of.shapes[name][0] == config.vocab_size]  # in no stack
     preparing = preparing_bytes(of.formats, of.shapes, of.is_cpu, of.item, alone)
     moment = max(stack * of.item + copies, preparing)
-    return between + moment + _experts(of, held) + _rope_bytes(of) + _rope_angles(of)
+    return between + moment + rest
 
 
 def _experts(of: Sizes, held: Mapping[str, int]) -> int:
@@ -200,6 +215,8 @@ def activation_bytes(of: Sizes) -> int:
     The residual stream, the layer's input and its output are there all along, with the masks of all groups; beside
     them at one moment either the rotation, the attention, the MLP, or logits and drawing.
     """
+    if of.is_native:
+        return _native_activations(of)
     stream = 4 * of.step * of.config.hidden_size * of.item
     rows = of.step * 4 * _INT + of.options.max_running * (of.context // of.options.block_size + 1) * _INT
     masks = _masks(of) if of.is_cpu else of.options.max_running * of.context * _INT
@@ -207,6 +224,14 @@ def activation_bytes(of: Sizes) -> int:
     moments = max(_rotation(of), attention, _mlp(of), _logits(of)) + _products(of)
     fixed = _SCRATCH + (_COMPILED if of.item < _FLOAT else 0)
     return stream + rows + masks + moments + fixed
+
+
+def _native_activations(of: Sizes) -> int:
+    """A step's rows, its arena and scratch, and drawing out of its logits; or the scoring of a prompt's."""
+    options = of.options
+    rows = of.step * 4 * _INT + options.max_running * (of.context // options.block_size + 1) * _INT
+    step = native_footprint.arena_bytes(of) + native_footprint.scratch_bytes(of)
+    return rows + step + _logits(of) + _SCRATCH
 
 
 def _products(of: Sizes) -> int:

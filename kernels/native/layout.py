@@ -5,6 +5,7 @@ tests/kernels/test_native_layout.py holds the byte counts to those of the librar
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from kernels.packed import Layout
@@ -16,6 +17,18 @@ F32, BF16, W8A8, W4A8, DECODED = range(5)
 GROUP, TILE, STRIDE = 32, 16, 64
 _BYTES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1, FLOAT16: 2}
 KV_TYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
+
+
+class RowForm(NamedTuple):
+    """One form of a row of activations: ClRows has a pointer for each.
+
+    Attributes:
+        item: ClType of a number.
+        group: of int8: numbers that share a scale; 0: all of a row.
+    """
+
+    item: int
+    group: int = 0
 
 
 class Form(NamedTuple):
@@ -73,6 +86,26 @@ def choose(layout: Layout | None, inner: int, item: int) -> Form:
         has_table=layout.kind != "int",
         has_order=layout.order,
     )
+
+
+def needed(form: Form) -> RowForm:
+    """The form of inputs that products with a matrix read."""
+    if form.has_order or form.kind == F32:
+        return RowForm(FLOAT32)
+    if form.kind == DECODED:
+        return RowForm(form.decoded)
+    if form.kind == BF16:
+        return RowForm(BFLOAT16)
+    return RowForm(INT8, 0 if form.kind == W8A8 and not form.group else GROUP)
+
+
+def row_bytes(forms: Iterable[RowForm], width: int) -> dict[RowForm, int]:
+    """Of a row in each of these forms, with scales and sums."""
+    padded, sizes = _up(width, STRIDE), {}
+    for form in forms:
+        groups = -(-width // form.group) if form.group else 1
+        sizes[form] = {FLOAT32: 4 * width, BFLOAT16: 2 * padded, INT8: padded + 8 * groups}[form.item]
+    return sizes
 
 
 def matrix_bytes(form: Form, out: int, inner: int) -> int:

@@ -10,29 +10,18 @@ import ctypes
 from collections.abc import Callable, Iterable
 from ctypes import Structure
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from kernels.native import layout, library
 from kernels.native.kv import KvPages
+from kernels.native.layout import RowForm
 from kernels.native.weights import PackedMatrix, StackedExperts, StackedLinear
 from kernels.ops import ACTIVATIONS, Attending, Heads, QkNorm, Routing
 
 H = TypeVar("H")
 Read = TypeVar("Read", contravariant=True)
-
-
-class RowForm(NamedTuple):
-    """One form of a row of activations: ClRows has a pointer for each.
-
-    Attributes:
-        item: ClType of a number.
-        group: of int8: numbers that share a scale; 0: all of a row.
-    """
-
-    item: int
-    group: int = 0
 
 
 F32 = RowForm(layout.FLOAT32)
@@ -43,18 +32,7 @@ PLAIN: Forms = frozenset({F32})
 
 def needed(weights: Iterable[StackedLinear]) -> Forms:
     """The forms of inputs that these products read."""
-    return frozenset(_needed(part) for weight in weights for part in weight.parts)
-
-
-def _needed(part: PackedMatrix) -> RowForm:
-    kind = part.form.kind
-    if part.order is not None or kind == layout.F32:
-        return F32
-    if kind == layout.DECODED:
-        return F32 if part.form.decoded == layout.FLOAT32 else BF16
-    if kind == layout.BF16:
-        return BF16
-    return RowForm(layout.INT8, 0 if kind == layout.W8A8 and not part.form.group else layout.GROUP)
+    return frozenset(layout.needed(part.form) for weight in weights for part in weight.parts)
 
 
 class Addresses(Protocol[Read]):

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from kernels.native import layout, nodes
 from kernels.native.kv import KvPages, StepRows, fresh_blocks, lay_out
+from kernels.native.layout import RowForm
 from kernels.native.library import ClLimits, ClOp, ClRows, ClStep, Library, threads
 from kernels.native.memory import aligned_empty
-from kernels.native.nodes import F32, PLAIN, Forms, Node, RowForm
+from kernels.native.nodes import F32, PLAIN, Forms, Node
 from kernels.native.recording import StepOps
 from kernels.ops import Heads, Rows
 from kernels.steps import StepLimits, StepModel

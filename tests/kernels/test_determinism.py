@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import CpuBackend
+from kernels.native.backend import NativeBackend
+from kernels.native.location import find_library
 from kernels.ops import ACTIVATIONS, Attending, Backend, Heads, KvSpec, QkNorm, Routing, Rows
 from kernels.packed import Packed
 from kernels.reference import ReferenceBackend
@@ -29,6 +31,7 @@ def backends() -> list[Backend]:
         ReferenceBackend(),
         CpuBackend(deterministic=True),
         CpuBackend(torch.bfloat16, deterministic=True),
+        *([NativeBackend(), NativeBackend(torch.bfloat16, "int8")] if find_library() else []),
     ]
 
 

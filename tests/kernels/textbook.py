@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from kernels.cpu import CpuBackend
+from kernels.native.backend import NativeBackend
+from kernels.native.kv import KvPages
+from kernels.native.layout import TILE
+from kernels.native.location import find_library
 from kernels.ops import Attending, Backend, Heads, KvSpec, QkNorm, Rows
 from kernels.reference import ReferenceBackend
 
@@ -18,7 +22,7 @@ BACKENDS: dict[str, Backend] = {
     "reference, float64": ReferenceBackend(torch.float64),
     "cpu": CpuBackend(),
     "cpu, deterministic": CpuBackend(deterministic=True),
-}
+} | ({"native": NativeBackend()} if find_library() else {})
 
 
 class Layer(NamedTuple):
@@ -108,6 +112,8 @@ def _rotate(x: Tensor, layer: Layer) -> Tensor:
 
 def held(kv: Any) -> Tensor:
     """The tensor of all pages; the pages are its third dimension."""
+    if isinstance(kv, KvPages):
+        return kv.pages.view(torch.float32)[:, None]
     found: Tensor = getattr(kv, "pages", kv)
     return found
 
@@ -165,8 +171,20 @@ class Pages:
         if isinstance(self.ops, CpuBackend):
             heads = self.layer.heads
             self.kv.pages.view(2, 2 * heads.kv, -1, heads.dim)[:, :, slots] = float("nan")
+        elif isinstance(self.ops, NativeBackend):
+            for slot in slots:
+                _poison_native(self.kv, *divmod(slot, size))
         else:
             self.kv.flatten(2, 3)[:, :, slots] = float("nan")
+
+
+def _poison_native(kv: KvPages, block: int, place: int) -> None:
+    """Float32 pages hold head after head: tiles of keys [dim][16 tokens], then of values [16 tokens][dim]."""
+    tiles, dim = -(-kv.spec.block_size // TILE), -(-kv.spec.head_dim // TILE) * TILE
+    heads = kv.pages.view(torch.float32)[:, block].view(-1, kv.spec.num_kv_heads, 2, tiles, TILE * dim)
+    tile, lane = divmod(place, TILE)
+    heads[:, :, 0, tile].view(-1, kv.spec.num_kv_heads, dim, TILE)[..., lane] = float("nan")
+    heads[:, :, 1, tile].view(-1, kv.spec.num_kv_heads, TILE, dim)[..., lane, :] = float("nan")
 
 
 def in_steps(pages: Pages, steps: Sequence[Sequence[Piece]]) -> list[Tensor]:
