@@ -9,8 +9,11 @@ namespace {
 // How all pieces are cut.
 struct Plan {
   Plan(const ClAttention &op, int64_t threads)
-      : fold(op.heads / op.kv->heads), heads(fold < MOST_QUERIES ? fold : MOST_QUERIES), parts(up(fold, heads) / heads),
-        tokens(MOST_QUERIES / heads), most_divided(8 * threads) {}
+      : fold(op.heads / op.kv->heads),
+        heads(fold < MOST_QUERIES ? fold : MOST_QUERIES),
+        parts(round_up(fold, heads) / heads),
+        tokens(MOST_QUERIES / heads),
+        most_divided(8 * threads) {}
 
   const int64_t fold;          // query heads of a KV head
   const int64_t heads, parts;  // of them in a piece, and pieces of them
@@ -25,8 +28,8 @@ int64_t part_floats(int64_t dim) { return dim + CL_TILE; }
 
 int64_t splits_of(const ClKv &kv, int64_t context) {
   const Pages pages(kv);
-  const int64_t tiles = up(context, kv.block_size) / kv.block_size * pages.tiles;
-  return up(tiles, SPLIT_TILES) / SPLIT_TILES;
+  const int64_t tiles = round_up(context, kv.block_size) / kv.block_size * pages.tiles;
+  return round_up(tiles, SPLIT_TILES) / SPLIT_TILES;
 }
 
 const Attends &attends(const ClKv &kv) {
@@ -62,13 +65,17 @@ void divide(const float *answer, float highest, float total, const float *sink, 
 class Attention {
  public:
   Attention(const ClAttention &op, const ClStep &step, const Team &team)
-      : op_(op), step_(step), team_(team), pages_(*op.kv), plan_(op, team.threads),
+      : op_(op),
+        step_(step),
+        team_(team),
+        pages_(*op.kv),
+        plan_(op, team.threads),
         room_(static_cast<char *>(step.scratch) + team.rank * Room::bytes(pages_.dim), pages_.dim) {
     char *after = static_cast<char *>(step.scratch) + team.threads * Room::bytes(pages_.dim);
     out_ = op.out->f32;
     if (!out_) {
       out_ = reinterpret_cast<float *>(after);
-      after += up(step.tokens * width() * (int64_t)sizeof(float), 64);
+      after += round_up(step.tokens * width() * (int64_t)sizeof(float), 64);
     }
     parts_ = reinterpret_cast<float *>(after);
     for (int64_t r = 0; r < step.rows; ++r) {
@@ -165,8 +172,8 @@ class Attention {
       narrow(narrowed, s);
       attends(*op_.kv).split(op_, step_, narrowed, room_, part_highest, part_totals);
       for (int64_t q = 0; q < queries; ++q)
-        merge(highest[q], totals[q], room_.merged + q * dim, part_highest[q], part_totals[q], room_.answers + q * dim,
-              dim);
+        merge(highest[q], totals[q], room_.merged + q * dim, part_highest[q], part_totals[q],
+              room_.answers + q * dim, dim);
     }
     for (int64_t q = 0; q < queries; ++q)
       finish(piece.token + q / piece.heads, piece.head + q % piece.heads, room_.merged + q * dim, highest[q],
@@ -215,7 +222,7 @@ int64_t attention_scratch(const ClAttention &op, const ClLimits &limits) {
   const Plan plan(op, limits.threads);
   const int64_t divided = plan.most_divided / (op.kv->heads * plan.parts) * plan.tokens;
   const int64_t tokens = divided < limits.tokens ? divided : limits.tokens;
-  return limits.threads * Room::bytes(pages.dim) + up(limits.tokens * op.heads * op.kv->dim * 4, 64) +
+  return limits.threads * Room::bytes(pages.dim) + round_up(limits.tokens * op.heads * op.kv->dim * 4, 64) +
          tokens * op.heads * splits_of(*op.kv, limits.context) * part_floats(pages.dim) * 4;
 }
 

@@ -1,10 +1,10 @@
 // How a step's attention is cut into pieces, and what the parts of it share.
 //
-// A context is cut by position, the same for every query: tiles of 16 tokens (of a page, so its last may hold fewer),
-// blocks of 16 tiles, splits of 4 blocks. Within a split a query goes block after block, as in FlashAttention; the
-// answers of splits are merged in order, whether one thread has them all or several. So the bits of a token's answer
-// depend neither on what shares the step, nor on how the prompt was cut, nor on the number of threads. What a query
-// does not see adds exact zeros.
+// A context is cut by position, the same for every query: tiles of 16 tokens (of a page, so its last may hold
+// fewer), blocks of 16 tiles, splits of 4 blocks. Within a split a query goes block after block, as in
+// FlashAttention; the answers of splits are merged in order, whether one thread has them all or several. So the
+// bits of a token's answer depend neither on what shares the step, nor on how the prompt was cut, nor on the
+// number of threads. What a query does not see adds exact zeros.
 //
 // Source: Dao et al., "FlashAttention", NeurIPS 2022; Ainslie et al., "GQA", EMNLP 2023; Dao et al.,
 // "Flash-Decoding", 2023 (splits); Xiao et al., ICLR 2024 (sinks).
@@ -45,16 +45,19 @@ struct Room {
            (MOST_QUERIES + (MOST_QUERIES + 1) * (dim + BLOCK) + CL_TILE * dim + 2 * MOST_QUERIES * dim);
   }
   Room(char *room, int64_t dim)
-      : scales((float *)room), queries(scales + MOST_QUERIES), weights((float *)queries + (MOST_QUERIES + 1) * dim),
-        edge(weights + (MOST_QUERIES + 1) * BLOCK), answers((float *)edge + CL_TILE * dim),
+      : scales((float *)room),
+        queries(scales + MOST_QUERIES),
+        weights((float *)queries + (MOST_QUERIES + 1) * dim),
+        edge(weights + (MOST_QUERIES + 1) * BLOCK),
+        answers((float *)edge + CL_TILE * dim),
         merged(answers + MOST_QUERIES * dim) {}
 };
 
 // Makes rows of a piece's queries, in room.queries.
 typedef void PrepareQueries(const ClAttention &op, const Piece &piece, const Room &room);
 
-// Attends with them to the tiles of a piece, all within one split, from nothing; leaves the answers, not yet divided,
-// in room.answers, their highest scores (in powers of two), and the sums of their weights.
+// Attends with them to the tiles of a piece, all within one split, from nothing; leaves the answers, not yet
+// divided, in room.answers, their highest scores (in powers of two), and the sums of their weights.
 typedef void AttendSplit(const ClAttention &op, const ClStep &step, const Piece &piece, const Room &room,
                          float *highest, float *totals);
 

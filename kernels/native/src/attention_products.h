@@ -162,7 +162,8 @@ inline void score_tiles(const typename Format::Number *queries, int64_t dim,
   }
 }
 
-// answers [R][dim], C vectors of them from dimension `first` on, = their own * decay + weights [R][stride] * values.
+// answers [R][dim], C vectors of them from dimension `first` on, = their own * decay + weights [R][stride] *
+// values.
 template <typename Format, int R, int C>
 inline void weigh_tiles(const typename Format::Number *weights, int64_t stride,
                         const typename Format::Stored *const *values, int64_t tiles, const float *decay,
@@ -192,8 +193,7 @@ void score_rows(const typename Format::Number *queries, int64_t dim, const typen
                 int64_t tiles, float *scores, int64_t stride) {
   constexpr int C = beside(R);
   int64_t t = 0;
-  for (; t + C <= tiles; t += C)
-    score_tiles<Format, R, C>(queries, dim, keys + t, scores + t * CL_TILE, stride);
+  for (; t + C <= tiles; t += C) score_tiles<Format, R, C>(queries, dim, keys + t, scores + t * CL_TILE, stride);
   for (; t < tiles; ++t) score_tiles<Format, R, 1>(queries, dim, keys + t, scores + t * CL_TILE, stride);
 }
 

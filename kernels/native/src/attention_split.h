@@ -21,7 +21,8 @@ inline Block block_of(const ClAttention &op, const ClStep &step, const Pages &pa
   const int32_t *table = step.tables + step.table_first[piece.row];
   const int64_t size = pages.kv.block_size;
   for (int64_t at = first; at < end; ++at) {
-    const int64_t page = at / pages.tiles, tile = at % pages.tiles, left = size - tile * CL_TILE, i = block.tiles++;
+    const int64_t page = at / pages.tiles, tile = at % pages.tiles, left = size - tile * CL_TILE,
+                  i = block.tiles++;
     block.position[i] = page * size + tile * CL_TILE;
     block.held[i] = left < CL_TILE ? left : CL_TILE;
     block.head[i] = pages.head(op.layer, table[page], piece.kv_head);
@@ -81,11 +82,13 @@ struct Split {
 
   static void prepare(const ClAttention &op, const Piece &piece, const Room &room) {
     const float factor = op.softcap != 0 ? op.scale / op.softcap : op.scale * LOG2_E;
-    const int64_t width = (op.heads + 2 * op.kv->heads) * op.kv->dim, count = op.kv->dim, dim = up(count, CL_TILE);
+    const int64_t width = (op.heads + 2 * op.kv->heads) * op.kv->dim, count = op.kv->dim,
+                  dim = round_up(count, CL_TILE);
     Query *out = static_cast<Query *>(room.queries);
     for (int64_t q = 0; q < piece.queries(); ++q) {
       const float *token = op.qkv + (piece.token + q / piece.heads) * width;
-      Rows::put(token + (piece.head + q % piece.heads) * count, count, dim, factor, out + q * dim, room.scales + q);
+      Rows::put(token + (piece.head + q % piece.heads) * count, count, dim, factor, out + q * dim,
+                room.scales + q);
     }
     Rows::put_last(dim, out + piece.queries() * dim);
   }
@@ -190,7 +193,8 @@ struct Split {
     }
     memset(room.answers, 0, sizeof(float) * piece.queries() * pages.dim);
     for (int64_t at = piece.first_tile; at < piece.end_tile;) {
-      const int64_t next = (at / BLOCK_TILES + 1) * BLOCK_TILES, end = next < piece.end_tile ? next : piece.end_tile;
+      const int64_t next = (at / BLOCK_TILES + 1) * BLOCK_TILES,
+                    end = next < piece.end_tile ? next : piece.end_tile;
       attend(op, pages, piece, block_of(op, step, pages, piece, at, end), room, highest, totals);
       at = end;
     }

@@ -1,4 +1,5 @@
-// Exponential, tanh and Gauss's integral of sixteen numbers: polynomials that give a number the same bits anywhere.
+// Exponential, tanh and Gauss's integral of sixteen numbers: polynomials that give a number the same bits
+// anywhere.
 //
 // Coefficients are our own fits (least squares, reweighted to the smallest largest error).
 #pragma once
@@ -19,8 +20,8 @@ inline F16 polynomial(const float (&coefficients)[N], F16 x) {
 
 // 2^x within 1.2e-7 of it, and exactly 1 of 0; 0 below 2^-126, infinite from 2^127.5 on, NaN of NaN.
 inline F16 exp2(F16 x) {
-  static constexpr float FIT[] = {0.693147182f, 0.240226477f, 0.0555033237f, 0.00961843692f, 0.0013398875f,
-                                  0.000153534129f};
+  static constexpr float FIT[] = {0.693147182f,   0.240226477f,  0.0555033237f,
+                                  0.00961843692f, 0.0013398875f, 0.000153534129f};
   const F16 round = broadcast(12582912.0f);  // 1.5 * 2^23: its last bits are whole numbers
   x = min(broadcast(128.0f), max(broadcast(-127.0f), x));
   const F16 shifted = x + round, left = x - (shifted - round);
@@ -51,9 +52,9 @@ inline F16 tanh(F16 x) {
 
 // The share of a normal distribution that lies below x, within 1e-7; of numbers below -6, 0.
 inline F16 normal_share(F16 x) {
-  static constexpr float FIT[] = {-1.15110421f,     -0.459221452f,    -0.0524347648f,
-                                  0.0069311177f,    1.49927588e-05f,  -0.000284348644f,
-                                  7.49740721e-05f,  -9.56025724e-06f, 5.12862129e-07f};
+  static constexpr float FIT[] = {-1.15110421f,    -0.459221452f,    -0.0524347648f,
+                                  0.0069311177f,   1.49927588e-05f,  -0.000284348644f,
+                                  7.49740721e-05f, -9.56025724e-06f, 5.12862129e-07f};
   const F16 size = absolute(x), zero = broadcast(0.0f);
   const F16 bounded = min(broadcast(6.0f), size);
   const F16 tail = exp2(polynomial(FIT, bounded) * bounded) * broadcast(0.5f);

@@ -11,9 +11,7 @@ namespace {
 
 enum Activation { SILU, GELU, GELU_TANH, CLAMPED_SWIGLU };  // as in kernels.ops.ACTIVATIONS
 
-inline F16 swish(F16 x, float steep) {
-  return x / (broadcast(1.0f) + exp(x * broadcast(-steep)));
-}
+inline F16 swish(F16 x, float steep) { return x / (broadcast(1.0f) + exp(x * broadcast(-steep))); }
 
 template <int activation>
 inline F16 gate(F16 gate, F16 up) {

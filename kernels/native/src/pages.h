@@ -1,7 +1,8 @@
 // Where the keys and values of a token lie in a KV page, laid out so that sixteen tokens' scores are one vector.
 //
-// A page holds head after head; a head, tiles of 16 tokens of keys, then of values, then (int8) 16 scales a tile of
-// keys, then of values. D is dim rounded up to 16. One tile, n = 1 number (float32), 2 (bfloat16), or 4 (int8 keys):
+// A page holds head after head; a head, tiles of 16 tokens of keys, then of values, then (int8) 16 scales a tile
+// of keys, then of values. D is dim rounded up to 16. One tile, n = 1 number (float32), 2 (bfloat16), or 4 (int8
+// keys):
 //   keys   [D / n][16 tokens][n dims]
 //   values [16 / n][D][n tokens], n = 2 of int8 too
 // so a page takes heads * ceil(block_size / 16) * 16 * (2 * D * bytes of a number + 8 where int8) bytes. All zeros
@@ -13,12 +14,17 @@
 namespace CL_ISA {
 namespace {
 
-inline int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct Pages {
   explicit Pages(const ClKv &kv)
-      : kv(kv), dim(up(kv.dim, CL_TILE)), tiles(up(kv.block_size, CL_TILE) / CL_TILE),
-        size(kv.type == CL_FLOAT32 ? 4 : kv.type == CL_BFLOAT16 ? 2 : 1), tile_bytes(CL_TILE * dim * size),
+      : kv(kv),
+        dim(round_up(kv.dim, CL_TILE)),
+        tiles(round_up(kv.block_size, CL_TILE) / CL_TILE),
+        size(kv.type == CL_FLOAT32    ? 4
+             : kv.type == CL_BFLOAT16 ? 2
+                                      : 1),
+        tile_bytes(CL_TILE * dim * size),
         head_bytes(tiles * (2 * tile_bytes + (kv.type == CL_INT8 ? 2 * 4 * CL_TILE : 0))),
         bytes(kv.heads * head_bytes) {}
 

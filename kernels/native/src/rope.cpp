@@ -51,8 +51,7 @@ void rope(const ClRope &op, const ClStep &step, const Team &team) {
       float *queries = op.qkv + t * width, *keys = queries + op.heads * dim;
       turn(op, queries, position);
       for (int64_t h = 0; h < op.kv->heads; ++h)
-        store_token(pages, pages.head(op.layer, block, h), place, keys + h * dim,
-                    keys + (op.kv->heads + h) * dim);
+        store_token(pages, pages.head(op.layer, block, h), place, keys + h * dim, keys + (op.kv->heads + h) * dim);
     }
 }
 

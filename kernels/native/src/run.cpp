@@ -69,6 +69,7 @@ void run_op(const Kernels &with, const ClOp &op, int64_t at, const ClStep &step,
 }  // namespace
 
 void Team::barrier() const {
+  if (threads == 1) return;  // a team of one, in a mixture, is part of a larger one
 #pragma omp barrier
 }
 
