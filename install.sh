@@ -7,10 +7,11 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 readonly ROOT
 readonly VENV=$ROOT/.venv
 readonly LOG=$VENV/install.log
+readonly BUILD_TOOLS=(scikit-build-core cmake ninja)
 readonly PYTHONS=(python3 python3.13 python3.12 python3.11)
 readonly WHEELS_REMEDY=(
   "without one: on a connected machine with the same Python, in this checkout, run"
-  "  python3 -m pip download -d wheels -c constraints.txt setuptools '.[server,test]'"
+  "  python3 -m pip download -d wheels -c constraints.txt ${BUILD_TOOLS[*]} '.[server,test]'"
   "and carry the folder wheels/ here"
 )
 
@@ -25,10 +26,12 @@ usage: ./install.sh --demo [--keep] [--seed N]
            Nothing is left running, unless --keep is given.
   --test   set up .venv with the test tools, then run all checks and all tests.
 
-Needs Python 3.11 or newer and either a package index or a folder wheels/ beside this file.
+Needs Python 3.11 or newer and either a package index or a folder wheels/ beside this file. With a C++
+compiler (GCC 11 or newer) it builds the native kernels, without one models run on torch alone.
 Keeps to this checkout, but for temporary files in /tmp while it runs; what a failed test had
 there stays.
-PYTHON=/path/to/python3 chooses the interpreter.
+PYTHON=/path/to/python3 chooses the interpreter, CXX=/path/to/g++ the compiler; CLOISTER_KERNELS=OFF
+builds no kernels, =ON fails where none can be built.
 USAGE
 }
 
@@ -69,7 +72,13 @@ find_python() {
 
 # What an up-to-date .venv was made from; a change of any of it means another installation.
 stamp_of() {
-  { cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt"; printf '%s %s\n' "$1" "$ROOT"; } | sha256sum | cut -d' ' -f1
+  local native=$ROOT/kernels/native
+  {
+    cat "$ROOT/pyproject.toml" "$ROOT/constraints.txt" "$native/CMakeLists.txt"
+    (cd "$native" && sha256sum include/* src/*)
+    printf '%s\n' "$1" "$ROOT" "${CLOISTER_KERNELS-} ${CLOISTER_KERNELS_STRICT-}"
+    "${CXX:-g++}" --version || true
+  } 2>/dev/null | sha256sum | cut -d' ' -f1
 }
 
 is_installed() {
@@ -150,6 +159,12 @@ announce_torch() {
 }
 
 explain_pip_failure() {
+  if grep -qE 'CMake (Error|configuration failed)|CMake build failed|ninja: build stopped' "$LOG"; then
+    grep -A2 -E 'error:|CMake Error|undefined reference' "$LOG" | head -n 15 | sed 's/^ */  build: /' >&2
+    fail "the native kernels do not build; log: $LOG" \
+      "mend what it says of the compiler, or name another: CXX=/path/to/g++ ./install.sh ..." \
+      "without them models run on torch alone, slower: CLOISTER_KERNELS=OFF ./install.sh ..."
+  fi
   if grep -qiE 'no space left' "$LOG"; then
     fail "the disk became full while packages were installed" "free some space, then run this again; log: $LOG"
   fi
@@ -170,6 +185,13 @@ install_packages() {
     explain_pip_failure
 }
 
+# What a build remembers of its compiler it would not unlearn.
+forget_other_compiler() {
+  local compiler build=$ROOT/build/native
+  compiler=$(command -v "${CXX:-g++}") || compiler=""
+  if ! grep -qsx "CMAKE_CXX_COMPILER:[A-Z]*=$compiler" "$build/CMakeCache.txt"; then rm -rf "$build"; fi
+}
+
 # setup EXTRA: server or test
 setup() {
   if is_installed "$1"; then
@@ -184,9 +206,11 @@ setup() {
   if [[ $1 == test ]]; then extras=server,test; fi
   if [[ -d $ROOT/wheels ]]; then place=wheels/; fi
   say "  installing pinned packages from $place"
-  install_packages setuptools
+  install_packages "${BUILD_TOOLS[@]}"
+  forget_other_compiler
   install_packages --no-build-isolation -e "${ROOT}[$extras]"
-  rm -rf "$VENV/tmp" "$ROOT/build" "$VENV/torch.json"
+  rm -rf "$VENV/tmp" "$VENV/torch.json"
+  say "  native kernels: $("$VENV/bin/python" -c 'from kernels.native.location import statement; print(statement())')"
   stamp_of server >"$VENV/stamp-server"
   if [[ $1 == test ]]; then stamp_of test >"$VENV/stamp-test"; fi
 }

@@ -18,13 +18,16 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "constraints.txt"
 _HEADER = "# Every direct and transitive requirement of all extras, pinned. Made by: python .ci/pins.py\n"
+BUILD_TOOLS = ("cmake>=3.21", "ninja>=1.11")
+"""What scikit-build-core asks for where the system has none; installed beforehand always, so that builds are alike."""
+
 _CUDA = re.compile(r"^(nvidia|cuda)-")
 
 
 def wanted() -> dict[str, str]:
     """Name -> version of everything the extras need, as installed here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    lines = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
+    lines = [*project["build-system"]["requires"], *BUILD_TOOLS, *project["project"]["dependencies"]]
     lines += [line for extra in project["project"]["optional-dependencies"].values() for line in extra]
     queue, found = [Requirement(line) for line in lines], dict[str, str]()
     seen: set[tuple[str, frozenset[str]]] = set()
