@@ -9,6 +9,7 @@ With --shape the weights are drawn, in the format asked for; with --folder they 
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
@@ -22,6 +23,8 @@ from engine.errors import EngineError
 from engine.options import BACKENDS, DTYPES
 from kernels.bench.ceilings import ReadProbe, products
 from kernels.bench.clock import kernel_clock
+from kernels.bench.profile import StepProfile
+from kernels.native.program import NativeStep
 
 _FAILED = 1
 _MEASURES = ("prefill", "b1", "b8", "b32", "b128", "context", "workload")
@@ -36,7 +39,8 @@ def main(words: list[str] | None = None) -> int:
     except EngineError as error:
         print(f"error: {error.code}: {error.message}", file=sys.stderr)
         return _FAILED
-    found = _found(subject, measures, args.rounds)
+    profile = _profile(subject) if args.profile else None
+    found = _found(subject, measures, args.rounds, profile)
     print(page(subject, _weights(args), found))
     print(json.dumps(as_dict(subject, _weights(args), found)))
     return 0
@@ -58,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_number, default=32, help="of decoding that are timed (default 32)")
     parser.add_argument("--context", type=_number, default=4096, help="tokens before them (default 4096)")
     parser.add_argument("--requests", type=_number, default=256, help="of the workload (default 256)")
+    parser.add_argument("--profile", action="store_true", help="where steps spend their time, op by op (native)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the workload's lengths (default 1)")
     return parser
 
@@ -102,7 +107,14 @@ def _weights(args: argparse.Namespace) -> str:
     return f"{args.weights}, head and embeddings {args.weights if args.quantised_head else 'bf16'}"
 
 
-def _found(subject: Subject, measures: dict[str, Measure], rounds: int) -> list[Found]:
+def _profile(subject: Subject) -> StepProfile | None:
+    step = subject.step
+    return StepProfile(step) if isinstance(step, NativeStep) else None
+
+
+def _found(
+    subject: Subject, measures: dict[str, Measure], rounds: int, profile: StepProfile | None
+) -> list[Found]:
     """Round after round of each measure, memory probed before each; a first one warms up and is not counted."""
     probe, operations = ReadProbe(), products().of(subject.options.dtype, quantised=subject.quantised)
     bench = Bench(subject.loop, subject.vocabulary, kernel_clock(subject.backend))
@@ -115,7 +127,15 @@ def _found(subject: Subject, measures: dict[str, Measure], rounds: int) -> list[
         most = ceiling(subject, measure, median(reads), operations)
         found.append(Found(name, [timed for _, timed in each], median(reads), most))
         print(f"{name}: {found[-1].middle.rate:,.1f} tokens/s", file=sys.stderr, flush=True)
+        if profile:
+            print(f"  {_shares(profile.take())}", file=sys.stderr, flush=True)
     return found
+
+
+def _shares(spent: Mapping[str, float]) -> str:
+    """Of all steps of a measure, its prompts among them."""
+    total = sum(spent.values())
+    return ", ".join(f"{code} {seconds / total:.1%}" for code, seconds in spent.items())
 
 
 if __name__ == "__main__":

@@ -83,6 +83,12 @@ class Subject:
         return runner._ops
 
     @property
+    def step(self) -> Any:
+        """What computes a whole step."""
+        runner: Any = self.loop._runner
+        return runner._step
+
+    @property
     def backend_name(self) -> str:
         """What computes."""
         return type(self.backend).__name__
