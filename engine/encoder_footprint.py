@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from engine import native_footprint
 from engine.footprint import ITEM
 from engine.models.encoders.spec import EncoderConfig
 from engine.models.tensors import Shapes
@@ -48,8 +49,18 @@ class EncoderSizes:
 
     @property
     def is_cpu(self) -> bool:
-        """Torch's kernels compute; otherwise the reference."""
+        """Torch's kernels compute; otherwise the native ones, or the reference."""
         return self.options.backend == "torch"
+
+    @property
+    def is_native(self) -> bool:
+        """The native kernels compute; all but products is torch's."""
+        return self.options.backend == "native"
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number of activations."""
+        return _FLOAT if self.is_native else self.item
 
     @property
     def step(self) -> int:
@@ -83,6 +94,8 @@ def weights_bytes(of: EncoderSizes) -> int:
 
 def _prepared(of: EncoderSizes) -> dict[str, int]:
     """Each tensor as a backend keeps it."""
+    if of.is_native:
+        return native_footprint.prepared_bytes(of)
     return {name: prod(shape) * of.item for name, shape in of.shapes.items()} | {
         name: prepared_bytes(found, of.shapes[name], of.is_cpu, of.item) for name, found in of.formats.items()
     }
@@ -108,6 +121,8 @@ def loading_peak(of: EncoderSizes, stored: Mapping[str, int]) -> int:
     converts = any(stored.get(name, size) != size for name, size in prepared.items())
     copies = stack * max(of.item, widest) if converts else 0
     moment = max(stack * of.item + copies, preparing_bytes(of.formats, of.shapes, of.is_cpu, of.item))
+    if of.is_native:
+        moment = native_footprint.packing_bytes(of)
     angles = of.options.max_context_tokens * of.config.head_dim // 2 * (_FLOAT + 6 * 8)
     return between + spare + moment + _turns_bytes(of) + (angles if of.config.thetas else 0)
 
@@ -119,12 +134,17 @@ def activation_bytes(of: EncoderSizes) -> int:
     them at one moment the attention or the MLP.
     """
     numbers = 3 * of.step * _INT
-    stream = 5 * of.step * of.config.hidden_size * of.item
+    stream = 5 * of.step * of.config.hidden_size * of.wide
     return numbers + stream + max(_attention(of), _mlp(of)) + _products(of) + _SCRATCH
 
 
 def _products(of: EncoderSizes) -> int:
-    """Of the cpu backend with quantised matrices: a block of one, an input in its order, and answers in parts."""
+    """Of the cpu backend with quantised matrices: a block of one, an input in its order, and answers in parts.
+
+    Of native products their scratch.
+    """
+    if of.is_native:
+        return native_footprint.products_bytes(of)
     if not of.formats or not of.is_cpu:
         return 0
     longest = max(max(of.shapes[name]) for name in of.formats)
@@ -138,8 +158,8 @@ def _attention(of: EncoderSizes) -> int:
     tokens, scaled and masked, and their weights; the answers, twice.
     """
     hidden, longest = of.config.hidden_size, of.options.max_context_tokens
-    rows = of.step * hidden * 7 * of.item
-    row = longest * hidden * (3 * of.item + 10 * _FLOAT)
+    rows = of.step * hidden * 7 * of.wide
+    row = longest * hidden * (3 * of.wide + 10 * _FLOAT)
     tokens = min(_QUERIES, longest)
     scores = of.config.num_heads * tokens * longest * 3 * _FLOAT + tokens * longest * (2 * _INT + 1)
     return rows + row + scores
@@ -148,4 +168,4 @@ def _attention(of: EncoderSizes) -> int:
 def _mlp(of: EncoderSizes) -> int:
     """What goes in and comes out (twice where tiles are joined), and five of its size in float32 while a function
     is applied."""
-    return of.step * of.inner * (4 * of.item + 5 * _FLOAT)
+    return of.step * of.inner * (4 * of.wide + 5 * _FLOAT)

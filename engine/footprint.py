@@ -27,10 +27,12 @@ _SPLIT = 64  # tokens of a KV split of the cpu backend, in deterministic mode
 _MAX_COPY = 2**22  # numbers of keys it lays out at once there, and
 _MAX_CONTEXT = 2**25  # numbers of keys and values of the single tokens that it attends together
 _MAX_SCORES = 2**20  # scores it has at once where softmax is written out
-_DRAWING = 9 * 8 + 1  # bytes for each number of the logits while tokens are drawn: float64 copies, order, one mask
+_DRAWN_WIDE = 2**18  # logits that are taken to float64 at once while tokens are drawn
+_DRAWING = 9 * 8 + 1  # bytes for each of these: float64 copies, order, one mask
+_ADJUSTED = 2 * 8  # and for each number of all logits: the rows that have adjustments, as they are and in float64
 _SCORED = 64  # tokens of a prompt whose logits are computed at once
 _SCORED_WIDE = 2**21  # numbers of them that are taken to float64 at once
-_SCORING = 5 * 8  # bytes for each of these: the logits, their log probabilities, order, masks
+_SCORING = 6 * 8  # bytes for each of these: the logits, their log probabilities, order, masks
 _SCRATCH = 24 * 2**20  # buffers of the BLAS and of the allocator, which do not grow with the model
 _COMPILED = 12 * 2**20  # products in bfloat16 of the last few shapes, as `kernels/cpu.py` bounds them
 
@@ -279,9 +281,10 @@ def _mlp(of: Sizes) -> int:
 def _logits(of: Sizes) -> int:
     """Logits (in tiles: twice) and in float32, with what drawing makes of them, or the scoring of a prompt."""
     vocabulary, own = of.config.vocab_size, 2 * of.item + _FLOAT
-    drawing = _up(of.options.max_running, _TILE) * vocabulary * (own + _DRAWING)
-    scoring = _SCORED * vocabulary * own + min(_SCORED * vocabulary, _SCORED_WIDE) * _SCORING
-    return max(drawing, scoring)
+    drawn = _up(of.options.max_running, _TILE) * vocabulary
+    drawing = drawn * (own + _ADJUSTED) + max(vocabulary, min(drawn, _DRAWN_WIDE)) * _DRAWING
+    scored = max(drawn, _SCORED * vocabulary)
+    return max(drawing, scored * own + max(vocabulary, min(scored, _SCORED_WIDE)) * _SCORING)
 
 
 def _reference_attention(of: Sizes) -> int:

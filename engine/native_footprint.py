@@ -1,4 +1,4 @@
-"""Bytes that a decoder takes where the native kernels compute, part by part, from its configuration alone.
+"""Bytes that a model takes where the native kernels compute, part by part, from its configuration alone.
 
 Weights and KV pages are exact. The rest are upper bounds, each term of which names the memory it stands for:
 `kernels/native/program.py` plans the arena of a step, and the library says what its ops take beside. No torch.
@@ -12,13 +12,14 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.models.spec import Mixture
+from engine.models.spec import Mixture, ModelConfig
 from engine.weights.formats import Shape
 from kernels.native import layout
 from kernels.native.layout import Form, RowForm
 from kernels.packed import Layout
 
 if TYPE_CHECKING:
+    from engine.encoder_footprint import EncoderSizes
     from engine.footprint import Sizes
 
 _FLOAT = 4
@@ -45,7 +46,7 @@ class _Matrix(NamedTuple):
         return self.count * layout.matrix_bytes(self.form, self.out, self.inner)
 
 
-def prepared_bytes(of: Sizes) -> dict[str, int]:
+def prepared_bytes(of: Sizes | EncoderSizes) -> dict[str, int]:
     """Each tensor as the native backend keeps it: vectors in float32, matrices packed."""
     sizes = {name: _FLOAT * prod(shape) for name, shape in of.shapes.items()}
     return sizes | {name: matrix.nbytes for name, matrix in _matrices(of)}
@@ -64,7 +65,7 @@ def block_bytes(of: Sizes) -> int:
     return config.num_layers * page
 
 
-def packing_bytes(of: Sizes) -> int:
+def packing_bytes(of: Sizes | EncoderSizes) -> int:
     """Most that is there beside files and prepared tensors while a stack of matrices is packed."""
     largest, unpacked, scales = 0, 0, 0
     for name, matrix in _matrices(of):
@@ -100,11 +101,14 @@ def arena_bytes(of: Sizes) -> int:
 
 def scratch_bytes(of: Sizes) -> int:
     """What one op takes at most: inputs laid out for the products of a stack, or attention, or a mixture."""
-    step, threads = of.options.max_step_tokens, of.options.threads
-    widths = [matrix.inner for _, matrix in _matrices(of)]
-    laid = _STACKED * max(_laid(of, width) for width in widths)
-    products = step * laid + threads * max(_PANEL, 8 * max(widths) + 8 * layout.STRIDE)
-    return max(products, _attention(of), _mixture(of, laid))
+    return max(products_bytes(of), _attention(of), _mixture(of))
+
+
+def products_bytes(of: Sizes | EncoderSizes) -> int:
+    """Inputs laid out for a stack of matrices, perhaps in an order for each, and what each thread unpacks."""
+    widest = max(matrix.inner for _, matrix in _matrices(of))
+    own = max(_PANEL, 8 * _up(widest, layout.STRIDE))
+    return of.step * _STACKED * _laid(of, widest) + of.options.threads * own
 
 
 def _attention(of: Sizes) -> int:
@@ -121,15 +125,15 @@ def _attention(of: Sizes) -> int:
     return _FLOAT * (options.threads * room + options.max_step_tokens * of.query + divided) + 64
 
 
-def _mixture(of: Sizes, laid: int) -> int:
+def _mixture(of: Sizes) -> int:
     """Scores and choices of all tokens, an expert's rows, what it makes of them, and its products' scratch."""
     experts = max((layer.mlp.experts for layer in of.config.layers if isinstance(layer.mlp, Mixture)), default=0)
     if not experts:
         return 0
-    step = of.options.max_step_tokens
+    step, widest = of.options.max_step_tokens, max(of.config.hidden_size, of.intermediate)
     rows = 2 * _rows(of, of.config.hidden_size) + 2 * _FLOAT * of.intermediate + _rows(of, of.intermediate)
     choices = 4 * _FLOAT * experts
-    return step * (rows + choices + laid) + of.options.threads * _PANEL
+    return step * (rows + choices + _STACKED * _laid(of, widest)) + of.options.threads * _PANEL
 
 
 def _rows(of: Sizes, width: int) -> int:
@@ -137,16 +141,16 @@ def _rows(of: Sizes, width: int) -> int:
     return sum(layout.row_bytes(_forms(of) | {RowForm(layout.FLOAT32)}, width).values())
 
 
-def _laid(of: Sizes, width: int) -> int:
+def _laid(of: Sizes | EncoderSizes, width: int) -> int:
     """Bytes of a row that is laid out for products, in whichever form takes most."""
     return max(layout.row_bytes(_forms(of), _up(width, layout.STRIDE)).values()) + 2 * _FLOAT * -(-width // 32)
 
 
-def _forms(of: Sizes) -> set[RowForm]:
+def _forms(of: Sizes | EncoderSizes) -> set[RowForm]:
     return {layout.needed(matrix.form) for _, matrix in _matrices(of)}
 
 
-def _matrices(of: Sizes) -> Iterator[tuple[str, _Matrix]]:
+def _matrices(of: Sizes | EncoderSizes) -> Iterator[tuple[str, _Matrix]]:
     """Every matrix by name; of stacked experts one, and how many there are of it."""
     for name, shape in of.shapes.items():
         if len(shape) == 1 or name.endswith("bias"):
@@ -157,12 +161,13 @@ def _matrices(of: Sizes) -> Iterator[tuple[str, _Matrix]]:
         yield name, _Matrix(layout.choose(known, inner, of.item), out, inner, count)
 
 
-def _sizes(of: Sizes, shape: Shape) -> tuple[int, int, int]:
+def _sizes(of: Sizes | EncoderSizes, shape: Shape) -> tuple[int, int, int]:
     """Matrices of a tensor, and outputs and inputs of each; gate and up that come in turns are two."""
     if len(shape) == 2:
         return 1, *shape
     experts, inner, out = shape
-    return (2 * experts, out // 2, inner) if out == 2 * of.intermediate else (experts, out, inner)
+    is_both = isinstance(of.config, ModelConfig) and out == 2 * of.config.layers[0].mlp.intermediate
+    return (2 * experts, out // 2, inner) if is_both else (experts, out, inner)
 
 
 def _up(count: int, unit: int) -> int:

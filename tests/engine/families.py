@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.models.config import parse_config
+from engine.models.decoder import Decoder
 from engine.models.registry import architecture
 from engine.models.spec import Mixture
 from engine.weights.loading import LoadedWeights
@@ -117,6 +118,22 @@ def routed_clearly(tiny: Tiny, tokens: Sequence[int]) -> bool:
     return top_k == ranked.shape[-1] or bool(((ranked[:, top_k - 1] - ranked[:, top_k]) > 1e-4).all())
 
 
+def built(
+    config_json: bytes, tensors: Mapping[str, torch.Tensor], ops: Backend, context: int = CONTEXT
+) -> Decoder:
+    """This engine's decoder."""
+    config = parse_config(config_json)
+    family = architecture(config)
+    shapes = family.tensor_shapes(config)
+    formats = assign(
+        shapes, family.matrices(config), config.quantisation, entries(tensors), (), family.tables(config)
+    )
+    weights = LoadedWeights(dict(tensors), shapes, formats)
+    model = family.build(config, weights, ops, max_positions=context, context=context)
+    assert not weights.names
+    return model
+
+
 def computed(
     config_json: bytes,
     tensors: Mapping[str, torch.Tensor],
@@ -129,15 +146,8 @@ def computed(
 
     The first two thirds of each prompt go in chunks, the rest token by token; pages lie in disorder.
     """
-    config = parse_config(config_json)
-    family = architecture(config)
-    shapes = family.tensor_shapes(config)
-    formats = assign(
-        shapes, family.matrices(config), config.quantisation, entries(tensors), (), family.tables(config)
-    )
-    weights = LoadedWeights(dict(tensors), shapes, formats)
-    model = family.build(config, weights, ops, max_positions=context, context=context)
-    assert not weights.names
+    model = built(config_json, tensors, ops, context)
+    config = model.config
     pages = -(-max(map(len, prompts)) // PAGE)
     kv = ops.allocate_kv(
         KvSpec(config.num_layers, pages * len(prompts), PAGE, config.num_kv_heads, config.head_dim)

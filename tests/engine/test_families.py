@@ -9,13 +9,17 @@ import torch
 
 from engine.models.registry import DECODERS
 from kernels.cpu import CpuBackend
-from kernels.ops import Backend
+from kernels.native.backend import NativeBackend
+from kernels.native.location import find_library
+from kernels.ops import Backend, KvSpec, Rows
 from kernels.reference import ReferenceBackend
+from kernels.steps import StepLimits
 from tests.engine.drawn import SEED, draw
 from tests.engine.families import (
     CONTEXT,
     FAMILIES,
     Tiny,
+    built,
     check_that_it_tells,
     compare,
     computed,
@@ -28,7 +32,9 @@ BACKENDS: dict[str, Callable[[], Backend]] = {
     "cpu": CpuBackend,
     "cpu, deterministic": lambda: CpuBackend(deterministic=True),
     "reference": ReferenceBackend,
+    "native": NativeBackend,
 }
+NATIVE = ["native"] if find_library() else []
 YARN = {"rope_type": "yarn", "rope_theta": 5e3, "factor": 4.0, "original_max_position_embeddings": 32}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -179,7 +185,7 @@ def check(folder: Path, model_type: str, changes: dict[str, Any], backends: Sequ
 
 @pytest.mark.parametrize(("model_type", "variant"), FIXED, ids=[f"{family}: {name}" for family, name in FIXED])
 def test_logits_of_a_family_equal_those_of_transformers(tmp_path: Path, model_type: str, variant: str) -> None:
-    tiny = check(tmp_path, model_type, VARIANTS[model_type][variant], ["cpu", "reference"])
+    tiny = check(tmp_path, model_type, VARIANTS[model_type][variant], [*(NATIVE or ["cpu"]), "reference"])
     check_that_it_tells(tiny, draw_tokens(1))
 
 
@@ -187,7 +193,7 @@ def test_logits_of_a_family_equal_those_of_transformers(tmp_path: Path, model_ty
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_logits_of_a_drawn_model_equal_those_of_transformers(tmp_path: Path, model_type: str, nth: int) -> None:
     print(f"CLOISTER_SEED={SEED}")
-    check(tmp_path, model_type, draw(model_type, SEED + nth), [["cpu", "reference"], ["cpu, deterministic"]][nth])
+    check(tmp_path, model_type, draw(model_type, SEED + nth), [["cpu", *NATIVE], ["cpu, deterministic"]][nth])
 
 
 @pytest.mark.slow
@@ -197,7 +203,7 @@ def test_logits_of_many_drawn_models_equal_those_of_transformers(
     tmp_path: Path, model_type: str, nth: int
 ) -> None:
     print(f"CLOISTER_SEED={SEED}")
-    check(tmp_path, model_type, draw(model_type, SEED + nth), list(BACKENDS))
+    check(tmp_path, model_type, draw(model_type, SEED + nth), ["cpu", "cpu, deterministic", "reference", *NATIVE])
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -206,10 +212,35 @@ def test_a_deterministic_model_gives_the_same_bits_in_any_company_and_chunks(
 ) -> None:
     changes = {"use_sliding_window": True, "sliding_window": 6} if "qwen" in model_type else {}
     tiny = make(tmp_path, model_type, changes)
-    ops = CpuBackend(torch.bfloat16, deterministic=True)
-    alone = computed(tiny.config_json, tiny.tensors, ops, [draw_tokens(1)], chunk=8)[0]
     company = [draw_tokens(2, count=30), draw_tokens(1), draw_tokens(3, count=7)]
-    assert torch.equal(computed(tiny.config_json, tiny.tensors, ops, company, chunk=12)[1], alone)
+    kinds: list[Backend] = [CpuBackend(torch.bfloat16, deterministic=True)]
+    if NATIVE:
+        kinds.append(NativeBackend(torch.bfloat16, "int8"))
+        check_program(tiny, NativeBackend(torch.bfloat16))
+    for ops in kinds:
+        alone = computed(tiny.config_json, tiny.tensors, ops, [draw_tokens(1)], chunk=8)[0]
+        assert torch.equal(computed(tiny.config_json, tiny.tensors, ops, company, chunk=12)[1], alone)
+
+
+def check_program(tiny: Tiny, ops: NativeBackend) -> None:
+    """A recorded step has the bits of its ops one by one, and leaves the same pages."""
+    model = built(tiny.config_json, tiny.tensors, ops)
+    config, sequence = model.config, draw_tokens(1, 60)
+    spec = KvSpec(config.num_layers, 12, 4, config.num_kv_heads, config.head_dim)
+    own, other = ops.allocate_kv(spec), ops.allocate_kv(spec)
+    step, tables = ops.compile(model, own, StepLimits(40, 3, CONTEXT)), [(1, 5, 3, 4), (2, 9, 0), (7, 11)]
+    with torch.inference_mode():
+        for which, starts, counts, picked in (
+            ((0, 1), [0, 0], [12, 7], [11, 18]),
+            ((0, 1, 2), [12, 7, 0], [1, 1, 5], [1, 0]),
+            ((0, 2), [13, 5], [3, 2], []),
+        ):
+            rows = Rows(sequence[: sum(counts)], starts, counts, [tables[i] for i in which])
+            hidden, logits = step(rows, picked)
+            expected = model(ops, other, ops.begin(rows, other))
+            assert torch.equal(hidden, expected)
+            assert torch.equal(logits, model.logits(ops, expected, picked))
+            assert torch.equal(own.pages, other.pages)
 
 
 def test_every_family_is_among_them() -> None:

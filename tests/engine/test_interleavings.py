@@ -30,6 +30,7 @@ from engine.request import EndReason, Request, Task
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
 from tests.engine.tiny import Answer, engine, request, save_llama
+from tests.kernels.textbook import held
 
 BLOCKS, SIZE, RUNNING, STEP, LONGEST = 12, 4, 5, 24, 16
 STREAMS = [[40 + (i * step) % 200 for i in range(40)] for step in (7, 11)]
@@ -88,7 +89,7 @@ class Watch:
 
     def poison(self, pages: Any) -> None:
         """Whoever reads these from now on computes nonsense."""
-        self.runner._kv.pages[:, :, list(pages)] = math.nan
+        held(self.runner._kv)[:, :, list(pages)] = math.nan
 
 
 def loop_over(watch: Watch, model: EngineLoop, blocks: int) -> EngineLoop:

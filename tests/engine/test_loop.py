@@ -13,6 +13,7 @@ from engine.loop import LOST_STEPS, EngineLoop
 from engine.plan import StepPlan, StepResult
 from engine.request import EndReason
 from tests.engine.tiny import engine, request, run, save_llama
+from tests.kernels.textbook import held
 
 PROMPT = list(range(40, 65))
 
@@ -277,9 +278,8 @@ def test_a_numeric_fault_ends_its_own_request_only(folder: Path, backend: str) -
             loop.submit(request(handle, PROMPT[handle:], ignore_eos=True))
         loop.step()
     runner: Any = loops[1]._runner
-    pages = getattr(runner._kv, "pages", runner._kv)
     victim = loops[1]._requests[1][0]
-    pages[:, :, victim.blocks[0]] = math.nan
+    held(runner._kv)[:, :, victim.blocks[0]] = math.nan
     healthy, harmed = (run(loop) for loop in loops)
     assert harmed[1].end.error_code == "NUMERIC_FAULT"
     for handle in (0, 2):
@@ -293,7 +293,7 @@ def test_pages_full_of_nan_never_reach_an_answer(folder: Path) -> None:
         run(loop)
         if i:
             runner: Any = loop._runner
-            runner._kv.pages[:, :, :-1] = math.nan
+            held(runner._kv)[:, :, : loop.options.kv_blocks] = math.nan
         for handle in range(3):
             loop.submit(request(handle, PROMPT[handle:], ignore_eos=True))
     clean, dirty, fast = (run(loop) for loop in loops)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from engine import build
+from engine.derived import loading
 from engine.errors import EngineError
 from engine.memory_plan import PROCESS_BYTES, MemoryPlan, plan_memory, read_model
 from engine.options import EngineOptions
@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers_before_a_weight_is_read(
     def unread(*args: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(build, "load_weights", unread)
+    monkeypatch.setattr(loading, "load_weights", unread)
     with pytest.raises(EngineError, match=r"needs [\d,.]+ GiB: .*available .*lower kv_blocks") as error:
         engine(tiny, kv_blocks=2**24, block_size=1024, max_step_tokens=2048)
     assert error.value.code == "OUT_OF_MEMORY"

@@ -11,6 +11,7 @@ from engine.loop import EngineLoop
 from engine.plan import SamplerSetup, StepPlan, StepResult
 from engine.request import EndReason, Request
 from tests.engine.tiny import Answer, engine, request, run, save_llama
+from tests.kernels.textbook import held
 
 PROMPT = list(range(40, 60))
 
@@ -197,7 +198,7 @@ def test_when_the_numbers_of_the_first_of_a_group_fail_the_next_takes_its_place(
         loop.submit(one)
     loop.step()
     runner: Any = loop._runner
-    runner._kv.pages[:, :, group[0].blocks[0]] = math.nan  # read by the prompt's last piece
+    held(runner._kv)[:, :, group[0].blocks[0]] = math.nan  # read by the prompt's last piece
     loop.step()
     assert group[0].handle not in loop._requests
     assert loop.step() == []

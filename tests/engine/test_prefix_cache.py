@@ -12,6 +12,7 @@ from engine.block_pool import BlockPool
 from engine.loop import EngineLoop
 from engine.prefix_cache import chain_root
 from tests.engine.tiny import Answer, engine, request, run, save_llama
+from tests.kernels.textbook import held
 
 PROMPT = list(range(40, 70))
 SIZE = 8
@@ -114,7 +115,7 @@ def test_a_request_whose_numbers_failed_leaves_nothing_to_be_hit(loop: EngineLoo
     loop.step()
     runner: Any = loop._runner
     victim = loop._requests[0][0]
-    runner._kv.pages[:, :, victim.blocks[1]] = math.nan
+    held(runner._kv)[:, :, victim.blocks[1]] = math.nan
     assert run(loop)[0].end.error_code == "NUMERIC_FAULT"
     again = ask(loop)
     assert again.end.cached_prompt_tokens == 0
