@@ -32,7 +32,7 @@ _DRAWING = 9 * 8 + 1  # bytes for each of these: float64 copies, order, one mask
 _ADJUSTED = 2 * 8  # and for each number of all logits: the rows that have adjustments, as they are and in float64
 _SCORED = 64  # tokens of a prompt whose logits are computed at once
 _SCORED_WIDE = 2**21  # numbers of them that are taken to float64 at once
-_SCORING = 6 * 8  # bytes for each of these: the logits, their log probabilities, order, masks
+_SCORING = 5 * 8 + 4  # bytes for each of these: the logits, their log probabilities, order, masks
 _SCRATCH = 24 * 2**20  # buffers of the BLAS and of the allocator, which do not grow with the model
 _COMPILED = 12 * 2**20  # products in bfloat16 of the last few shapes, as `kernels/cpu.py` bounds them
 

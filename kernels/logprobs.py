@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Logprobs
-from kernels.ordering import likeliest
+from kernels.ordering import Highest, likeliest
 
 _AT_ONCE = 2**21  # logits taken to float64 at once: 16 MiB
 
@@ -24,6 +24,9 @@ def logprobs(logits: Tensor, tokens: Sequence[int], top: int) -> Logprobs:
 
 
 def _slice(logits: Tensor, tokens: Tensor, top: int) -> Logprobs:
+    finite = Highest(logits).finite
+    if not bool(finite.all()):
+        logits = logits.masked_fill(~finite[:, None], 0)  # what is said of these rows means nothing
     logs = torch.log_softmax(logits.double(), dim=-1)
     own = logits.gather(-1, tokens[:, None])
     earlier = torch.arange(logits.shape[-1]) < tokens[:, None]
@@ -34,5 +37,5 @@ def _slice(logits: Tensor, tokens: Tensor, top: int) -> Logprobs:
         rank=rank.tolist(),
         top_ids=ids.tolist(),
         top_logprobs=logs.gather(-1, ids).tolist(),
-        finite=torch.isfinite(logits).all(-1).tolist(),
+        finite=finite.tolist(),
     )

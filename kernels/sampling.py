@@ -18,25 +18,26 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Adjustments, Draw, Sampling
-from kernels.ordering import likeliest, sort_all
+from kernels.ordering import Highest, likeliest, sort_all
 
-_NARROW = (
-    256  # of a longer row only so many tokens are put in order, as long as all that can be drawn is among them
-)
+_NARROW = (256, 4096)  # of a longer row only so many tokens are put in order, if what can be drawn is among them
 _AT_ONCE = 2**18  # logits weighed at once: in float64 they fit a cache, and memory stays bounded
 _HIGHEST = 1e300  # no adjustment takes a logit beyond it, so that differences stay finite
 
 
 def sample(logits: Tensor, sampling: Sampling) -> Draw:
     """One token for each row of `logits` [R, vocabulary]."""
-    finite = torch.isfinite(logits).all(dim=-1)
+    found = Highest(logits)
+    finite, tokens = found.finite, found.token
     if sampling.adjustments is None:
-        return Draw(_choose(logits, sampling, finite).tolist(), finite.tolist())
+        _choose(tokens, logits, sampling, finite)
+        return Draw(tokens.tolist(), finite.tolist())
     changed = _changed(sampling.adjustments, len(logits))
-    tokens = _choose(logits, sampling, finite & ~changed)
+    _choose(tokens, logits, sampling, finite & ~changed)
     adjusted = _adjusted(logits, sampling.adjustments, changed)
     possible = finite[changed] & (adjusted.amax(-1) > float("-inf"))
-    chosen = _choose(adjusted, _only(sampling, changed), possible)
+    chosen = Highest(adjusted).token
+    _choose(chosen, adjusted, _only(sampling, changed), possible)
     tokens[changed] = torch.where(possible, chosen, tokens[changed])
     return Draw(tokens.tolist(), finite.tolist())
 
@@ -69,9 +70,8 @@ def _adjusted(logits: Tensor, adjustments: Adjustments, changed: Tensor) -> Tens
     return wide
 
 
-def _choose(logits: Tensor, sampling: Sampling, possible: Tensor) -> Tensor:
-    """The likeliest token of each row, but a drawn one where the row asks for it and it is `possible`."""
-    tokens = logits.argmax(dim=-1)
+def _choose(tokens: Tensor, logits: Tensor, sampling: Sampling, possible: Tensor) -> None:
+    """Put a drawn token in the place of the likeliest where the row asks for it and it is `possible`."""
     drawn = possible & (sampling.temperature > 0)
     ordered = (sampling.top_k > 0) | (sampling.top_p < 1)
     floor = ~ordered & (sampling.min_p > 0)
@@ -83,33 +83,38 @@ def _choose(logits: Tensor, sampling: Sampling, possible: Tensor) -> Tensor:
         for some in torch.split(rows.nonzero()[:, 0], max(1, _AT_ONCE // logits.shape[-1])):
             if len(some):
                 tokens[some] = choose(logits[some], _only(sampling, some))
-    return tokens
 
 
 def _draw(logits: Tensor, sampling: Sampling) -> Tensor:
     """Draw from all tokens; the maximum is taken off first, so that no temperature overflows."""
-    wide = logits.double()
-    scaled = (wide - wide.amax(-1, keepdim=True)) / sampling.temperature[:, None]
-    return _pick(torch.softmax(scaled, dim=-1).cumsum(-1), sampling.uniform)
+    scaled = (logits - _maximum(logits).double()).div_(sampling.temperature[:, None])
+    return _pick(torch.softmax(scaled, dim=-1, out=scaled).cumsum_(-1), sampling.uniform)
 
 
 def _draw_above_floor(logits: Tensor, sampling: Sampling) -> Tensor:
     """Draw from the tokens that have at least min_p of the likeliest one's probability."""
-    return _pick(_weights(logits, logits.amax(-1, keepdim=True), sampling).cumsum(-1), sampling.uniform)
+    return _pick(_weights(logits, _maximum(logits), sampling).cumsum_(-1), sampling.uniform)
+
+
+def _maximum(logits: Tensor) -> Tensor:
+    return logits.amax(-1, keepdim=True)
 
 
 def _draw_in_order(logits: Tensor, sampling: Sampling) -> Tensor:
     """Draw from the k likeliest tokens above the floor: of these, from the fewest that reach top_p of their sum.
 
-    A few of the likeliest are enough where top_k is small, or else where they reach top_p; if not, all are sorted.
+    A few of the likeliest are enough where top_k is small, or else where they reach top_p; if not, some more, and
+    in the end all are sorted.
     """
     tokens = torch.empty_like(sampling.top_k)
-    left = torch.ones(len(logits), dtype=torch.bool)
-    few = sampling.top_k <= _NARROW
-    if logits.shape[-1] > _NARROW and few.any():
-        part = _only(sampling, few)
-        tokens[few], reached = _draw_among(*likeliest(logits[few], _NARROW), part, _mass(logits[few], part))
-        left[few] = ~reached & (part.top_k == 0)
+    left, mass = torch.ones(len(logits), dtype=torch.bool), _mass(logits, sampling)
+    for narrow in _NARROW:
+        few = left & (sampling.top_k <= narrow)
+        if logits.shape[-1] > narrow and few.any():
+            part = _only(sampling, few)
+            count = narrow if bool((part.top_k == 0).any()) else int(part.top_k.max())
+            tokens[few], reached = _draw_among(*likeliest(logits[few], count), part, mass[few])
+            left[few] = ~reached & (part.top_k == 0)
     if left.any():
         tokens[left], _ = _draw_among(*sort_all(logits[left]), _only(sampling, left))
     return tokens
@@ -121,8 +126,8 @@ def _mass(logits: Tensor, sampling: Sampling) -> Tensor:
     endless = sampling.top_k == 0
     if endless.any():
         rows = logits[endless]
-        weights = _weights(rows, rows.amax(-1, keepdim=True), _only(sampling, endless))
-        mass[endless] = weights.cumsum(-1)[:, -1]
+        weights = _weights(rows, _maximum(rows), _only(sampling, endless))
+        mass[endless] = weights.cumsum_(-1)[:, -1]
     return mass
 
 
@@ -155,8 +160,9 @@ def _draw_among(
 
 def _weights(logits: Tensor, highest: Tensor, sampling: Sampling) -> Tensor:
     """exp((logit - highest) / temperature) in float64; 0 below min_p, the likeliest token having 1."""
-    scaled = (logits.double() - highest.double()) / sampling.temperature[:, None]
-    weights = torch.exp(scaled)
+    weights = (logits - highest.double()).div_(sampling.temperature[:, None]).exp_()
+    if not bool((sampling.min_p > 0).any()):
+        return weights
     return weights.masked_fill_(weights < sampling.min_p[:, None], 0)
 
 
