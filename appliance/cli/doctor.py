@@ -21,6 +21,7 @@ from appliance.cli.serve import socket_room
 from appliance.errors import CloisterError
 
 _GIB = 1 << 30
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _TORCH = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.get_num_threads())"
 
 
@@ -63,6 +64,36 @@ def _torch(_: Path) -> Finding:
     return Finding(
         "torch", "OK", f"{version}, CUDA {'usable' if cuda == 'True' else 'not usable'}, {threads} threads"
     )
+
+
+def _kernels(_: Path) -> Finding:
+    """Whether a worker would compute with the native library, and why not; in a process of its own, as torch."""
+    try:
+        command = [sys.executable, "-P", "-m", "kernels.native"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return Finding(
+            "kernels", "FAIL", "do not load within 120 s", "look at the disk and memory of this machine"
+        )
+    found = (done.stdout or done.stderr).strip().splitlines() or [f"exit status {done.returncode}"]
+    if done.returncode != 0:
+        return Finding("kernels", "FAIL", found[-1], "workers would not start: mend it, or install again")
+    if not found[-1].startswith("native "):
+        remedy = "models run on torch alone, slower: run ./install.sh where there is GCC 11 or newer"
+        return Finding("kernels", "WARN", found[-1], remedy)
+    return Finding("kernels", "OK", found[-1])
+
+
+def _huge_pages(_: Path) -> Finding:
+    """Whether weights can lie in them; Documentation/admin-guide/mm/transhuge.rst."""
+    try:
+        chosen = re.findall(r"\[(\w+)\]", _HUGE_PAGES.read_text())[0]
+    except (OSError, IndexError):
+        return Finding("huge pages", "WARN", "this kernel has none", "models run, some percent slower")
+    if chosen == "never":
+        remedy = f"weights are read some percent slower: echo madvise > {_HUGE_PAGES}, as root"
+        return Finding("huge pages", "WARN", "switched off", remedy)
+    return Finding("huge pages", "OK", f"{chosen}: weights lie in them")
 
 
 def _cpu(_: Path) -> Finding:
@@ -152,7 +183,9 @@ def _sockets(home: Path) -> Finding:
 CHECKS: tuple[Callable[[Path], Finding], ...] = (
     _python,
     _torch,
+    _kernels,
     _cpu,
+    _huge_pages,
     _memory,
     _sqlite,
     _disk,

@@ -14,6 +14,7 @@ from engine.errors import EngineError, is_out_of_memory
 from engine.launch import DERIVED_REFUSED, STEP_WITHIN_VARIABLE, Launch, exit_refused, given_cores, read_launch
 from engine.loop import EngineLoop
 from engine.memory import available_bytes
+from engine.options import EngineOptions
 from engine.process import Process, configure_logging, run
 from engine.protos import engine_pb2_grpc
 from engine.worker.engine_thread import EngineThread
@@ -65,19 +66,29 @@ async def _serve(
     process.listen(server, socket)
     await server.start()
     process.feed_unless(partial(thread.stuck, _step_limit()))
-    options = engine.options
-    kv = f" {options.kv_dtype}-kv" if options.kv_dtype != options.dtype else ""
-    mode = " deterministic" if options.deterministic else ""
     process.ready(
         {
             "MAX_CONTEXT_TOKENS": str(engine.max_context_tokens),
-            "RUNS_AS": f"{options.backend} {options.dtype}{kv}{mode}",
+            "RUNS_AS": _runs_as(engine.options),
         }
         | ({DERIVED_REFUSED: _line(refusals[0])} if refusals else {})
     )
     await process.stopping.wait()
     await service.drain(_DRAIN_S)
     await server.stop(_STREAMS_GRACE_S)
+
+
+def _runs_as(options: EngineOptions) -> str:
+    """Which kernels serve, in which numbers and mode."""
+    words = [options.backend]
+    if options.backend == "native":
+        from kernels.native.library import load
+
+        words.append(load().isa)
+    words.append(options.dtype)
+    if options.kv_dtype != options.dtype:
+        words.append(f"{options.kv_dtype}-kv")
+    return " ".join([*words, *(["deterministic"] if options.deterministic else [])])
 
 
 def _line(error: EngineError) -> str:

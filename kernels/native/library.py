@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch  # first of all: its libgomp is the one that the library must share, or there are two pools of threads
 
-from kernels.native.location import find_library, is_named, missing, sources
+from kernels.native.location import find_library, missing
 
 ABI = 1
 """CL_ABI of the header that this file mirrors."""
@@ -317,11 +317,6 @@ class Library:
         numbers = (c_int32 * len(cores))(*cores)
         return not self._functions.cl_pin(ctypes.addressof(numbers), len(cores))
 
-    @property
-    def sources(self) -> str:
-        """Of which C++ sources it was built, as `location.sources` has them."""
-        return str(self._functions.cl_sources().decode())
-
 
 _SIGNATURES = {
     "cl_abi": (c_int, []),
@@ -335,7 +330,6 @@ _SIGNATURES = {
     "cl_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
     "cl_read": (c_int64, [c_void_p, c_int64, c_int64]),
     "cl_pin": (c_int, [c_void_p, c_int64]),
-    "cl_sources": (c_char_p, []),
 }
 
 
@@ -345,10 +339,7 @@ def _found() -> Library | NativeUnavailable:
     try:
         if path is None:
             raise NativeUnavailable(missing())
-        library = Library(str(path))
-        if not is_named() and sources() not in (None, library.sources):
-            raise NativeUnavailable(f"{path} was built from other sources than lie here: run ./install.sh again")
-        return library
+        return Library(str(path))
     except NativeUnavailable as unavailable:
         return unavailable
 

@@ -18,12 +18,14 @@ from engine.launch import Launch
 from engine.protos import engine_pb2, engine_pb2_grpc
 from engine.worker import __main__ as worker_main
 from engine.worker.translate import answer_seed
+from kernels.native.library import load
 from kernels.native.location import find_library
 from tests.engine.processes import Running, refusal, running
 from tests.engine.sessions import LIMIT_S, OPTIONS, Session, submit
 from tests.engine.tiny_models import CONTEXT, VOCABULARY
 
 CPU = "torch" if find_library() is None else "native"
+KERNELS = CPU if CPU == "torch" else f"native {load().isa}"
 
 
 @dataclass
@@ -58,7 +60,7 @@ async def worker(tiny_store: tuple[Path, engine_pb2.FileSet], socket_dir: Path) 
         assert process.said == [
             "READY=1",
             f"X_MAX_CONTEXT_TOKENS={CONTEXT}",
-            f"X_RUNS_AS={CPU} float32 deterministic",
+            f"X_RUNS_AS={KERNELS} float32 deterministic",
         ]
         yield Worker(process, channel)
 

@@ -232,9 +232,6 @@ CL_EXPORT int64_t cl_read(const void *buffer, int64_t bytes, int64_t threads);
    cores[i]. 0, or how many of them could not be moved. */
 CL_EXPORT int cl_pin(const int32_t *cores, int64_t count);
 
-/* Which sources this library was built from: SHA-256, in hex, as CMakeLists.txt and location.py make it. */
-CL_EXPORT const char *cl_sources(void);
-
 #ifdef __cplusplus
 }
 #endif
