@@ -294,7 +294,8 @@ def test_quantised_encoders_equal_what_their_matrices_stand_for_and_are_planned_
     change_config(quantised, quantization_config=given)
     save_file(tensors, quantised / "model.safetensors")
     save_file(load_file(source / "model.safetensors") | stands_for, plain / "model.safetensors")
-    for options in OPTIONS.values():
+    for kind in OPTIONS.values():
+        options = kind | {"dtype": "float32"}
         loop = engine(quantised, **options)
         expected = vectors(engine(plain, **options), texts(4))
         torch.testing.assert_close(vectors(loop, texts(4)), expected, rtol=0, atol=1e-4)
@@ -318,7 +319,9 @@ def test_a_step_takes_no_more_than_is_planned(tmp_path: Path) -> None:
         kineto: Any = profile.profiler
         events = sorted(kineto.kineto_results.events(), key=lambda event: event.start_ns())
         held = list(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
-        assert max(held) <= plan.activations - SCRATCH <= 4 * max(held)
+        runner: Any = loop._runner
+        most = max(held) + len(getattr(runner._ops, "_scratch", ()))  # no tensor of torch's allocator
+        assert most <= plan.activations - SCRATCH <= 4 * most
 
 
 def test_a_text_is_as_long_as_the_publisher_says(models: dict[str, tuple[Path, Any]], tmp_path: Path) -> None:

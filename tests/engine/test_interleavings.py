@@ -29,6 +29,7 @@ from engine.plan import StepPlan, StepResult
 from engine.request import EndReason, Request, Task
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
+from kernels.steps import StepLimits
 from tests.engine.tiny import Answer, engine, request, save_llama
 from tests.kernels.textbook import held
 
@@ -46,7 +47,8 @@ class Watch:
 
     def __init__(self, model: ModelRunner, blocks: int) -> None:
         spec = model._kv.spec._replace(num_blocks=blocks)
-        self.runner = ModelRunner(model._model, model._ops, spec, RUNNING)
+        limits = StepLimits(STEP, RUNNING, BLOCKS * SIZE)
+        self.runner = ModelRunner(model._model, model._ops, spec, limits)
         self.requests: dict[int, Request] = {}
         self.written_by: dict[int, str] = {}  # the scope whose numbers a page holds
         self.raising = 0
