@@ -88,7 +88,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "tiny": _LLAMA
     | {
-        "vocab_size": 512,
+        "vocab_size": 2048,
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 2,
