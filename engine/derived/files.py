@@ -13,6 +13,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -147,12 +148,16 @@ def _read(descriptor: int, location: Location) -> Tensor:
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
     memory = aligned_empty(derived.size)
     view, digest, position = memory.numpy().data, hashlib.sha256(), 0
-    while position < derived.size:
-        count = os.preadv(descriptor, [view[position : position + _CHUNK]], position)
-        if count == 0:
-            raise _changed(location)
-        digest.update(view[position : position + count])
-        position += count
+    with ThreadPoolExecutor(1, "hash") as hashing:  # one piece is hashed while the next is read
+        hashed: Future[None] | None = None
+        while position < derived.size:
+            count = os.preadv(descriptor, [view[position : position + _CHUNK]], position)
+            if count == 0:
+                raise _changed(location)
+            if hashed is not None:
+                hashed.result()
+            hashed = hashing.submit(digest.update, view[position : position + count])
+            position += count
     if digest.hexdigest() != derived.sha256:
         raise _changed(location)
     return memory

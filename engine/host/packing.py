@@ -222,7 +222,7 @@ class Packer:
             "store": str(self._store),
             "out": str(job.location.folder),
             "layout": job.location.derived.layout,
-            "backend": options.backend,
+            "backend": job.deployment.options.backend or "cpu",  # as its worker will choose
             "dtype": options.dtype,
             "threads": min(options.threads, len(os.sched_getaffinity(0))),
             "most_bytes": 2 * job.plan.weights + _MARGIN,

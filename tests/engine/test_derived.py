@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.build import make_backend
+from engine.build import build_engine, make_backend
 from engine.derived import building, files, layout
 from engine.derived.files import read_derived
 from engine.derived.layout import layout_name, pays
@@ -25,10 +25,11 @@ from engine.errors import EngineError
 from engine.memory_plan import Model, plan_memory, read_model
 from engine.options import EngineOptions
 from kernels.cpu import CpuBackend
+from kernels.native.location import find_library
 from tests.engine.families import FAMILIES, Tiny, draw_tokens, make
 from tests.engine.quantised import FORMATS
 from tests.engine.test_formats_served import SIZES, Pair
-from tests.engine.tiny import engine, file_set, request, run
+from tests.engine.tiny import file_set, request, run
 from tests.engine.vector_models import save as save_encoder
 
 LAYOUT = "cpu-bfloat16-0123456789abcdef"
@@ -142,9 +143,12 @@ def test_encoders_come_back_bit_for_bit(family: str, tmp_path: Path) -> None:
     check(case(tmp_path / "model"), BACKENDS[:1], tmp_path / "derived")
 
 
-def test_answers_are_the_same_and_the_models_own_weights_are_not_read(int4: Case, made: Location) -> None:
-    from engine.build import build_engine
-
+@pytest.mark.parametrize("backend", ["torch", *(["native"] if find_library() else [])])
+def test_answers_are_the_same_and_the_models_own_weights_are_not_read(
+    int4: Case, backend: str, tmp_path: Path
+) -> None:
+    options = EngineOptions(**OPTIONS, backend=backend)
+    made = int4.derive(make_backend(options), tmp_path)
     model_files, open_file = file_set(int4.folder)
     opened: list[str] = []
 
@@ -162,8 +166,8 @@ def test_answers_are_the_same_and_the_models_own_weights_are_not_read(int4: Case
 
     refused: list[EngineError] = []
     loops = (
-        engine(int4.folder, **OPTIONS),
-        build_engine(model_files, watched, EngineOptions(**OPTIONS), made, refused.append),
+        build_engine(model_files, open_file, options),
+        build_engine(model_files, watched, options, made, refused.append),
     )
     for loop in loops:
         loop.submit(request(0, draw_tokens(8, count=11), max_tokens=12, ignore_eos=True, logprobs=3))
