@@ -1,5 +1,7 @@
 """A real appliance for a test: its own home, its own keys, every process as `cloister serve` starts them."""
 
+import contextlib
+import io
 import json
 import os
 import pwd
@@ -9,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +21,7 @@ from typing import Any
 
 import grpc
 
+from appliance.cli.main import main
 from appliance.client import AsyncClient, Client
 from engine.protos.engine_pb2 import GetStatusRequest, GetStatusResponse
 from engine.protos.engine_pb2_grpc import WorkerServiceStub
@@ -27,6 +31,7 @@ DEMO_MODEL = ROOT / "demo" / "demo-notes-s"
 CLOISTER = Path(sys.executable).with_name("cloister")
 ALIAS = "notes"
 START_LIMIT_S = 60
+_ONE_SPEAKS = threading.Lock()  # standard output is the process's, not the thread's
 MODULES = {
     "control": "appliance.control",
     "importer": "bundles.importer",
@@ -53,11 +58,11 @@ class Appliance:
 
     def json(self, *argv: str) -> Any:
         """What a command prints with --json."""
-        return json.loads(self.cloister("--json", *argv).stdout)
+        return json.loads(said("--home", str(self.home), "--json", *argv))
 
     def records(self) -> list[Any]:
         """The newest records of the audit log."""
-        lines = self.cloister("--json", "audit", "tail", "-n", "1000").stdout.splitlines()
+        lines = said("--home", str(self.home), "--json", "audit", "tail", "-n", "1000").splitlines()
         return [json.loads(line) for line in lines]
 
     def status(self) -> Any:
@@ -110,6 +115,19 @@ def cloister(*argv: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     done = subprocess.run([str(CLOISTER), *argv], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == expect, f"{argv} -> {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def said(*argv: str) -> str:
+    """What a command prints, from its own code in this process: tests ask again and again, and a Python for each
+    question costs a quarter of a second. It must succeed.
+    """
+    with _ONE_SPEAKS, io.TextIOWrapper(io.BytesIO(), encoding="utf-8") as out, io.StringIO() as err:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            status = main(argv)
+        out.seek(0)
+        printed = out.read()
+        assert status == 0, f"{argv} -> {status}\n{printed}\n{err.getvalue()}"
+        return printed
 
 
 def build_bundle(folder: Path, model: Path = DEMO_MODEL, sequence: int = 1, name: str = "demo-notes-s") -> Path:

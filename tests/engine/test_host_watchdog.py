@@ -43,7 +43,7 @@ async def host(
     monkeypatch.setenv("TEST_HANG", str(socket_dir / "hang"))
     monkeypatch.setenv("TEST_VICTIMS", str(socket_dir / "victims"))
     argv = ("engine.host", "--run", str(run), "--store", str(tiny_store[0]))
-    limits = ("--heard-within", "1.5", "--step-within", "1.5")
+    limits = ("--heard-within", "0.6", "--step-within", "0.6")
     async with (
         running(socket_dir, (*argv, *limits)) as process,
         grpc.aio.insecure_channel(f"unix:{run / 'engine-host.sock'}") as channel,
@@ -64,7 +64,7 @@ async def test_a_stopped_worker_and_a_stopped_text_are_killed_and_serve_again(
         os.kill(pid, signal.SIGSTOP)
         died = await host.until(lambda now: now["notes"].state == RESTARTING and bool(now["notes"].reason))
         assert died["notes"].reason == "WATCHDOG"
-        assert died["notes"].message == f"engine-{role} was silent for 1.5 s and was killed"
+        assert died["notes"].message == f"engine-{role} was silent for 0.6 s and was killed"
         again = await host.state("notes", READY)
         assert children(host.running.process.pid)[f"engine.{role}"] != pid
         assert await answer(again) == first

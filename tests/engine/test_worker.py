@@ -4,13 +4,16 @@ import asyncio
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import grpc
 import pytest
+import pytest_asyncio
 import torch
 
 from engine.errors import EngineError
@@ -22,7 +25,7 @@ from kernels.native.library import load
 from kernels.native.location import find_library
 from tests.engine.processes import Running, refusal, running
 from tests.engine.sessions import LIMIT_S, OPTIONS, Session, submit
-from tests.engine.tiny_models import CONTEXT, VOCABULARY
+from tests.engine.tiny_models import CONTEXT, VOCABULARY, into_store
 
 CPU = "torch" if find_library() is None else "native"
 KERNELS = CPU if CPU == "torch" else f"native {load().isa}"
@@ -47,26 +50,37 @@ class Worker:
         return status
 
 
-@pytest.fixture
-async def worker(tiny_store: tuple[Path, engine_pb2.FileSet], socket_dir: Path) -> AsyncIterator[Worker]:
-    store, files = tiny_store
-    sock = socket_dir / "worker.sock"
+@asynccontextmanager
+async def serving(store: Path, files: engine_pb2.FileSet) -> AsyncIterator[Worker]:
+    """A worker from READY on."""
     stdin = engine_pb2.Deployment(name="tiny", files=files, options=OPTIONS).SerializeToString()
-    argv = ("engine.worker", "--store", str(store), "--socket", str(sock))
-    async with (
-        running(socket_dir, argv, stdin) as process,
-        grpc.aio.insecure_channel(f"unix:{sock}") as channel,
-    ):
-        assert process.said == [
-            "READY=1",
-            f"X_MAX_CONTEXT_TOKENS={CONTEXT}",
-            f"X_RUNS_AS={KERNELS} float32 deterministic",
-        ]
-        yield Worker(process, channel)
+    with tempfile.TemporaryDirectory(prefix="cl-", dir="/tmp") as short:
+        sock = Path(short) / "worker.sock"
+        argv = ("engine.worker", "--store", str(store), "--socket", str(sock))
+        async with (
+            running(Path(short), argv, stdin) as process,
+            grpc.aio.insecure_channel(f"unix:{sock}") as channel,
+        ):
+            assert process.said == [
+                "READY=1",
+                f"X_MAX_CONTEXT_TOKENS={CONTEXT}",
+                f"X_RUNS_AS={KERNELS} float32 deterministic",
+            ]
+            yield Worker(process, channel)
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def worker(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Worker]:
+    """One process for all tests that only open sessions: each starts where the engine is idle."""
+    store = tmp_path_factory.mktemp("store")
+    async with serving(store, into_store(tiny_llama, store)) as shared:
+        yield shared
+
+
+@pytest.mark.asyncio(loop_scope="module")
 async def test_sessions_run_together_abort_drain_and_get_only_their_own_rows(worker: Worker) -> None:
     first, second = Session(worker.channel), Session(worker.channel)
+    before = (await worker.until_idle()).tokens_generated
     await first.send(submit(1))
     alone = await first.finish(1)
     assert len(alone.token_ids) == 8
@@ -98,7 +112,7 @@ async def test_sessions_run_together_abort_drain_and_get_only_their_own_rows(wor
     status = await worker.until_idle()
     assert status.blocks_free + status.blocks_cached == status.blocks_total == 128
     assert status.backend == CPU
-    assert status.tokens_generated < 8 + 8 + 60 + 200 + 250
+    assert status.tokens_generated - before < 8 + 8 + 60 + 200 + 250
 
 
 def with_everything(handle: int, n: int = 0) -> engine_pb2.Submit:
@@ -123,11 +137,13 @@ def with_everything(handle: int, n: int = 0) -> engine_pb2.Submit:
     return command
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_each_of_n_answers_is_the_one_its_own_seed_gives_alone(worker: Worker) -> None:
     session = Session(worker.channel)
+    before = (await worker.until_idle()).tokens_cached
     await session.send(with_everything(1, n=4))
     answers = await session.finish_all(1, 4)
-    assert (await worker.status()).tokens_cached >= 3 * 32  # the prompt's full pages, computed once
+    assert (await worker.status()).tokens_cached - before >= 3 * 32  # the prompt's full pages, computed once
     for index, answer in enumerate(answers):
         command = with_everything(10 + index)
         command.seed = answer_seed(command.seed, index)
@@ -142,6 +158,7 @@ async def test_each_of_n_answers_is_the_one_its_own_seed_gives_alone(worker: Wor
     assert all(7 not in answer.token_ids for answer in answers)
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_an_abort_at_any_moment_ends_each_of_n_answers_once(worker: Worker) -> None:
     session = Session(worker.channel)
     reasons = set()
@@ -168,6 +185,7 @@ async def test_an_abort_at_any_moment_ends_each_of_n_answers_once(worker: Worker
     assert [end.reason for end in ends if end] == [engine_pb2.END_REASON_ABORTED] * 3
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_refusal_ends_each_of_n_answers_once(worker: Worker) -> None:
     session = Session(worker.channel)
     refused = {2: submit(2, max_tokens=0), 3: submit(3, [VOCABULARY]), 4: submit(4), 5: submit(5)}
@@ -196,6 +214,7 @@ async def test_a_refusal_ends_each_of_n_answers_once(worker: Worker) -> None:
     assert not (await worker.until_idle()).running
 
 
+@pytest.mark.asyncio(loop_scope="module")
 async def test_a_bad_submit_ends_its_own_handle_with_a_code_and_nothing_else(worker: Worker) -> None:
     session = Session(worker.channel)
     long_running = submit(100, max_tokens=240)
@@ -226,7 +245,14 @@ async def test_a_bad_submit_ends_its_own_handle_with_a_code_and_nothing_else(wor
     assert len((await session.finish(100)).token_ids) == 240
 
 
-async def test_sigterm_finishes_what_runs_and_refuses_what_is_new(worker: Worker) -> None:
+async def test_sigterm_finishes_what_runs_and_refuses_what_is_new(
+    tiny_store: tuple[Path, engine_pb2.FileSet],
+) -> None:
+    async with serving(*tiny_store) as worker:
+        await finishes_and_refuses(worker)
+
+
+async def finishes_and_refuses(worker: Worker) -> None:
     session = Session(worker.channel)
     await session.send(submit(1, max_tokens=200))
     await session.read_frame()

@@ -11,7 +11,7 @@ from appliance.cli.main import main
 from appliance.processes import ProcessSpec
 from appliance.settings import Settings
 
-HEARD_WITHIN_S = 4
+HEARD_WITHIN_S = 2
 table = serve.table
 
 

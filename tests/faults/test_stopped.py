@@ -8,6 +8,7 @@ import pytest
 
 from tests.e2e.appliance import eventually
 from tests.faults.house import LIMIT_S, Ended, House, Running, ends, gone, under_way
+from tests.faults.impatient import HEARD_WITHIN_S
 
 pytestmark = pytest.mark.timeout(600)  # on a busy machine the appliance alone takes a minute to start
 STREAMS = 8
@@ -26,7 +27,7 @@ async def test_a_stopped_worker_aborts_its_streams_and_refuses_new_ones_until_it
     assert_ended(ended, (grpc.StatusCode.ABORTED, "ENGINE_RESTARTED"))
     assert (refused.status, refused.code, refused.tokens) == (UNAVAILABLE, "ENGINE_UNAVAILABLE", 0)
     assert house.appliance.deployment()["restarts"] > was
-    assert "engine-worker was silent for 4 s and was killed" in house.appliance.logs()
+    assert f"engine-worker was silent for {HEARD_WITHIN_S} s and was killed" in house.appliance.logs()
 
 
 async def test_a_stopped_gateway_breaks_its_connections_and_is_back_where_it_was(house: House) -> None:
@@ -81,5 +82,5 @@ def killed(house: House, process: str) -> set[int]:
     return {
         change["pid"]
         for change in changes
-        if change.get("process") == process and change["detail"] == "WATCHDOG: silent for 4 s"
+        if change.get("process") == process and change["detail"] == f"WATCHDOG: silent for {HEARD_WITHIN_S} s"
     }
