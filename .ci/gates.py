@@ -1,4 +1,4 @@
-"""The checks that are not tests: style, types, imports, protos, shell, size, suppressions, keys, documents, clock.
+"""The checks that are not tests: style, types, imports, protos, shell, C++, size, suppressions, keys, docs, clock.
 
 python .ci/gates.py          runs all; exits 1 and shows what each failing one found
 python .ci/gates.py NAME...  runs these
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 40
+MAX_CPP_FUNCTION_LINES = 60
 MAX_CLOCK_FLOOR_DAYS = 200
 
 _BUILT_AT = re.compile(r'^BUILT_AT = parse_time\("(\S+)Z"\)', re.M)
@@ -29,6 +30,10 @@ _PRIVATE_KEY = re.compile(rb"-----BEGIN [A-Z0-9 ]*PRIVATE KEY-----(\s|\\n|[\"'b]
 _NODE_ID = re.compile(r"\b(tests/[\w/]+\.py)::(\w+)(\[)?")
 _TESTS_HEADER = re.compile(r"\|\s*tests?\s*\|\s*$")
 _TESTED = re.compile(r"\|[^|]*::test_\w+[^|]*\|\s*$|\|\s*the same\s*\|\s*$|^\|[-:|\s]+$")
+_CPP_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
+_CPP_BLOCK = re.compile(
+    r"^(?!namespace|struct|class|enum|union|extern|typedef|#)\S[^\n]*\{\n(.*?)^\}", re.S | re.M
+)
 _FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 _LINK = re.compile(r"\]\((?!\w+:)([^)#{}\s]+)[)#]")  # a brace is of a template
 _NOT_CODE = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
@@ -73,6 +78,27 @@ def _docstring_lines(tree: ast.Module) -> set[int]:
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 lines.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
     return lines
+
+
+def too_large_cpp(path: Path) -> Iterator[str]:
+    """The same of C++, whose functions may be longer; and files that do not begin with what they are for.
+
+    A function is a block that begins and ends at the margin, as the formatter has them.
+    """
+    source = path.read_text()
+    if not re.match(r"(//|/\*) \S", source):
+        yield f"{path}:1: begin with a comment that says the file's one reason to exist"
+    code = _CPP_COMMENT.sub(lambda comment: "\n" * comment[0].count("\n"), source)
+    if (count := _filled(code)) > MAX_FILE_LINES:
+        yield f"{path}: {count} lines of code, at most {MAX_FILE_LINES}"
+    for block in _CPP_BLOCK.finditer(code):
+        if (count := _filled(block[0])) > MAX_CPP_FUNCTION_LINES:
+            number = code.count("\n", 0, block.start()) + 1
+            yield f"{path}:{number}: a function of {count} lines of code, at most {MAX_CPP_FUNCTION_LINES}"
+
+
+def _filled(text: str) -> int:
+    return sum(1 for line in text.splitlines() if line.strip())
 
 
 def bare_ignores(path: Path) -> Iterator[str]:
@@ -175,6 +201,13 @@ def _tool(*argv: str) -> Callable[[], list[str]]:
     return run
 
 
+def _cpp() -> list[str]:
+    paths = [path for ending in (".cpp", ".h") for path in tracked(ROOT, ending)]
+    unformatted = [path for path in paths if _tool("clang-format", "--dry-run", "-Werror", str(path))()]
+    found = [f"{path}: not formatted; .venv/bin/clang-format -i formats it" for path in unformatted]
+    return [*found, *(finding for path in paths for finding in too_large_cpp(path))]
+
+
 def _shell_scripts() -> list[str]:
     paths = [
         p for p in tracked(ROOT) if p.suffix == ".sh" or p.read_bytes()[:20].startswith(b"#!/usr/bin/env bash")
@@ -191,6 +224,7 @@ GATES: dict[str, Callable[[], list[str]]] = {
     "stubs": _tool("python", ".ci/stubs.py", "--check"),
     "pins": _tool("python", ".ci/pins.py", "--check"),
     "shell": _shell_scripts,
+    "c++": _cpp,
     "house": _house_rules,
     "keys": _key_scan,
     "docs": _documentation,

@@ -47,6 +47,23 @@ def test_a_file_has_at_most_400_lines_of_code(tmp_path: Path, statements: int, f
     assert len(list(gates.too_large(path))) == findings
 
 
+@pytest.mark.parametrize(("statements", "findings"), [(58, 0), (59, 1)])
+def test_a_function_of_cpp_has_at_most_60_lines_of_code(tmp_path: Path, statements: int, findings: int) -> None:
+    body = "".join("  x = 1;  // a statement\n  /* free\n     too */\n\n" for _ in range(statements))
+    path = written(tmp_path, f"// Sets x.\nnamespace a {{\nvoid f() {{\n{body}}}\nvoid g() {{ x = 2; }}\n}}\n")
+    assert len(list(gates.too_large_cpp(path))) == findings
+
+
+@pytest.mark.parametrize(("statements", "findings"), [(400, 0), (401, 1)])
+def test_a_file_of_cpp_has_at_most_400_lines_of_code(tmp_path: Path, statements: int, findings: int) -> None:
+    path = written(tmp_path, "// Many.\n" + "/* free */\nextern int x;\n" * statements)
+    assert len(list(gates.too_large_cpp(path))) == findings
+
+
+def test_a_file_of_cpp_says_first_what_it_is_for(tmp_path: Path) -> None:
+    assert len(list(gates.too_large_cpp(written(tmp_path, "#pragma once\n// For what.\n")))) == 1
+
+
 @pytest.mark.parametrize(
     ("comment", "findings"),
     [("", 1), ("[arg-type]", 1), ("[arg-type]  # the stub is wrong", 0)],
