@@ -133,15 +133,10 @@ def _runs(weights: Sequence[Matrix], item: int) -> list[list[Matrix]]:
 
 
 def _joins(last: Matrix, following: Matrix, item: int) -> bool:
-    if last.shape[0] % layout.TILE or _key(last, item) != _key(following, item):
-        return False
-    if not isinstance(last, Packed):
-        return True
-    return last.order is None and _same(last.table, following.table)
-
-
-def _same(table: Tensor | None, other: Tensor | None) -> bool:
-    return table is other or (table is not None and other is not None and torch.equal(table, other))
+    """Each matrix with an order or a table has its own."""
+    form = _form(last, item)
+    own = form.has_order or form.has_table
+    return not own and last.shape[0] % layout.TILE == 0 and _key(last, item) == _key(following, item)
 
 
 def _key(weight: Matrix, item: int) -> _Key:

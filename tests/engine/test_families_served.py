@@ -10,17 +10,20 @@ import torch
 from safetensors.torch import save_file
 
 from engine.errors import EngineError
+from engine.footprint import Sizes
 from engine.inspect.folder import Folder
 from engine.inspect.verdict import judge
 from engine.memory_plan import plan_memory, read_model
+from engine.native_footprint import arena_bytes, scratch_bytes
 from engine.options import EngineOptions
+from kernels.native.program import NativeStep
 from tests.engine.families import FAMILIES, Tiny, draw_tokens, expected, make
 from tests.engine.plan_against_process import held_bytes
 from tests.engine.test_inspect import packed
 from tests.engine.tiny import byte_tokenizer, engine, file_set, teacher_forced
 
 LAYOUTS: list[dict[str, Any]] = [
-    {"backend": "cpu", "deterministic": True},
+    {"backend": "torch", "deterministic": True},
     {"backend": "cpu", "dtype": "bfloat16"},
     {"backend": "reference", "dtype": "bfloat16"},
 ]
@@ -58,6 +61,12 @@ def test_weights_and_pages_of_each_family_are_planned_to_the_byte(
         runner: Any = loop._runner
         plan = plan_memory(read_model(*file_set(folder)), EngineOptions(**options), 1 << 40, cores=3)
         assert (plan.weights, plan.kv) == (held_bytes(runner._model), held_bytes(runner._kv)), layout
+        if isinstance(runner._step, NativeStep):
+            model = read_model(*file_set(folder))
+            config: Any = model.config
+            sizes = Sizes(config, model.shapes, plan.options, model.formats, model.layout.embeddings)
+            taken = runner._step.arena_bytes + runner._step.scratch_bytes
+            assert taken <= arena_bytes(sizes) + scratch_bytes(sizes) <= 2 * taken
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -118,5 +127,8 @@ def test_bfloat16_is_as_close_as_that_of_transformers(
     logits = teacher_forced(engine(folder, dtype="bfloat16"), tokens, prompt_length=20)
     oracle = expected(tiny, tokens)[19:]
     rounded = expected(tiny._replace(model=copy.deepcopy(tiny.model).bfloat16()), tokens)[19:].float()
-    assert (logits - oracle).std() < 2 * (rounded - oracle).std()
+    off, theirs = (logits - oracle).std(-1), (rounded - oracle).std(-1)
+    assert (
+        off.median() < 2 * theirs.median()
+    )  # where a rounding chooses another expert, a token's logits are others
     assert (rounded - oracle).std() < 0.2 * oracle.std()

@@ -18,6 +18,8 @@ from engine.models.config import parse_config
 from engine.models.registry import architecture
 from engine.options import EngineOptions
 from kernels.cpu import CpuBackend
+from kernels.native.backend import NativeBackend
+from kernels.native.location import find_library
 from kernels.packed import dequantise
 from kernels.reference import ReferenceBackend
 from tests.engine.families import Tiny, computed, draw_tokens, make
@@ -28,8 +30,9 @@ from tests.engine.tiny import byte_tokenizer, engine, file_set, request, run, te
 
 SIZES = {"vocab_size": 304, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 LAYOUTS: list[dict[str, Any]] = [
-    {"backend": "cpu"},
+    {"backend": "cpu", "dtype": "float32"},
     {"backend": "cpu", "dtype": "bfloat16"},
+    {"backend": "torch", "dtype": "bfloat16"},
     {"backend": "reference", "dtype": "bfloat16"},
 ]
 
@@ -85,13 +88,15 @@ def test_a_quantised_model_says_what_its_dequantised_matrices_say(llama: Tiny, n
     pair, tokens = Pair(llama.config, llama.tensors, method, packer), draw_tokens(5, count=14)
     exact, wanted = pair.logits(ReferenceBackend(), tokens)
     torch.testing.assert_close(exact, wanted, rtol=0, atol=1e-5)
-    found, _ = pair.logits(CpuBackend(torch.float32), tokens)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    for exactly in (CpuBackend(), *([NativeBackend()] if find_library() else [])):
+        torch.testing.assert_close(pair.logits(exactly, tokens)[0], wanted, rtol=0, atol=1e-4)
     for deterministic in (False, True):
         found, plain = pair.logits(CpuBackend(torch.bfloat16, deterministic), tokens)
         assert distance(found, wanted) < 1.5 * distance(plain, wanted) + 0.002
     folder = pair.save(tmp_path)
-    torch.testing.assert_close(teacher_forced(engine(folder), tokens, 8), wanted[7:], rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        teacher_forced(engine(folder, dtype="float32"), tokens, 8), wanted[7:], rtol=0, atol=1e-4
+    )
     for layout in LAYOUTS:
         options = layout | {"kv_blocks": 16, "block_size": 8, "threads": 1}
         loop: Any = engine(folder, **options)
@@ -128,7 +133,8 @@ def test_experts_in_mxfp4_say_what_their_plain_numbers_say(tmp_path: Path) -> No
         json.dumps(tiny.config | {"quantization_config": method}).encode(),
         draw_tokens(7, count=16),
     )
-    for ops, bound in ((ReferenceBackend(), 1e-5), (CpuBackend(), 1e-4)):
+    native = [(NativeBackend(), 1e-4)] if find_library() else []
+    for ops, bound in ((ReferenceBackend(), 1e-5), (CpuBackend(), 1e-4), *native):
         (found,) = computed(with_method, quantised, ops, [tokens])
         (wanted,) = computed(json.dumps(tiny.config).encode(), plain, ops, [tokens])
         torch.testing.assert_close(found, wanted, rtol=0, atol=bound)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LONG = {"kv_blocks": 34, "block_size": 64, "max_context_tokens": 1024, "max_step_tokens": 512, "max_running": 2}
 LAYOUTS: list[dict[str, Any]] = [
     LONG | {"backend": "cpu", "threads": 1},
-    LONG | {"backend": "cpu", "threads": 1, "dtype": "bfloat16"},
+    LONG | {"backend": "torch", "threads": 1, "dtype": "bfloat16"},
 ]
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAYOUTS = [
     {"backend": "cpu"},
     {"backend": "cpu", "dtype": "bfloat16"},
-    {"backend": "cpu", "deterministic": True},
+    {"backend": "torch", "deterministic": True},
     {"backend": "reference"},
     {"backend": "reference", "dtype": "bfloat16"},
 ]
