@@ -21,40 +21,36 @@ struct Piece {
   Span tiles, blocks;
 };
 
-// How many tiles and blocks of rows are taken at once.
+// How a product is cut in pieces: so many tiles at once, and all rows or a share of them.
 struct Cut {
-  int64_t tiles, blocks;
+  int64_t tiles, shares;
 };
 
 Cut cut(const ClLinear &weight, int64_t rows, int64_t threads) {
-  const int64_t all_blocks = row_blocks(rows);
   int64_t tiles = 0, bytes = 0;
   for (int64_t p = 0; p < weight.count; ++p) {
     tiles += tiles_of(weight.parts[p]);
     bytes += packed_bytes(weight.parts[p]);
   }
   const int64_t wanted = 8 * threads;
-  if (all_blocks == 1) {
+  if (rows <= FEW) {
     int64_t at_once = up(1 << 17, up(bytes, tiles));
     at_once = at_once < up(tiles, wanted) ? at_once : up(tiles, wanted);
     return {up(at_once, TILES) * TILES, 1};
   }
-  const int64_t pieces = up(tiles, PANEL), least = up(96, ROWS);
-  int64_t blocks = up(all_blocks * pieces, wanted);
-  blocks = blocks < least ? least : blocks;
-  return {PANEL, blocks < all_blocks ? blocks : all_blocks};
+  const int64_t shares = up(wanted, up(tiles, PANEL)), most = up(rows, 96);
+  return {PANEL, shares < most ? shares : most};
 }
 
 int64_t pieces_of(const ClLinear &weight, Cut cut) {
   int64_t count = 0;
   for (int64_t p = 0; p < weight.count; ++p) count += up(tiles_of(weight.parts[p]), cut.tiles);
-  return count;
+  return count * cut.shares;
 }
 
 Piece piece_at(const ClLinear &weight, int64_t rows, Cut cut, int64_t at) {
-  const int64_t all = row_blocks(rows), splits = up(all, cut.blocks);
-  const int64_t split = at % splits;
-  int64_t panel = at / splits, part = 0, column = 0;
+  const int64_t share = at % cut.shares;
+  int64_t panel = at / cut.shares, part = 0, column = 0;
   for (;; ++part) {
     const int64_t count = up(tiles_of(weight.parts[part]), cut.tiles);
     if (panel < count) break;
@@ -62,7 +58,11 @@ Piece piece_at(const ClLinear &weight, int64_t rows, Cut cut, int64_t at) {
     column += weight.parts[part].out;
   }
   const int64_t last = tiles_of(weight.parts[part]), end = (panel + 1) * cut.tiles;
-  return {part, column, {panel * cut.tiles, end < last ? end : last}, {all * split / splits, all * (split + 1) / splits}};
+  const int64_t blocks = row_blocks(form_of(weight.parts[part]), rows);
+  return {part,
+          column,
+          {panel * cut.tiles, end < last ? end : last},
+          {blocks * share / cut.shares, blocks * (share + 1) / cut.shares}};
 }
 
 F16 factors(const ClMatrix &m, int64_t tile, const void *from) {
@@ -90,13 +90,12 @@ class Panel {
  public:
   Panel(const Product &product, const Piece &piece, const Inputs &inputs, uint8_t *space)
       : product_(product), matrix_(product.weight.parts[piece.part]), piece_(piece), inputs_(inputs), space_(space),
-        units_(tile_units(matrix_)), bytes_(tile_bytes(matrix_)) {
-    unpacks_ = matrix_.kind == CL_DECODED || (matrix_.kind == CL_W4A8 && row_blocks(product.rows) > 1);
-  }
+        units_(tile_units(matrix_)), bytes_(tile_bytes(matrix_)), decodes_(matrix_.kind == CL_DECODED),
+        streams_(!decodes_ && product.rows <= FEW) {}
 
   // All of the piece: unit block after unit block, so that inputs and weights stay in caches.
   void multiply() const {
-    const int64_t at_once = unpacks_ || row_blocks(product_.rows) > 1 ? UNITS : units_;
+    const int64_t at_once = streams_ ? units_ : UNITS;
     for (int64_t first = 0; first < units_; first += at_once) {
       const int64_t left = units_ - first;
       multiply_units(first, left < at_once ? left : at_once);
@@ -105,14 +104,15 @@ class Panel {
 
  private:
   void multiply_units(int64_t first, int64_t units) const {
-    const int64_t at_once = unpacks_ ? PANEL : piece_.tiles.end - piece_.tiles.first;
-    for (int64_t tile = piece_.tiles.first; tile < piece_.tiles.end; tile += at_once) {
-      const int64_t end = tile + at_once < piece_.tiles.end ? tile + at_once : piece_.tiles.end;
-      for (int64_t t = tile; unpacks_ && t < end; ++t)
-        unpack_tile(matrix_, t, first, units, space_ + (t - tile) * UNITS * 64);
+    const Span tiles = piece_.tiles;
+    const int64_t at_once = streams_ ? TILES : PANEL;  // tiles that all rows pass before the next
+    for (int64_t tile = tiles.first; tile < tiles.end; tile += at_once) {
+      const int64_t end = tile + at_once < tiles.end ? tile + at_once : tiles.end;
+      for (int64_t t = tile; decodes_ && t < end; ++t)
+        decode_tile(matrix_, t, first, units, space_ + (t - tile) * UNITS * 64);
       for (int64_t i = piece_.blocks.first; i < piece_.blocks.end; ++i)
         for (int64_t t = tile; t < end; t += TILES)
-          multiply_block(row_block(product_.rows, i), t, end, space_ + (t - tile) * UNITS * 64, first, units);
+          multiply_block(row_block(inputs_.form, product_.rows, i), t, end, space_ + (t - tile) * UNITS * 64, first, units);
     }
   }
 
@@ -120,10 +120,11 @@ class Panel {
     Block b = {};
     b.matrix = &matrix_;
     b.first = first, b.units = units, b.offset = inputs_.offset;
+    b.streams = streams_, b.skip = (TILES - 1) * bytes_;
     for (int64_t i = 0; i < TILES; ++i) {
       const int64_t t = tile + i < end ? tile + i : tile;  // one too many is computed twice
       const int64_t item = matrix_.scale_type == CL_FLOAT16 ? 2 : 4, at = t * scale_groups(matrix_) * CL_TILE * item;
-      b.weights[i] = unpacks_ ? panel + (t - tile) * UNITS * 64
+      b.weights[i] = decodes_ ? panel + (t - tile) * UNITS * 64
                               : static_cast<const uint8_t *>(matrix_.weights) + t * bytes_ +
                                     first * (matrix_.kind == CL_W4A8 ? 32 : 64);
       if (matrix_.scales) b.scales[i] = static_cast<const char *>(matrix_.scales) + at;
@@ -140,6 +141,8 @@ class Panel {
 
     alignas(64) float sums[TILES * ROWS * 16];
     const bool last = first + units == units_;
+    for (int64_t m = 0; m < rows.rows; ++m)
+      for (int64_t t = 0; t < TILES; ++t) __builtin_prefetch(at(rows.first + m, tile + t), 1);
     for (int64_t t = 0; t < TILES; ++t) continue_sums(rows, tile + t, end, first, sums + t * rows.rows * 16);
     kernel(rows.rows)(b, sums);
     for (int64_t t = 0; t < TILES && tile + t < end; ++t)
@@ -151,7 +154,7 @@ class Panel {
 
   Kernel kernel(int64_t rows) const {
     if (inputs_.form == Form::FLOAT32 || inputs_.form == Form::BFLOAT16) return plain_kernel(matrix_, rows);
-    return matrix_.kind == CL_W4A8 && !unpacks_ ? nibble_kernel(matrix_, rows) : byte_kernel(matrix_, rows);
+    return integer_kernel(matrix_, rows);
   }
 
   float *at(int64_t row, int64_t tile) const {
@@ -184,7 +187,7 @@ class Panel {
   const Inputs &inputs_;
   uint8_t *const space_;
   const int64_t units_, bytes_;
-  bool unpacks_;
+  const bool decodes_, streams_;
 };
 
 int64_t own_bytes(const ClLinear &weight) {
@@ -211,7 +214,7 @@ void multiply(const ClRows &x, int64_t rows, const ClLinear &weight, float *out,
   Product product = {weight, rows, 0, out};
   for (int64_t p = 0; p < weight.count; ++p) product.width += weight.parts[p].out;
   const Cut size = cut(weight, rows, team.threads);
-  const int64_t count = pieces_of(weight, size) * up(row_blocks(rows), size.blocks);
+  const int64_t count = pieces_of(weight, size);
   Span span;
   while (team.take(phase + 1, count, 1, &span)) {
     const Piece piece = piece_at(weight, rows, size, span.first);

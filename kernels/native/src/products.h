@@ -6,16 +6,18 @@
 
 namespace CL_ISA {
 
-// A block of outputs is TILES tiles of up to ROWS rows: so many that sums and weights stay in registers.
+// A block of outputs is TILES tiles of up to ROWS rows: so many that sums and weights stay in registers. Where each
+// group of inputs has a scale, fewer rows leave room to add whole numbers up.
 #if defined(__AVX512F__)
-constexpr int TILES = 2, ROWS = 12;
+constexpr int TILES = 2, ROWS = 12, GROUP_ROWS = 8, MANY_GROUP_ROWS = 6;
 #elif defined(__AVX2__)
-constexpr int TILES = 1, ROWS = 6;
+constexpr int TILES = 1, ROWS = 6, GROUP_ROWS = 6, MANY_GROUP_ROWS = 6;
 #else
-constexpr int TILES = 1, ROWS = 2;
+constexpr int TILES = 1, ROWS = 2, GROUP_ROWS = 2, MANY_GROUP_ROWS = 2;
 #endif
-constexpr int64_t PANEL = 4;      // tiles that are unpacked, and stay in L2 while all rows pass
-constexpr int64_t UNITS = 512;    // of inputs that are multiplied at once where there are many rows
+constexpr int64_t FEW = 12;     // rows that pass weights but once
+constexpr int64_t PANEL = 4;    // tiles that stay in L2 while all rows pass
+constexpr int64_t UNITS = 512;  // of inputs that are multiplied at once where there are many rows
 constexpr int64_t GROUP_UNITS = CL_GROUP / 4;
 constexpr int64_t PANEL_BYTES = PANEL * UNITS * 64;
 
@@ -41,9 +43,12 @@ struct RowBlock {
 };
 
 // Rows are parted evenly in as few blocks as there can be.
-inline int64_t row_blocks(int64_t rows) { return (rows + ROWS - 1) / ROWS; }
-inline RowBlock row_block(int64_t rows, int64_t at) {
-  const int64_t blocks = row_blocks(rows), first = rows * at / blocks;
+inline int64_t row_blocks(Form form, int64_t rows) {
+  const int64_t most = form != Form::GROUPS ? ROWS : rows > 4 * GROUP_ROWS ? MANY_GROUP_ROWS : GROUP_ROWS;
+  return (rows + most - 1) / most;
+}
+inline RowBlock row_block(Form form, int64_t rows, int64_t at) {
+  const int64_t blocks = row_blocks(form, rows), first = rows * at / blocks;
   return {first, rows * (at + 1) / blocks - first};
 }
 
@@ -54,6 +59,8 @@ struct Block {
   const ClMatrix *matrix;
   int64_t first, units;   // the first unit's number
   int32_t offset;         // of Inputs
+  bool streams;           // weights come from memory, not from a panel that many rows pass
+  int64_t skip;           // then: bytes from the end of a tile to the tile after these
   const int32_t *x;       // of the first unit, as the next three
   const float *scale, *total;
   const int32_t *start, *sum;
@@ -62,17 +69,23 @@ struct Block {
 // Adds to sums [TILES][rows][16], which are float32, or int32 of CL_W8A8 with one scale.
 using Kernel = void (*)(const Block &block, float *sums);
 
-Kernel nibble_kernel(const ClMatrix &matrix, int64_t rows);  // CL_W4A8 as it is
-Kernel byte_kernel(const ClMatrix &matrix, int64_t rows);    // CL_W8A8, and unpacked CL_W4A8
-Kernel plain_kernel(const ClMatrix &matrix, int64_t rows);   // CL_F32, CL_BF16, and decoded
+Kernel integer_kernel(const ClMatrix &matrix, int64_t rows);  // CL_W4A8, CL_W8A8
+Kernel plain_kernel(const ClMatrix &matrix, int64_t rows);    // CL_F32, CL_BF16, and decoded
 
-// Bytes of a tile; units of its inputs (as they are when unpacked or decoded).
+// Asks memory for the unit that comes 2 KiB behind this one.
+__attribute__((always_inline)) inline void fetch_unit(const Block &b, int64_t unit) {
+  constexpr int64_t AHEAD = 32;
+  const int64_t skip = unit + AHEAD < b.units ? 0 : b.skip;
+  for (int t = 0; t < TILES; ++t) __builtin_prefetch(b.weights[t] + (unit + AHEAD) * 64 + skip);
+}
+
+// Bytes of a tile; units of its inputs (as they are when decoded).
 int64_t tile_bytes(const ClMatrix &matrix);
 int64_t tile_units(const ClMatrix &matrix);
 int64_t scale_groups(const ClMatrix &matrix);
 
-// Units first .. first + units - 1 of a tile, made such as the kernels of bytes or plain numbers read.
-void unpack_tile(const ClMatrix &matrix, int64_t tile, int64_t first, int64_t units, uint8_t *panel);
+// Units first .. first + units - 1 of a tile of CL_DECODED, made plain.
+void decode_tile(const ClMatrix &matrix, int64_t tile, int64_t first, int64_t units, uint8_t *panel);
 
 Form form_of(const ClMatrix &matrix);
 

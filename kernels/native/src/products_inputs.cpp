@@ -104,7 +104,7 @@ void lay_row(const Inputs &to, RowBlock block, int64_t column, const Row &row) {
 }
 
 void lay_block(const ClRows &x, const ClMatrix &m, const Inputs &to, int64_t block_at, char *own) {
-  const RowBlock block = row_block(to.rows, block_at);
+  const RowBlock block = row_block(to.form, to.rows, block_at);
   for (int64_t i = 0; i < block.rows; ++i)
     lay_row(to, block, i, has(x, m) ? given(x, to.form, block.first + i) : made(x, m, block.first + i, own));
 }
@@ -152,15 +152,18 @@ int64_t row_bytes(const ClLinear &weight) { return 8 * padded(weight.parts[0].in
 
 bool lay_inputs(const ClRows &x, int64_t rows, const ClLinear &weight, char *scratch, char *own, const Team &team,
                 int phase) {
-  const int64_t blocks = row_blocks(rows);
   int64_t laid = 0;
-  for (int64_t p = 0; p < weight.count; ++p) laid += lays(x, rows, weight, p);
+  for (int64_t p = 0; p < weight.count; ++p)
+    if (lays(x, rows, weight, p)) laid += row_blocks(form_of(weight.parts[p]), rows);
   Span span;
-  while (laid && team.take(phase, laid * blocks, 1, &span)) {
-    int64_t part = 0;
-    for (int64_t skip = span.first / blocks;; ++part)
-      if (lays(x, rows, weight, part) && skip-- == 0) break;
-    lay_block(x, weight.parts[part], inputs_of(x, rows, weight, part, scratch), span.first % blocks, own);
+  while (laid && team.take(phase, laid, 1, &span)) {
+    int64_t part = 0, block = span.first;
+    for (;; ++part) {
+      const int64_t blocks = lays(x, rows, weight, part) ? row_blocks(form_of(weight.parts[part]), rows) : 0;
+      if (block < blocks) break;
+      block -= blocks;
+    }
+    lay_block(x, weight.parts[part], inputs_of(x, rows, weight, part, scratch), block, own);
   }
   return laid > 0;
 }

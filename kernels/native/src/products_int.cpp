@@ -2,6 +2,10 @@
 #include "dot.h"
 #include "products.h"
 
+// Keeps sums of many rows in memory, where the next group finds them: the registers are for whole numbers.
+#define CL_IN_MEMORY \
+  if (M * TILES > 8) asm volatile("" ::: "memory")
+
 namespace CL_ISA {
 namespace {
 
@@ -51,89 +55,96 @@ inline float total_of(const Block &b, int64_t at) {
   return b.total[at];
 }
 
-// sums += (codes * x) * (scale of weights * scale of x) of one group, and the zeros' part.
-template <int M, bool ZEROS>
-inline void add_group(const Block &b, int64_t g, const Scales &scales, const I16 (&dots)[TILES][M], float *sums) {
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m) {
-    const F16 by = broadcast(b.scale[g * M + m]);
+enum Codes { NIBBLES, WIDE };  // two codes a byte, or one
+
+// The next unit's codes: of two that share their bytes, the high ones were with the low ones.
+template <Codes CODES>
+inline void load_codes(const uint8_t *const *weights, int64_t unit, I16 (&codes)[TILES]) {
 #pragma GCC unroll 2
-    for (int t = 0; t < TILES; ++t) {
-      float *at = sums + (t * M + m) * 16;
-      F16 sum = fma(to_float(dots[t][m]), scales.scale[t] * by, load(at));
-      if (ZEROS) sum = sum - scales.low[t] * broadcast(total_of<M>(b, g * M + m));
-      store(at, sum);
-    }
+  for (int t = 0; t < TILES; ++t) {
+    if (CODES != NIBBLES) codes[t] = load_bytes(weights[t] + unit * 64);
+    if (CODES == NIBBLES && unit % 2 == 0) codes[t] = low_nibbles(load_bytes(weights[t] + unit * 32));
+    if (CODES == NIBBLES && unit % 2 == 1) codes[t] = high_nibbles(load_bytes(weights[t] + unit * 32 - 32));
   }
 }
 
-template <int M, bool WIDE>
+template <int M, bool WIDE_CODES>
 inline void add_unit(const I16 (&codes)[TILES], const int32_t *x, I16 (&dots)[TILES][M]) {
 #pragma GCC unroll 12
   for (int m = 0; m < M; ++m) {
     const I16 by = broadcast(x[m]);
 #pragma GCC unroll 2
-    for (int t = 0; t < TILES; ++t) dots[t][m] = dot4<WIDE>(dots[t][m], codes[t], by);
+    for (int t = 0; t < TILES; ++t) dots[t][m] = dot4<WIDE_CODES>(dots[t][m], codes[t], by);
   }
 }
 
-template <int M>
-inline void begin_group(const Block &b, int64_t g, I16 (&dots)[TILES][M]) {
-#pragma GCC unroll 12
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int t = 0; t < TILES; ++t) dots[t][m] = broadcast(start_of<M>(b, g * M + m));
-}
+// A scale for each group of inputs: whole numbers are added up to it, and then
+// sums += (codes * x) * (scale of weights * scale of x), and the zeros' part.
+template <int M, Codes CODES, bool ZEROS>
+struct Groups {
+  static constexpr int64_t BYTES = GROUP_UNITS * (CODES == NIBBLES ? 32 : 64);
 
-template <int M, bool WIDE, bool ZEROS>
-struct Bytes {
   static void run(const Block &b, float *sums) {
     Scales scales(b);
-    for (int64_t g = 0; g < b.units / GROUP_UNITS; ++g) {
+    Block at = b;
+    const int64_t count = b.units / GROUP_UNITS;
+    for (int64_t g = 0; g < count; ++g) {
       I16 dots[TILES][M];
-      begin_group<M>(b, g, dots);
-#pragma GCC unroll 8
-      for (int64_t u = g * GROUP_UNITS; u < (g + 1) * GROUP_UNITS; ++u) {
-        I16 codes[TILES];
-#pragma GCC unroll 2
-        for (int t = 0; t < TILES; ++t) codes[t] = load_bytes(b.weights[t] + u * 64);
-        add_unit<M, WIDE>(codes, b.x + u * M, dots);
-      }
+      dot(at, dots);
+      if (b.streams) fetch_ahead(at, g + AHEAD < count ? 0 : b.skip);
       scales.next(b);
-      add_group<M, ZEROS>(b, g, scales, dots, sums);
+      add(at, scales, dots, sums);
+      for (int t = 0; t < TILES; ++t) at.weights[t] += BYTES;
+      at.x += GROUP_UNITS * M, at.scale += M;
+      if (M == 1 && at.sum)
+        at.sum += M;
+      else
+        at.start += M, at.total += M;
     }
   }
-};
 
-template <int M, bool, bool ZEROS>
-struct Nibbles {
-  static void run(const Block &b, float *sums) {
-    Scales scales(b);
-    for (int64_t g = 0; g < b.units / GROUP_UNITS; ++g) {
-      I16 dots[TILES][M];
-      begin_group<M>(b, g, dots);
-#pragma GCC unroll 4
-      for (int64_t u = g * GROUP_UNITS; u < (g + 1) * GROUP_UNITS; u += 2) {
-        I16 both[TILES], codes[TILES];
+  static constexpr int64_t AHEAD = 2048 / BYTES;
+
+  static inline void fetch_ahead(const Block &at, int64_t skip) {
 #pragma GCC unroll 2
-        for (int t = 0; t < TILES; ++t) {
-          both[t] = load_bytes(b.weights[t] + u * 32);
-          codes[t] = low_nibbles(both[t]);
-        }
-        add_unit<M, false>(codes, b.x + u * M, dots);
+    for (int t = 0; t < TILES; ++t)
+#pragma GCC unroll 8
+      for (int64_t line = 0; line < BYTES; line += 64)
+        __builtin_prefetch(at.weights[t] + skip + AHEAD * BYTES + line);
+  }
+
+  static inline void dot(const Block &at, I16 (&dots)[TILES][M]) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-        for (int t = 0; t < TILES; ++t) codes[t] = high_nibbles(both[t]);
-        add_unit<M, false>(codes, b.x + (u + 1) * M, dots);
+      for (int t = 0; t < TILES; ++t) dots[t][m] = broadcast(start_of<M>(at, m));
+#pragma GCC unroll 8
+    for (int u = 0; u < GROUP_UNITS; ++u) {
+      I16 codes[TILES];
+      load_codes<CODES>(at.weights, u, codes);
+      add_unit<M, CODES == WIDE>(codes, at.x + u * M, dots);
+    }
+  }
+
+  static inline void add(const Block &at, const Scales &scales, const I16 (&dots)[TILES][M], float *sums) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const F16 by = broadcast(at.scale[m]);
+#pragma GCC unroll 2
+      for (int t = 0; t < TILES; ++t) {
+        float *to = sums + (t * M + m) * 16;
+        F16 sum = fma(to_float(dots[t][m]), scales.scale[t] * by, load(to));
+        if (ZEROS) sum = sum - scales.low[t] * broadcast(total_of<M>(at, m));
+        store(to, sum);
       }
-      scales.next(b);
-      add_group<M, ZEROS>(b, g, scales, dots, sums);
+      CL_IN_MEMORY;
     }
   }
 };
 
 // One scale for a row: sums stay whole numbers.
-template <int M, bool, bool>
-struct RowBytes {
+template <int M, Codes, bool>
+struct Row {
   static void run(const Block &b, float *sums) {
     I16 dots[TILES][M];
 #pragma GCC unroll 12
@@ -145,9 +156,9 @@ struct RowBytes {
       }
     for (int64_t u = 0; u < b.units; ++u) {
       I16 codes[TILES];
-#pragma GCC unroll 2
-      for (int t = 0; t < TILES; ++t) codes[t] = load_bytes(b.weights[t] + u * 64);
+      load_codes<WIDE>(b.weights, u, codes);
       add_unit<M, true>(codes, b.x + u * M, dots);
+      if (b.streams) fetch_unit(b, u);
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
@@ -157,24 +168,23 @@ struct RowBytes {
 };
 
 // The instance for so many rows.
-template <template <int, bool, bool> class Of, bool WIDE, bool ZEROS, int M = ROWS>
+template <template <int, Codes, bool> class Of, Codes CODES, bool ZEROS, int M = ROWS>
 Kernel of_rows(int64_t rows) {
   if constexpr (M > 1)
-    if (rows < M) return of_rows<Of, WIDE, ZEROS, M - 1>(rows);
-  return Of<M, WIDE, ZEROS>::run;
+    if (rows < M) return of_rows<Of, CODES, ZEROS, M - 1>(rows);
+  return Of<M, CODES, ZEROS>::run;
+}
+
+template <Codes CODES>
+Kernel of_groups(const ClMatrix &matrix, int64_t rows) {
+  return matrix.zeros ? of_rows<Groups, CODES, true, GROUP_ROWS>(rows) : of_rows<Groups, CODES, false, GROUP_ROWS>(rows);
 }
 
 }  // namespace
 
-Kernel nibble_kernel(const ClMatrix &matrix, int64_t rows) {
-  return matrix.zeros ? of_rows<Nibbles, false, true>(rows) : of_rows<Nibbles, false, false>(rows);
-}
-
-Kernel byte_kernel(const ClMatrix &matrix, int64_t rows) {
-  if (matrix.kind == CL_W4A8)
-    return matrix.zeros ? of_rows<Bytes, false, true>(rows) : of_rows<Bytes, false, false>(rows);
-  if (form_of(matrix) == Form::ROW) return of_rows<RowBytes, true, false>(rows);
-  return matrix.zeros ? of_rows<Bytes, true, true>(rows) : of_rows<Bytes, true, false>(rows);
+Kernel integer_kernel(const ClMatrix &matrix, int64_t rows) {
+  if (matrix.kind == CL_W4A8) return of_groups<NIBBLES>(matrix, rows);
+  return form_of(matrix) == Form::ROW ? of_rows<Row, WIDE, false>(rows) : of_groups<WIDE>(matrix, rows);
 }
 
 }  // namespace CL_ISA

@@ -54,26 +54,6 @@ void decode_input(const ClMatrix &m, const uint8_t *tile, int64_t k, F16 scale, 
   store(out, (load(values) - zero) * scale);
 }
 
-void decode_tile(const ClMatrix &m, int64_t tile, int64_t first, int64_t units, uint8_t *panel) {
-  const uint8_t *codes = static_cast<const uint8_t *>(m.weights) + tile * tile_bytes(m);
-  const int64_t each = m.decoded == CL_BFLOAT16 ? 2 : 1, group = m.group ? m.group : m.in;
-  F16 scale = {}, zero = {};
-  for (int64_t k = first * each, end = (first + units) * each, next = k; k < end; ++k) {
-    float values[CL_TILE] = {};
-    if (k >= next && k < m.in) {
-      scales_of(m, tile, k, &scale, &zero);
-      next = (k / group + 1) * group;
-    }
-    if (k < m.in) decode_input(m, codes, k, scale, zero, values);
-    if (each == 1) {
-      memcpy(panel + (k - first) * 64, values, 64);
-      continue;
-    }
-    uint16_t *pairs = reinterpret_cast<uint16_t *>(panel + (k / 2 - first) * 64) + k % 2;
-    for (int n = 0; n < CL_TILE; ++n) pairs[2 * n] = to_bf16(values[n]);
-  }
-}
-
 }  // namespace
 
 Form form_of(const ClMatrix &m) {
@@ -116,13 +96,23 @@ void pack(const ClMatrix &m, const void *source, int64_t first, int64_t rows, vo
   }
 }
 
-void unpack_tile(const ClMatrix &m, int64_t tile, int64_t first, int64_t units, uint8_t *panel) {
-  if (m.kind == CL_DECODED) return decode_tile(m, tile, first, units, panel);
-  const uint8_t *codes = static_cast<const uint8_t *>(m.weights) + tile * tile_bytes(m) + first * 32;
-  for (int64_t u = 0; u < units; u += 2) {
-    const I16 both = load_bytes(codes + u * 32), low = low_nibbles(both), high = high_nibbles(both);
-    memcpy(panel + u * 64, &low, 64);
-    memcpy(panel + u * 64 + 64, &high, 64);
+void decode_tile(const ClMatrix &m, int64_t tile, int64_t first, int64_t units, uint8_t *panel) {
+  const uint8_t *codes = static_cast<const uint8_t *>(m.weights) + tile * tile_bytes(m);
+  const int64_t each = m.decoded == CL_BFLOAT16 ? 2 : 1, group = m.group ? m.group : m.in;
+  F16 scale = {}, zero = {};
+  for (int64_t k = first * each, end = (first + units) * each, next = k; k < end; ++k) {
+    float values[CL_TILE] = {};
+    if (k >= next && k < m.in) {
+      scales_of(m, tile, k, &scale, &zero);
+      next = (k / group + 1) * group;
+    }
+    if (k < m.in) decode_input(m, codes, k, scale, zero, values);
+    if (each == 1) {
+      memcpy(panel + (k - first) * 64, values, 64);
+      continue;
+    }
+    uint16_t *pairs = reinterpret_cast<uint16_t *>(panel + (k / 2 - first) * 64) + k % 2;
+    for (int n = 0; n < CL_TILE; ++n) pairs[2 * n] = to_bf16(values[n]);
   }
 }
 

@@ -31,6 +31,7 @@ struct Plain {
 #pragma GCC unroll 2
         for (int t = 0; t < TILES; ++t) total[t][m] = add_products<BF16>(total[t][m], weights[t], x);
       }
+      if (b.streams) fetch_unit(b, u);
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
