@@ -15,7 +15,8 @@ from sqlalchemy import create_engine, event, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from appliance.control.db.database import Database
+from appliance.control.db.database import NEWEST_REVISION, Database
+from appliance.control.db.migrating import scripts
 from appliance.control.db.models import Base, Meta
 from appliance.errors import CloisterError
 
@@ -39,6 +40,17 @@ def test_the_migrations_make_exactly_the_tables_that_the_models_describe(tmp_pat
     Database(tmp_path / "control.db").close()
     with create_engine(f"sqlite:///{tmp_path}/control.db").connect() as connection:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+
+
+def test_a_file_of_the_newest_revision_is_opened_without_alembic(tmp_path: Path) -> None:
+    assert scripts().get_current_head() == NEWEST_REVISION
+    path = tmp_path / "control.db"
+    Database(path).close()
+    code = (
+        "import pathlib, sys; from appliance.control.db.database import Database; "
+        "Database(pathlib.Path(sys.argv[1])).close(); assert 'alembic' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, path], check=True)
 
 
 def test_a_file_written_by_an_unknown_revision_is_refused_and_left_alone(tmp_path: Path) -> None:
