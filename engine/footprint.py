@@ -34,6 +34,7 @@ _SCORED = 64  # tokens of a prompt whose logits are computed at once
 _SCORED_WIDE = 2**21  # numbers of them that are taken to float64 at once
 _SCORING = 5 * 8 + 4  # bytes for each of these: the logits, their log probabilities, order, masks
 _SCRATCH = 24 * 2**20  # buffers of the BLAS and of the allocator, which do not grow with the model
+_MULTIPLYING = 3 * 4  # bytes for each input of a quantised matrix in bfloat16: in float32, in steps, and as bytes
 _COMPILED = 12 * 2**20  # products in bfloat16 of the last few shapes, as `kernels/cpu.py` bounds them
 
 
@@ -246,7 +247,7 @@ def _products(of: Sizes) -> int:
     logits = of.config.vocab_size
     longest = max(size for name in of.formats for size in of.shapes[name][-2:] if size != logits)
     blocks = multiplying_bytes(of.formats, of.shapes, of.item, of.embeddings)
-    return blocks + 2 * of.step * longest * of.item
+    return blocks + of.step * longest * (2 * of.item if of.item == _FLOAT else _MULTIPLYING)
 
 
 def _masks(of: Sizes) -> int:

@@ -2,9 +2,11 @@
 
 What `kernels.packed.cpu_kernel` says is kept is kept in the form of torch._weight_int8pack_mm or of
 torch._weight_int4pack_mm_for_cpu, which take bfloat16 and whose answers are as far from the exact product as those
-of a plain bfloat16 matrix. Of other matrices the codes are kept, in as few bits as they have, and each product
-makes a block of rows plain in the backend's number type, multiplies, and forgets it: its answers are those of the
-plain matrix, and no more than one block is ever there.
+of a plain bfloat16 matrix. Where the processor multiplies bytes (VNNI), int8 is kept as oneDNN has it, and inputs
+are rounded to bytes as well, each row by itself: the sums are of whole numbers, so a row's bits never depend on
+what is beside it. Of other matrices the codes are kept, in as few bits as they have, and each product makes a
+block of rows plain in the backend's number type, multiplies, and forgets it: its answers are those of the plain
+matrix, and no more than one block is ever there.
 """
 
 from __future__ import annotations
@@ -18,11 +20,19 @@ from torch import Tensor
 
 from kernels.packed import Layout, Packed, cpu_block_rows, cpu_kernel, scale
 
+_LEAST = 1e-30  # the largest number of a row of inputs counts as this at least, and zeros stay zeros
+_VNNI_ROWS = 64  # oneDNN lays int8 out in blocks of so many rows
 _INT4_BLOCK = 64  # rows that torch's int4 layout has side by side, at most
 
 
 class _Int8(NamedTuple):
     codes: Tensor  # int8 [out, in]
+    scales: Tensor  # bfloat16 [out]
+    order: Tensor | None  # int64 [in]
+
+
+class _Int8Vnni(NamedTuple):
+    codes: Tensor  # int8 [out, in], as oneDNN lays them out
     scales: Tensor  # bfloat16 [out]
     order: Tensor | None  # int64 [in]
 
@@ -46,7 +56,7 @@ class _Codes(NamedTuple):
     signed: bool
 
 
-_Part: TypeAlias = Tensor | _Int8 | _Int4 | _Codes
+_Part: TypeAlias = Tensor | _Int8 | _Int8Vnni | _Int4 | _Codes
 
 
 PackedTable: TypeAlias = _Codes
@@ -144,8 +154,16 @@ def _prepare(matrix: Packed, dtype: torch.dtype) -> _Part:
     return makes[kernel](matrix, order)
 
 
-def _int8(matrix: Packed, order: Tensor | None) -> _Int8:
+def _int8(matrix: Packed, order: Tensor | None) -> _Int8 | _Int8Vnni:
+    """Older processors' products of bytes overflow, and of other sizes oneDNN's layout is padded."""
+    if has_vnni() and matrix.shape[0] % _VNNI_ROWS == 0:
+        return _Int8Vnni(torch.ops.onednn.qlinear_prepack(matrix.codes, None), _row_scales(matrix), order)
     return _Int8(matrix.codes.clone(), _row_scales(matrix), order)
+
+
+def has_vnni() -> bool:
+    """Whether this processor multiplies bytes into whole sums, and torch's oneDNN has it do so."""
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())  # type: ignore[no-untyped-call]  # torch's
 
 
 def _row_scales(matrix: Packed | PackedTable) -> Tensor:
@@ -202,10 +220,23 @@ def _multiply(tiles: Sequence[Tensor], part: _Part) -> Tensor:
         tiles = [tile.index_select(1, part.order) for tile in tiles]
     if isinstance(part, _Int8):
         return torch.cat([torch.ops.aten._weight_int8pack_mm(tile, part.codes, part.scales) for tile in tiles])
+    if isinstance(part, _Int8Vnni):
+        return torch.cat([_multiply_bytes(tile, part) for tile in tiles])
     if isinstance(part, _Int4):
         kernel = torch.ops.aten._weight_int4pack_mm_for_cpu
         return torch.cat([kernel(tile, part.codes, part.group, part.scales_and_zeros) for tile in tiles])
     return _multiply_in_blocks(tiles, part)
+
+
+def _multiply_bytes(x: Tensor, part: _Int8Vnni) -> Tensor:
+    """Each row of x to whole numbers of a step of its own, -127 to 127, plus the 128 that makes them unsigned."""
+    wide = x.float()
+    step = wide.abs().amax(1, keepdim=True).clamp_min_(_LEAST).div_(127)
+    whole = wide.div_(step).round_().add_(128).to(torch.uint8)
+    found: Tensor = torch.ops.onednn.qlinear_pointwise(
+        whole, 1.0, 128, part.codes, part.scales.float(), None, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return found.mul_(step).to(x.dtype)
 
 
 def _multiply_in_blocks(tiles: Sequence[Tensor], part: _Codes) -> Tensor:

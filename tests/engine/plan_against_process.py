@@ -84,7 +84,8 @@ def _warm_up() -> None:
 def _tensors(value: Any) -> dict[int, torch.Tensor]:
     """Every tensor inside, once for each storage."""
     if isinstance(value, torch.Tensor):
-        return {value.untyped_storage().data_ptr(): value}
+        is_opaque = value.layout == torch._mkldnn  # type: ignore[attr-defined]  # torch's stubs lack it
+        return {id(value) if is_opaque else value.untyped_storage().data_ptr(): value}
     fields = getattr(value, "__dataclass_fields__", None)
     inside = [getattr(value, name) for name in fields] if fields else value
     if not isinstance(inside, list | tuple):
@@ -98,6 +99,8 @@ def held_bytes(value: Any) -> int:
 
 
 def _held(tensor: torch.Tensor) -> int:
+    if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]  # torch's stubs lack it
+        return tensor.nbytes  # of whole blocks
     held = tensor.untyped_storage().nbytes()
     return tensor.nbytes if held == tensor.nbytes + HUGE_PAGE else held
 

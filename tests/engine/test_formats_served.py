@@ -29,6 +29,7 @@ from tests.engine.test_inspect import packed
 from tests.engine.tiny import byte_tokenizer, engine, file_set, request, run, teacher_forced
 
 SIZES = {"vocab_size": 304, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+BYTES = ("int8 (ours)", "int8, embeddings too (ours)", "compressed w8a8")  # their inputs may be rounded, too
 LAYOUTS: list[dict[str, Any]] = [
     {"backend": "cpu", "dtype": "float32"},
     {"backend": "cpu", "dtype": "bfloat16"},
@@ -92,7 +93,8 @@ def test_a_quantised_model_says_what_its_dequantised_matrices_say(llama: Tiny, n
         torch.testing.assert_close(pair.logits(exactly, tokens)[0], wanted, rtol=0, atol=1e-4)
     for deterministic in (False, True):
         found, plain = pair.logits(CpuBackend(torch.bfloat16, deterministic), tokens)
-        assert distance(found, wanted) < 1.5 * distance(plain, wanted) + 0.002
+        bound = 3 if name in BYTES else 1.5
+        assert distance(found, wanted) < bound * distance(plain, wanted) + 0.002
     folder = pair.save(tmp_path)
     torch.testing.assert_close(
         teacher_forced(engine(folder, dtype="float32"), tokens, 8), wanted[7:], rtol=0, atol=1e-4
