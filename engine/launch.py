@@ -6,6 +6,7 @@ deployment that cannot run as asked ends its process with status `REFUSED_STATUS
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -121,6 +122,13 @@ def read_launch(program: str, argv: Sequence[str] | None = None) -> Launch:
 def given_cores() -> tuple[int, ...]:
     """The hardware threads that this worker's threads have to themselves, in order; none where nobody says."""
     return tuple(int(number) for number in os.environ.get(CORES_VARIABLE, "").split(",") if number)
+
+
+def keep_to(cores: tuple[int, ...]) -> None:
+    """Run this thread, and those it starts, on these hardware threads; before torch comes and counts them."""
+    if cores:
+        with contextlib.suppress(OSError):  # not this machine's any more
+            os.sched_setaffinity(0, cores)
 
 
 def exit_refused(error: EngineError) -> NoReturn:

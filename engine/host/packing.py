@@ -15,7 +15,7 @@ import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from engine.derived.layout import layout_name, pays
 from engine.derived.location import UNFINISHED, Derived, Location
 from engine.errors import EngineError
 from engine.host.planning import engine_options
-from engine.launch import Launch, derived_of
+from engine.launch import CORES_VARIABLE, Launch, derived_of
 from engine.memory_plan import MemoryPlan, plan_memory, read_model
 from engine.protos import engine_pb2
 
@@ -58,6 +58,7 @@ class _Job:
     deployment: engine_pb2.Deployment
     plan: MemoryPlan
     location: Location  # whose digest and size are not known yet
+    cores: tuple[int, ...] = ()
 
 
 class Packer:
@@ -80,6 +81,7 @@ class Packer:
         self._made: dict[str, Derived] = {}
         self._on_record: dict[str, Derived] = {}
         self._refused: set[Derived] = set()
+        self._unsupported: set[str] = set()  # torch keeps some packed forms to itself
         self._making: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
         if folder is not None:
             folder.mkdir(mode=0o700, exist_ok=True)
@@ -117,29 +119,32 @@ class Packer:
         if self._made.get(derived.name) == derived:
             del self._made[derived.name]
 
-    async def packed(self, deployment: engine_pb2.Deployment) -> Packed:
-        """The deployment's derived file, made now if there is none; raises nothing but cancellation."""
+    async def packed(self, deployment: engine_pb2.Deployment, cores: tuple[int, ...] = ()) -> Packed:
+        """The deployment's derived file, made on its cores if there is none; raises nothing but cancellation."""
         try:
-            return await self._packed(deployment)
+            return await self._packed(deployment, cores)
         except Exception as error:  # whatever it was, the deployment must start
             log.exception("weights not packed", extra={"deployment": deployment.name})
             return Packed(problem=f"DERIVED_NOT_MADE: {type(error).__name__}; engine-host's log has the cause")
 
-    async def _packed(self, deployment: engine_pb2.Deployment) -> Packed:
+    async def _packed(self, deployment: engine_pb2.Deployment, cores: tuple[int, ...]) -> Packed:
         try:
             job = await asyncio.to_thread(self._job, deployment)
         except (EngineError, OSError):
             return Packed()  # its worker says what is wrong with it
-        if job is None:
+        name = job.location.derived.name if job else ""
+        if job is None or name in self._unsupported:
             return Packed()
-        name = job.location.derived.name
         async with self._making[name]:
             found = self._made.get(name) or self._on_record.get(name)
             if found is not None and found not in self._refused and _is_there(job.location.folder, found):
                 return Packed(found)
             try:
-                made = await self._make(job)
+                made = await self._make(replace(job, cores=cores))
             except EngineError as error:
+                if error.code == "DERIVED_UNSUPPORTED":
+                    self._unsupported.add(name)
+                    return Packed()
                 log.warning("weights not packed", extra={"deployment": deployment.name, "reason": str(error)})
                 return Packed(problem=f"DERIVED_NOT_MADE: its weights are packed anew at each start: {error}")
         self._made[name] = made
@@ -195,7 +200,7 @@ class Packer:
             *(sys.executable, "-P", "-m", "engine.prepare"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env=_environment(),
+            env=_environment(job.cores),
         )
         try:
             output, _ = await process.communicate(json.dumps(self._question(job)).encode())
@@ -224,7 +229,7 @@ class Packer:
             "layout": job.location.derived.layout,
             "backend": job.deployment.options.backend or "cpu",  # as its worker will choose
             "dtype": options.dtype,
-            "threads": min(options.threads, len(os.sched_getaffinity(0))),
+            "threads": len(job.cores) or min(options.threads, len(os.sched_getaffinity(0))),
             "most_bytes": 2 * job.plan.weights + _MARGIN,
         }
 
@@ -242,6 +247,7 @@ def _is_there(folder: Path, derived: Derived) -> bool:
         return False
 
 
-def _environment() -> Mapping[str, str]:
+def _environment(cores: tuple[int, ...]) -> Mapping[str, str]:
     """Variables of engine-prepare: this process's, as a worker's are, but not whom to tell that it is ready."""
-    return {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+    inherited = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+    return inherited | {CORES_VARIABLE: ",".join(map(str, cores))}

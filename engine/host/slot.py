@@ -87,7 +87,8 @@ class DeploymentSlot:
         if self._packer is None:
             return True
         wish = asyncio.create_task(self._new_wish.wait())
-        packing = asyncio.create_task(self._packer.packed(self._complete(self._current)))
+        complete = self._complete(self._current)
+        packing = asyncio.create_task(self._packer.packed(complete, self._cores(complete)))
         try:
             await asyncio.wait((wish, packing), return_when=asyncio.FIRST_COMPLETED)
             if self._new_wish.is_set():

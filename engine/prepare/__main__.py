@@ -83,6 +83,9 @@ def _prepare(question: Question | Packing) -> dict[str, Any]:
     """Each way imports what it needs: numpy to convert, torch to quantise and to pack."""
     if isinstance(question, Packing):
         _limit(resource.RLIMIT_FSIZE, question.most_bytes)
+        from engine.launch import given_cores, keep_to
+
+        keep_to(given_cores())
         from engine.prepare.packing import pack
 
         return pack(question)

@@ -11,7 +11,15 @@ from pathlib import Path
 import grpc
 
 from engine.errors import EngineError, is_out_of_memory
-from engine.launch import DERIVED_REFUSED, STEP_WITHIN_VARIABLE, Launch, exit_refused, given_cores, read_launch
+from engine.launch import (
+    DERIVED_REFUSED,
+    STEP_WITHIN_VARIABLE,
+    Launch,
+    exit_refused,
+    given_cores,
+    keep_to,
+    read_launch,
+)
 from engine.loop import EngineLoop
 from engine.memory import available_bytes
 from engine.options import EngineOptions
@@ -112,9 +120,7 @@ def _build(launch: Launch, refusals: list[EngineError]) -> EngineLoop:
         EngineError: the deployment cannot run as asked.
     """
     cores = given_cores()
-    if cores:
-        with contextlib.suppress(OSError):  # not this machine's any more
-            os.sched_setaffinity(0, cores)  # this thread's, and of those it starts; before torch counts them
+    keep_to(cores)
     from engine.build import build_engine
 
     try:
