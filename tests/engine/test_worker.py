@@ -311,7 +311,7 @@ def test_memory_that_runs_out_while_loading_is_a_refusal_with_sizes(
     monkeypatch.setattr("engine.build.build_engine", build)
     launch = Launch(engine_pb2.Deployment(name="tiny", files=files, options=OPTIONS), store, Path("unused"))
     with pytest.raises(EngineError, match=f"{weights.size} bytes of weights, KV pages: 128") as refused:
-        worker_main._build(launch)
+        worker_main._build(launch, [])
     assert refused.value.code == "OUT_OF_MEMORY"
 
 
