@@ -59,8 +59,8 @@ class DerivedWriter:
         """
         order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride()[axis])
         dense = tensor.detach().permute(order)
-        if tensor.device.type != "cpu" or tensor.layout != torch.strided or not dense.is_contiguous():
-            raise EngineError("DERIVED_UNSUPPORTED", "a prepared tensor has gaps, or is not in the CPU's memory")
+        if not dense.is_contiguous():
+            raise EngineError("DERIVED_UNSUPPORTED", "a prepared tensor has gaps")
         self._write(bytes(-self._size % _ALIGNED))
         self._tensors.append(
             {

@@ -33,6 +33,8 @@ def encode(value: Any, keep: Callable[[Tensor], int]) -> Json:
     if type(value) in _PLAIN:
         return value
     if isinstance(value, Tensor):
+        if value.layout != torch.strided or value.device.type != "cpu":
+            raise EngineError("DERIVED_UNSUPPORTED", "a prepared tensor's numbers are its library's own secret")
         return {"tensor": keep(value)}
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}

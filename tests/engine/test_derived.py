@@ -114,9 +114,17 @@ def made(int4: Case, tmp_path: Path) -> Location:
     return int4.derive(BACKENDS[1], tmp_path / "derived")
 
 
-def check(model: Case, backends: Sequence[Any], out: Path) -> None:
-    for ops in backends:
+def check(model: Case, backends: Sequence[Any], folder: Path) -> None:
+    folder.mkdir()
+    for number, ops in enumerate(backends):
         wanted, _ = model.load(ops)
+        out = folder / str(number)
+        if any(tensor.layout != torch.strided for tensor in tensors_in(wanted)):
+            with pytest.raises(EngineError) as error:
+                model.derive(ops, out)
+            assert error.value.code == "DERIVED_UNSUPPORTED"
+            assert list(out.iterdir()) == []
+            continue
         location = model.derive(ops, out)
         assert sorted(path.name for path in out.iterdir()) == [location.derived.name]
         found, refused = model.load(ops, location)
