@@ -38,9 +38,14 @@ const Attends &attends(const ClKv &kv) {
 
 float power(float x) { return exp2(broadcast(x)).part[0][0]; }
 
-// Adds a split's answer to those before it.
+// Adds a split's answer to those before it; while those saw nothing, it is taken as it is.
 void merge(float &highest, float &total, float *answer, float part_highest, float part_total, const float *part,
            int64_t dim) {
+  if (total == 0) {
+    highest = part_highest, total = part_total;
+    memcpy(answer, part, sizeof(float) * dim);
+    return;
+  }
   const float top = part_highest > highest ? part_highest : highest;
   const float safe = top > -__builtin_inff() ? top : 0.0f;
   const float own = power(highest - safe), other = power(part_highest - safe);
@@ -58,8 +63,8 @@ void divide(const float *answer, float highest, float total, const float *sink, 
     own = power(highest - top);
     total = total * own + power(score - top);
   }
-  for (int64_t d = 0; d < count; d += 16)
-    store_some(out + d, load(answer + d) * broadcast(own) / broadcast(total), count - d);
+  const F16 factor = broadcast(own / total);
+  for (int64_t d = 0; d < count; d += 16) store_some(out + d, load(answer + d) * factor, count - d);
 }
 
 class Attention {
@@ -165,7 +170,6 @@ class Attention {
       highest[q] = -__builtin_inff();
       totals[q] = 0;
     }
-    memset(room_.merged, 0, sizeof(float) * queries * dim);
     attends(*op_.kv).prepare(op_, piece, room_);
     for (int64_t s = piece.first_tile / SPLIT_TILES; s * SPLIT_TILES < piece.end_tile; ++s) {
       Piece narrowed = piece;
@@ -187,7 +191,6 @@ class Attention {
     const int64_t first = op_.window && seen > 0 ? tile_of(seen) / SPLIT_TILES : 0;
     for (int64_t h = 0; h < op_.heads; ++h) {
       float highest = -__builtin_inff(), total = 0;
-      memset(room_.merged, 0, sizeof(float) * pages_.dim);
       for (int64_t s = first; s <= tile_of(position) / SPLIT_TILES; ++s) {
         const float *own = part(token, h, s);
         merge(highest, total, room_.merged, own[pages_.dim], own[pages_.dim + 1], own, pages_.dim);

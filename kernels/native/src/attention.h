@@ -16,8 +16,8 @@
 
 namespace CL_ISA {
 
-constexpr int64_t MOST_DIM = 512;
-constexpr int64_t MOST_QUERIES = 32;  // of a piece: query heads of a KV head, times tokens
+constexpr int64_t QUERY_STRIDE = MOST_DIM + 32;  // no power of two, so that rows share no places in a cache
+constexpr int64_t MOST_QUERIES = 32;             // of a piece: query heads of a KV head, times tokens
 constexpr int64_t BLOCK_TILES = 16;
 constexpr int64_t BLOCK = BLOCK_TILES * CL_TILE;  // tokens at most
 constexpr int64_t SPLIT_TILES = 4 * BLOCK_TILES;
@@ -34,7 +34,7 @@ struct Piece {
 // What one thread works in, for MOST_QUERIES queries.
 struct Room {
   float *scales;   // [queries] of their codes
-  void *queries;   // [queries + 1][dim] in the format's numbers
+  void *queries;   // [queries + 1][QUERY_STRIDE] in the format's numbers
   float *weights;  // [queries + 1][BLOCK] scores; then weights, in the format's numbers
   void *edge;      // a tile of values
   float *answers;  // [queries][dim] of the split so far
@@ -42,12 +42,12 @@ struct Room {
 
   static int64_t bytes(int64_t dim) {
     return (int64_t)sizeof(float) *
-           (MOST_QUERIES + (MOST_QUERIES + 1) * (dim + BLOCK) + CL_TILE * dim + 2 * MOST_QUERIES * dim);
+           (MOST_QUERIES + (MOST_QUERIES + 1) * (QUERY_STRIDE + BLOCK) + CL_TILE * dim + 2 * MOST_QUERIES * dim);
   }
   Room(char *room, int64_t dim)
       : scales((float *)room),
         queries(scales + MOST_QUERIES),
-        weights((float *)queries + (MOST_QUERIES + 1) * dim),
+        weights((float *)queries + (MOST_QUERIES + 1) * QUERY_STRIDE),
         edge(weights + (MOST_QUERIES + 1) * BLOCK),
         answers((float *)edge + CL_TILE * dim),
         merged(answers + MOST_QUERIES * dim) {}

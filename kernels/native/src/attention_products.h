@@ -4,6 +4,7 @@
 // lanes. How a step's numbers are kept and multiplied is a format below.
 #pragma once
 
+#include "attention.h"
 #include "pages.h"
 
 namespace CL_ISA {
@@ -121,21 +122,26 @@ struct Int8Keys {
 inline void store_sum(float *p, F16 x) { store(p, x); }
 inline void store_sum(float *p, I16 x) { store(p, to_float(x)); }
 
-// sums += rows (`stride` numbers apart) * C vectors a step, `next` stored numbers from step to step.
-template <typename Format, int R, int C>
+// sums += rows (`STRIDE` numbers apart) * C vectors a step, `next` stored numbers from step to step. Where `ahead`
+// is given, what lies there is fetched, as many bytes as are read.
+template <typename Format, int64_t STRIDE, int R, int C>
 inline __attribute__((always_inline)) void accumulate(typename Format::Sum (&sums)[R][C],
-                                                      const typename Format::Number *rows, int64_t stride,
+                                                      const typename Format::Number *rows,
                                                       const typename Format::Stored *const *vectors, int64_t next,
-                                                      int64_t steps) {
+                                                      int64_t steps, const typename Format::Stored *const *ahead) {
   for (int64_t s = 0; s < steps; ++s) {
     typename Format::Lanes lanes[C];
     CL_UNROLL
     for (int c = 0; c < C; ++c) lanes[c] = Format::lanes(vectors[c] + s * next);
+    if (ahead) {
+      CL_UNROLL
+      for (int c = 0; c < C; ++c) __builtin_prefetch(ahead[c] + s * next, 0, 2);
+    }
     CL_UNROLL
     for (int r = 0; r < R; ++r) {
       CL_UNROLL
       for (int c = 0; c < C; ++c)
-        sums[r][c] = Format::fuse(sums[r][c], rows + r * stride + s * Format::STEP, lanes[c]);
+        sums[r][c] = Format::fuse(sums[r][c], rows + r * STRIDE + s * Format::STEP, lanes[c]);
     }
   }
 }
@@ -149,81 +155,90 @@ constexpr int MOST_ROWS = LANES == 8 ? 4 : 2;
 constexpr int beside(int) { return 1; }
 #endif
 
-// scores [R][stride] of R queries [dim] with C tiles of keys.
+// The keys or the values of some tiles, and what is read after them.
+template <typename Format>
+struct Tiles {
+  int64_t count, dim;
+  const typename Format::Stored *tiles[BLOCK_TILES], *ahead[BLOCK_TILES];
+};
+
+// Scores [R][BLOCK] of R queries with C tiles of keys from tile t on.
 template <typename Format, int R, int C>
-inline void score_tiles(const typename Format::Number *queries, int64_t dim,
-                        const typename Format::Stored *const *keys, float *scores, int64_t stride) {
+inline void score_tiles(const typename Format::Number *queries, const Tiles<Format> &keys, int64_t t, bool first,
+                        float *scores) {
   typename Format::Sum sums[R][C] = {};
-  accumulate<Format, R, C>(sums, queries, dim, keys, CL_TILE * Format::STEP, dim / Format::STEP);
+  accumulate<Format, QUERY_STRIDE, R, C>(sums, queries, keys.tiles + t, CL_TILE * Format::STEP,
+                                         keys.dim / Format::STEP, first ? keys.ahead + t : nullptr);
   CL_UNROLL
   for (int r = 0; r < R; ++r) {
     CL_UNROLL
-    for (int c = 0; c < C; ++c) store_sum(scores + r * stride + c * CL_TILE, sums[r][c]);
+    for (int c = 0; c < C; ++c) store_sum(scores + r * BLOCK + (t + c) * CL_TILE, sums[r][c]);
   }
 }
 
-// answers [R][dim], C vectors of them from dimension `first` on, = their own * decay + weights [R][stride] *
-// values.
+// Answers [R][dim], C vectors of them from dimension d on, = their own * decay + weights * values.
 template <typename Format, int R, int C>
-inline void weigh_tiles(const typename Format::Number *weights, int64_t stride,
-                        const typename Format::Stored *const *values, int64_t tiles, const float *decay,
-                        int64_t first, int64_t dim, float *answers) {
+inline void weigh_tiles(const typename Format::Number *weights, const Tiles<Format> &values, const float *decay,
+                        int64_t d, bool first, float *answers) {
+  constexpr int64_t STRIDE = BLOCK * sizeof(float) / sizeof(typename Format::Number);
+  const int64_t dim = values.dim;
   F16 sums[R][C];
   CL_UNROLL
   for (int r = 0; r < R; ++r) {
     CL_UNROLL
-    for (int c = 0; c < C; ++c) sums[r][c] = load(answers + r * dim + first + c * 16) * broadcast(decay[r]);
+    for (int c = 0; c < C; ++c) sums[r][c] = load(answers + r * dim + d + c * 16) * broadcast(decay[r]);
   }
-  for (int64_t t = 0; t < tiles; ++t) {
-    const typename Format::Stored *vectors[C];
+  for (int64_t t = 0; t < values.count; ++t) {
+    const typename Format::Stored *vectors[C], *ahead[C];
     CL_UNROLL
-    for (int c = 0; c < C; ++c) vectors[c] = values[t] + (first + c * 16) * Format::STEP;
-    accumulate<Format, R, C>(sums, weights + t * CL_TILE, stride, vectors, dim * Format::STEP,
-                             CL_TILE / Format::STEP);
+    for (int c = 0; c < C; ++c) {
+      vectors[c] = values.tiles[t] + (d + c * 16) * Format::STEP;
+      ahead[c] = values.ahead[t] + (d + c * 16) * Format::STEP;
+    }
+    accumulate<Format, STRIDE, R, C>(sums, weights + t * CL_TILE, vectors, dim * Format::STEP,
+                                     CL_TILE / Format::STEP, first ? ahead : nullptr);
   }
   CL_UNROLL
   for (int r = 0; r < R; ++r) {
     CL_UNROLL
-    for (int c = 0; c < C; ++c) store(answers + r * dim + first + c * 16, sums[r][c]);
+    for (int c = 0; c < C; ++c) store(answers + r * dim + d + c * 16, sums[r][c]);
   }
 }
 
 template <typename Format, int R>
-void score_rows(const typename Format::Number *queries, int64_t dim, const typename Format::Stored *const *keys,
-                int64_t tiles, float *scores, int64_t stride) {
+void score_rows(const typename Format::Number *queries, const Tiles<Format> &keys, bool first, float *scores) {
   constexpr int C = beside(R);
   int64_t t = 0;
-  for (; t + C <= tiles; t += C) score_tiles<Format, R, C>(queries, dim, keys + t, scores + t * CL_TILE, stride);
-  for (; t < tiles; ++t) score_tiles<Format, R, 1>(queries, dim, keys + t, scores + t * CL_TILE, stride);
+  for (; t + C <= keys.count; t += C) score_tiles<Format, R, C>(queries, keys, t, first, scores);
+  for (; t < keys.count; ++t) score_tiles<Format, R, 1>(queries, keys, t, first, scores);
 }
 
 template <typename Format, int R>
-void weigh_rows(const typename Format::Number *weights, int64_t stride,
-                const typename Format::Stored *const *values, int64_t tiles, const float *decay, int64_t dim,
-                float *answers) {
+void weigh_rows(const typename Format::Number *weights, const Tiles<Format> &values, const float *decay,
+                bool first, float *answers) {
   constexpr int C = beside(R);
   int64_t d = 0;
-  for (; d + C * 16 <= dim; d += C * 16)
-    weigh_tiles<Format, R, C>(weights, stride, values, tiles, decay, d, dim, answers);
-  for (; d < dim; d += 16) weigh_tiles<Format, R, 1>(weights, stride, values, tiles, decay, d, dim, answers);
+  for (; d + C * 16 <= values.dim; d += C * 16)
+    weigh_tiles<Format, R, C>(weights, values, decay, d, first, answers);
+  for (; d < values.dim; d += 16) weigh_tiles<Format, R, 1>(weights, values, decay, d, first, answers);
 }
 
-// The same of any number of rows, R at a time.
+// The same of any number of rows, R at a time; the first of them fetch what is ahead.
 template <typename Format, int R = MOST_ROWS>
-void score_all(int64_t rows, const typename Format::Number *queries, int64_t dim,
-               const typename Format::Stored *const *keys, int64_t tiles, float *scores, int64_t stride) {
-  for (; rows >= R; rows -= R, queries += R * dim, scores += R * stride)
-    score_rows<Format, R>(queries, dim, keys, tiles, scores, stride);
-  if constexpr (R > 1) score_all<Format, R - 1>(rows, queries, dim, keys, tiles, scores, stride);
+void score_all(int64_t rows, const typename Format::Number *queries, const Tiles<Format> &keys, bool first,
+               float *scores) {
+  for (; rows >= R; rows -= R, queries += R * QUERY_STRIDE, scores += R * BLOCK, first = false)
+    score_rows<Format, R>(queries, keys, first, scores);
+  if constexpr (R > 1) score_all<Format, R - 1>(rows, queries, keys, first, scores);
 }
 
 template <typename Format, int R = MOST_ROWS>
-void weigh_all(int64_t rows, const typename Format::Number *weights, int64_t stride,
-               const typename Format::Stored *const *values, int64_t tiles, const float *decay, int64_t dim,
-               float *answers) {
-  for (; rows >= R; rows -= R, weights += R * stride, decay += R, answers += R * dim)
-    weigh_rows<Format, R>(weights, stride, values, tiles, decay, dim, answers);
-  if constexpr (R > 1) weigh_all<Format, R - 1>(rows, weights, stride, values, tiles, decay, dim, answers);
+void weigh_all(int64_t rows, const typename Format::Number *weights, const Tiles<Format> &values,
+               const float *decay, bool first, float *answers) {
+  constexpr int64_t STRIDE = BLOCK * sizeof(float) / sizeof(typename Format::Number);
+  for (; rows >= R; rows -= R, weights += R * STRIDE, decay += R, answers += R * values.dim, first = false)
+    weigh_rows<Format, R>(weights, values, decay, first, answers);
+  if constexpr (R > 1) weigh_all<Format, R - 1>(rows, weights, values, decay, first, answers);
 }
 
 }  // namespace

@@ -13,13 +13,14 @@ struct Block {
   int64_t position[BLOCK_TILES], held[BLOCK_TILES];  // of the first token; tokens
   char *head[BLOCK_TILES];
   int64_t tile[BLOCK_TILES];  // of its page
+  bool whole[BLOCK_TILES];    // every query of the piece sees all of it
 };
 
 inline Block block_of(const ClAttention &op, const ClStep &step, const Pages &pages, const Piece &piece,
                       int64_t first, int64_t end) {
   Block block;
   const int32_t *table = step.tables + step.table_first[piece.row];
-  const int64_t size = pages.kv.block_size;
+  const int64_t size = pages.kv.block_size, last = piece.position + piece.tokens - 1;
   for (int64_t at = first; at < end; ++at) {
     const int64_t page = at / pages.tiles, tile = at % pages.tiles, left = size - tile * CL_TILE,
                   i = block.tiles++;
@@ -27,6 +28,8 @@ inline Block block_of(const ClAttention &op, const ClStep &step, const Pages &pa
     block.held[i] = left < CL_TILE ? left : CL_TILE;
     block.head[i] = pages.head(op.layer, table[page], piece.kv_head);
     block.tile[i] = tile;
+    block.whole[i] = block.held[i] == CL_TILE && block.position[i] + CL_TILE <= piece.position + 1 &&
+                     (!op.window || block.position[i] > last - op.window);
   }
   return block;
 }
@@ -36,10 +39,11 @@ struct Seen {
   int low, high;
 };
 
+inline int bounded(int64_t lane, int64_t held) { return (int)(lane < 0 ? 0 : lane < held ? lane : held); }
+
 inline Seen seen(const Block &block, int64_t tile, int64_t position, int64_t window) {
-  const int64_t last = position + 1 - block.position[tile];
-  const int64_t first = window ? last - window : 0, held = block.held[tile];
-  return {(int)(first < 0 ? 0 : first > held ? held : first), (int)(last < 0 ? 0 : last > held ? held : last)};
+  const int64_t last = position + 1 - block.position[tile], held = block.held[tile];
+  return {window ? bounded(last - window, held) : 0, bounded(last, held)};
 }
 
 // Queries as rows of numbers, times what makes their scores powers of two, or arguments of tanh.
@@ -87,10 +91,10 @@ struct Split {
     Query *out = static_cast<Query *>(room.queries);
     for (int64_t q = 0; q < piece.queries(); ++q) {
       const float *token = op.qkv + (piece.token + q / piece.heads) * width;
-      Rows::put(token + (piece.head + q % piece.heads) * count, count, dim, factor, out + q * dim,
+      Rows::put(token + (piece.head + q % piece.heads) * count, count, dim, factor, out + q * QUERY_STRIDE,
                 room.scales + q);
     }
-    Rows::put_last(dim, out + piece.queries() * dim);
+    Rows::put_last(dim, out + piece.queries() * QUERY_STRIDE);
   }
 
   // Scales, bounds and hides one query's scores; the highest of what it sees.
@@ -103,9 +107,11 @@ struct Split {
       if (Rows::CODED) some = (some - load(last + t * CL_TILE)) * broadcast(scale);
       if (SCALED) some = some * load(pages.key_scales(block.head[t], block.tile[t]));
       if (op.softcap != 0) some = tanh(some) * broadcast(op.softcap * LOG2_E);
-      const Seen inside = seen(block, t, position, op.window);
-      if (inside.low > 0 || inside.high < CL_TILE) some = select(inside.low, inside.high, some, none);
-      store(scores + t * CL_TILE, some);
+      if (!block.whole[t]) {
+        const Seen inside = seen(block, t, position, op.window);
+        some = select(inside.low, inside.high, some, none);
+      }
+      if (SCALED || op.softcap != 0 || !block.whole[t]) store(scores + t * CL_TILE, some);
       most = max(most, some);
     }
     return highest(most);
@@ -137,27 +143,38 @@ struct Split {
     return copy;
   }
 
+  // While keys are read their tiles' values are fetched, while values are, the next block's keys: memory never
+  // rests.
   static void score(const Pages &pages, const Piece &piece, const Block &block, const Room &room) {
-    const typename Keys::Stored *keys[BLOCK_TILES];
-    for (int64_t t = 0; t < block.tiles; ++t)
-      keys[t] = reinterpret_cast<const typename Keys::Stored *>(pages.keys(block.head[t], block.tile[t]));
-    score_all<Keys>(Rows::rows(piece.queries()), static_cast<const Query *>(room.queries), pages.dim, keys,
-                    block.tiles, room.weights, BLOCK);
+    Tiles<Keys> keys;
+    keys.count = block.tiles, keys.dim = pages.dim;
+    for (int64_t t = 0; t < block.tiles; ++t) {
+      keys.tiles[t] = reinterpret_cast<const typename Keys::Stored *>(pages.keys(block.head[t], block.tile[t]));
+      keys.ahead[t] = reinterpret_cast<const typename Keys::Stored *>(pages.values(block.head[t], block.tile[t]));
+    }
+    score_all<Keys>(Rows::rows(piece.queries()), static_cast<const Query *>(room.queries), keys, true,
+                    room.weights);
   }
 
   static void weigh(const ClAttention &op, const Pages &pages, const Piece &piece, const Block &block,
-                    const Room &room, const float *decay) {
-    const Value *values[BLOCK_TILES];
-    for (int64_t t = 0; t < block.tiles; ++t)
-      values[t] = reinterpret_cast<const Value *>(pages.values(block.head[t], block.tile[t]));
+                    const Block &next, const Room &room, const float *decay) {
+    Tiles<Values> values;
+    values.count = block.tiles, values.dim = pages.dim;
+    for (int64_t t = 0; t < block.tiles; ++t) {
+      const int64_t then = t < next.tiles ? t : 0;
+      values.tiles[t] = reinterpret_cast<const Value *>(pages.values(block.head[t], block.tile[t]));
+      values.ahead[t] = values.tiles[t];
+      if (next.tiles)
+        values.ahead[t] = reinterpret_cast<const Value *>(pages.keys(next.head[then], next.tile[then]));
+    }
     const Seen first = seen(block, 0, piece.position, op.window);
-    if (first.low > 0) values[0] = without(values[0], first.low, pages.dim, room.edge);
-    weigh_all<Values>(piece.queries(), reinterpret_cast<const Weight *>(room.weights),
-                      BLOCK * sizeof(float) / sizeof(Weight), values, block.tiles, decay, pages.dim, room.answers);
+    if (first.low > 0) values.tiles[0] = without(values.tiles[0], first.low, pages.dim, room.edge);
+    weigh_all<Values>(piece.queries(), reinterpret_cast<const Weight *>(room.weights), values, decay,
+                      next.tiles > 0, room.answers);
   }
 
   static void attend(const ClAttention &op, const Pages &pages, const Piece &piece, const Block &block,
-                     const Room &room, float *highest, float *totals) {
+                     const Block &next, const Room &room, float *highest, float *totals) {
     const int64_t queries = piece.queries();
     float decay[MOST_QUERIES] = {};
     score(pages, piece, block, room);
@@ -172,7 +189,7 @@ struct Split {
       const float top = highest[q] > -__builtin_inff() ? highest[q] : 0.0f;
       totals[q] = totals[q] * decay[q] + weigh_scores(pages, block, top, room.weights + q * BLOCK);
     }
-    weigh(op, pages, piece, block, room, decay);
+    weigh(op, pages, piece, block, next, room, decay);
   }
 
   // decay = 2^(decay - highest), of what a query has so far: exactly 1 where the highest stays.
@@ -192,11 +209,15 @@ struct Split {
       totals[q] = 0;
     }
     memset(room.answers, 0, sizeof(float) * piece.queries() * pages.dim);
-    for (int64_t at = piece.first_tile; at < piece.end_tile;) {
-      const int64_t next = (at / BLOCK_TILES + 1) * BLOCK_TILES,
-                    end = next < piece.end_tile ? next : piece.end_tile;
-      attend(op, pages, piece, block_of(op, step, pages, piece, at, end), room, highest, totals);
-      at = end;
+    const auto from = [&](int64_t at) {
+      const int64_t next = (at / BLOCK_TILES + 1) * BLOCK_TILES;
+      return block_of(op, step, pages, piece, at, next < piece.end_tile ? next : piece.end_tile);
+    };
+    Block block = from(piece.first_tile);
+    for (int64_t at = piece.first_tile; at < piece.end_tile; at = (at / BLOCK_TILES + 1) * BLOCK_TILES) {
+      const Block next = from((at / BLOCK_TILES + 1) * BLOCK_TILES);
+      attend(op, pages, piece, block, next, room, highest, totals);
+      block = next;
     }
   }
 };

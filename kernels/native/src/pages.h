@@ -14,6 +14,8 @@
 namespace CL_ISA {
 namespace {
 
+constexpr int64_t MOST_DIM = 512;
+
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 struct Pages {
@@ -65,29 +67,87 @@ inline float quantise_head(const float *x, int64_t count, int8_t *codes) {
   return most / 127.0f + faults;
 }
 
-// Stores the keys and values [dim] of one head of the token at `place` of its page.
-inline void store_token(const Pages &pages, char *head, int64_t place, const float *key, const float *value) {
-  const int64_t tile = place / CL_TILE, lane = place % CL_TILE, count = pages.kv.dim;
-  if (pages.kv.type == CL_FLOAT32) {
-    float *keys = (float *)pages.keys(head, tile), *values = (float *)pages.values(head, tile);
-    for (int64_t d = 0; d < count; ++d) keys[key_place<1>(d, lane)] = key[d];
-    memcpy(values + lane * pages.dim, value, sizeof(float) * count);
-  } else if (pages.kv.type == CL_BFLOAT16) {
-    uint16_t *keys = (uint16_t *)pages.keys(head, tile), *values = (uint16_t *)pages.values(head, tile);
-    uint16_t rounded[16];
-    for (int64_t first = 0; first < count; first += 16) {
-      const int64_t some = count - first < 16 ? count - first : 16;
-      store_bf16(rounded, load_some(key + first, some));
-      for (int64_t d = 0; d < some; ++d) keys[key_place<2>(first + d, lane)] = rounded[d];
-      store_bf16(rounded, load_some(value + first, some));
-      for (int64_t d = 0; d < some; ++d) values[value_place<2>(first + d, lane, pages.dim)] = rounded[d];
+// Two tokens' numbers as pairs of bfloat16, each pair in a lane.
+inline void store_pairs(uint16_t *out, F16 first, F16 second) {
+  uint16_t pairs[2][16];
+  store_bf16(pairs[0], first);
+  store_bf16(pairs[1], second);
+  const I16 low = load_int16((const int16_t *)pairs[0]) & broadcast(int32_t(0xffff));
+  store((int32_t *)out, low + (load_int16((const int16_t *)pairs[1]) << 16));
+}
+
+// Tokens of one tile, from lane `lane` on: the keys or values of one head, `stride` numbers from token to token.
+struct Run {
+  const float *x;
+  int64_t stride, lane, count, numbers;  // of each token
+};
+
+inline void store_keys(const Run &run, uint16_t *tile) {
+  for (int64_t t = 0; t < run.count; ++t)
+    for (int64_t d = 0; d < run.numbers; d += 16) {
+      const int64_t left = run.numbers - d;
+      uint16_t rounded[16];
+      store_bf16(rounded, load_some(run.x + t * run.stride + d, left));
+      for (int64_t i = 0; i < 16 && i < left; i += 2)  // of an odd number the last has a zero beside it
+        memcpy(tile + key_place<2>(d + i, run.lane + t), rounded + i, 2 * sizeof(uint16_t));
     }
+}
+
+inline void store_values(const Run &run, uint16_t *tile, int64_t dim) {
+  for (int64_t t = 0; t < run.count; ++t) {
+    const int64_t lane = run.lane + t;
+    const float *x = run.x + t * run.stride;
+    const bool pair = lane % 2 == 0 && t + 1 < run.count;
+    for (int64_t d = 0; d < run.numbers; d += 16) {
+      const int64_t left = run.numbers - d;
+      if (pair) {
+        store_pairs(tile + value_place<2>(d, lane, dim), load_some(x + d, left),
+                    load_some(x + run.stride + d, left));
+        continue;
+      }
+      uint16_t rounded[16];
+      store_bf16(rounded, load_some(x + d, left));
+      for (int64_t i = 0; i < 16 && i < left; ++i) tile[value_place<2>(d + i, lane, dim)] = rounded[i];
+    }
+    t += pair;
+  }
+}
+
+inline void store_keys(const Run &run, float *tile) {
+  for (int64_t t = 0; t < run.count; ++t)
+    for (int64_t d = 0; d < run.numbers; ++d) tile[key_place<1>(d, run.lane + t)] = run.x[t * run.stride + d];
+}
+inline void store_values(const Run &run, float *tile, int64_t dim) {
+  for (int64_t t = 0; t < run.count; ++t)
+    memcpy(tile + (run.lane + t) * dim, run.x + t * run.stride, sizeof(float) * run.numbers);
+}
+
+inline void store_keys(const Run &run, int8_t *tile, float *scales) {
+  int8_t codes[MOST_DIM];
+  for (int64_t t = 0; t < run.count; ++t) {
+    scales[run.lane + t] = quantise_head(run.x + t * run.stride, run.numbers, codes);
+    for (int64_t d = 0; d < run.numbers; ++d) tile[key_place<4>(d, run.lane + t)] = codes[d];
+  }
+}
+inline void store_values(const Run &run, int8_t *tile, int64_t dim, float *scales) {
+  int8_t codes[MOST_DIM];
+  for (int64_t t = 0; t < run.count; ++t) {
+    scales[run.lane + t] = quantise_head(run.x + t * run.stride, run.numbers, codes);
+    for (int64_t d = 0; d < run.numbers; ++d) tile[value_place<2>(d, run.lane + t, dim)] = codes[d];
+  }
+}
+
+inline void store_tokens(const Pages &pages, char *head, int64_t tile, const Run &keys, const Run &values) {
+  char *to_keys = pages.keys(head, tile), *to_values = pages.values(head, tile);
+  if (pages.kv.type == CL_FLOAT32) {
+    store_keys(keys, (float *)to_keys);
+    store_values(values, (float *)to_values, pages.dim);
+  } else if (pages.kv.type == CL_BFLOAT16) {
+    store_keys(keys, (uint16_t *)to_keys);
+    store_values(values, (uint16_t *)to_values, pages.dim);
   } else {
-    int8_t codes[512], *keys = (int8_t *)pages.keys(head, tile), *values = (int8_t *)pages.values(head, tile);
-    pages.key_scales(head, tile)[lane] = quantise_head(key, count, codes);
-    for (int64_t d = 0; d < count; ++d) keys[key_place<4>(d, lane)] = codes[d];
-    pages.value_scales(head, tile)[lane] = quantise_head(value, count, codes);
-    for (int64_t d = 0; d < count; ++d) values[value_place<2>(d, lane, pages.dim)] = codes[d];
+    store_keys(keys, (int8_t *)to_keys, pages.key_scales(head, tile));
+    store_values(values, (int8_t *)to_values, pages.dim, pages.value_scales(head, tile));
   }
 }
 

@@ -35,24 +35,39 @@ void turn(const ClRope &op, float *queries, int64_t position) {
     rotate(queries + h * dim, op.cosines + position * n, op.sines + position * n, n);
 }
 
+// Stores tokens first .. end - 1 of a row, tile after tile and head after head.
+void store_row(const ClRope &op, const ClStep &step, const Pages &pages, int64_t row, int64_t first, int64_t end) {
+  const int64_t dim = op.kv->dim, width = (op.heads + 2 * op.kv->heads) * dim, size = op.kv->block_size;
+  while (first < end) {
+    const int64_t position = step.positions[first], place = position % size;
+    const int64_t lane = place % CL_TILE, room = CL_TILE - lane < size - place ? CL_TILE - lane : size - place;
+    const int64_t count = room < end - first ? room : end - first;
+    const int64_t block = step.tables[step.table_first[row] + position / size];
+    const float *keys = op.qkv + first * width + op.heads * dim, *values = keys + op.kv->heads * dim;
+    for (int64_t h = 0; h < op.kv->heads; ++h)
+      store_tokens(pages, pages.head(op.layer, block, h), place / CL_TILE,
+                   {keys + h * dim, width, lane, count, dim}, {values + h * dim, width, lane, count, dim});
+    first += count;
+  }
+}
+
 }  // namespace
 
 void rope(const ClRope &op, const ClStep &step, const Team &team) {
-  constexpr int64_t AT_ONCE = 4;
   const Pages pages(*op.kv);
-  const int64_t dim = op.kv->dim, width = (op.heads + 2 * op.kv->heads) * dim;
+  const int64_t width = (op.heads + 2 * op.kv->heads) * op.kv->dim, share = step.tokens / team.threads;
+  const int64_t at_once = share < 4 ? 1 : share < 64 ? 4 : 16;
   int64_t row = 0;
   Span span;
-  while (team.take(0, step.tokens, AT_ONCE, &span))
-    for (int64_t t = span.first; t < span.end; ++t) {
-      while (t >= step.row_first[row + 1]) ++row;
-      const int64_t position = step.positions[t], place = position % op.kv->block_size;
-      const int64_t block = step.tables[step.table_first[row] + position / op.kv->block_size];
-      float *queries = op.qkv + t * width, *keys = queries + op.heads * dim;
-      turn(op, queries, position);
-      for (int64_t h = 0; h < op.kv->heads; ++h)
-        store_token(pages, pages.head(op.layer, block, h), place, keys + h * dim, keys + (op.kv->heads + h) * dim);
+  while (team.take(0, step.tokens, at_once, &span)) {
+    for (int64_t t = span.first; t < span.end; ++t) turn(op, op.qkv + t * width, step.positions[t]);
+    for (int64_t first = span.first; first < span.end;) {
+      while (first >= step.row_first[row + 1]) ++row;
+      const int64_t end = step.row_first[row + 1] < span.end ? step.row_first[row + 1] : span.end;
+      store_row(op, step, pages, row, first, end);
+      first = end;
     }
+  }
 }
 
 }  // namespace CL_ISA

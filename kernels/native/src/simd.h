@@ -23,8 +23,8 @@ constexpr int PARTS = 16 / LANES;
 typedef float FloatV __attribute__((vector_size(4 * LANES)));
 typedef int32_t IntV __attribute__((vector_size(4 * LANES)));
 
-// Products and sums are never contracted (-ffp-contract=off): only fma() fuses, so that every copy of a loop, whatever
-// it was unrolled for, rounds alike.
+// Products and sums are never contracted (-ffp-contract=off): only fma() fuses, so that every copy of a loop,
+// whatever it was unrolled for, rounds alike.
 struct F16 {
   FloatV part[PARTS];
 };
@@ -178,20 +178,39 @@ inline F16 select_equal(F16 x, F16 y, F16 a, F16 b) {
   return a;
 }
 
-// Of the sixteen, in one fixed tree: halves, quarters, pairs.
+// Four numbers of which the first is what the sixteen come to, two by two: halves, quarters, pairs; always this
+// tree.
+typedef float FourV __attribute__((vector_size(16)));
+#if defined(__AVX512F__)
+typedef float EightV __attribute__((vector_size(32)));
+inline EightV low_half(FloatV x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7); }
+inline EightV high_half(FloatV x) { return __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15); }
+#elif defined(__AVX2__)
+typedef FloatV EightV;
+#endif
+#if defined(__AVX2__)
+inline FourV low_half(EightV x) { return __builtin_shufflevector(x, x, 0, 1, 2, 3); }
+inline FourV high_half(EightV x) { return __builtin_shufflevector(x, x, 4, 5, 6, 7); }
+#endif
+template <typename Join>
+inline FourV joined(F16 x, Join join) {
+#if defined(__AVX512F__)
+  const EightV eight = join(low_half(x.part[0]), high_half(x.part[0]));
+  const FourV four = join(low_half(eight), high_half(eight));
+#elif defined(__AVX2__)
+  const EightV eight = join(x.part[0], x.part[1]);
+  const FourV four = join(low_half(eight), high_half(eight));
+#else
+  const FourV four = join(join(x.part[0], x.part[2]), join(x.part[1], x.part[3]));
+#endif
+  const FourV two = join(four, __builtin_shufflevector(four, four, 2, 3, 2, 3));
+  return join(two, __builtin_shufflevector(two, two, 1, 1, 1, 1));
+}
 inline float sum(F16 x) {
-  float v[16];
-  memcpy(v, &x, sizeof v);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  return v[0];
+  return joined(x, [](auto a, auto b) { return a + b; })[0];
 }
 inline float highest(F16 x) {
-  float v[16];
-  memcpy(v, &x, sizeof v);
-  for (int width = 8; width; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] = v[i] > v[i + width] ? v[i] : v[i + width];
-  return v[0];
+  return joined(x, [](auto a, auto b) { return a > b ? a : b; })[0];
 }
 
 // The first n of sixteen numbers (or all, where there are more), zeros behind them; and only these stored.
@@ -220,8 +239,8 @@ inline uint16_t to_bf16(float x) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// Sixteen bfloat16 numbers to float32, and float32 ones rounded to bfloat16 as `to_bf16` does (but numbers below the
-// smallest normal one become zeros where the instruction set has it so).
+// Sixteen bfloat16 numbers to float32, and float32 ones rounded to bfloat16 as `to_bf16` does (but numbers below
+// the smallest normal one become zeros where the instruction set has it so).
 inline F16 load_bf16(const uint16_t *p) {
   typedef uint16_t HalfV __attribute__((vector_size(2 * LANES)));
   F16 r;
