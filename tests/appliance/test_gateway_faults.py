@@ -86,7 +86,10 @@ async def test_a_worker_that_is_back_is_used_again_without_hands(house: House) -
     assert house.worker.sessions == 2
 
 
-async def test_no_worker_is_unavailable_before_anything_is_charged(house: House) -> None:
+async def test_no_worker_is_unavailable_before_anything_is_charged(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("appliance.gateway.sessions.CONNECT_S", 0.3)  # it waits for one that may be coming back
     await house.kill("worker-notes")
     error = await failure(house)
     assert (error.status, error.code) == (grpc.StatusCode.UNAVAILABLE, "ENGINE_UNAVAILABLE")
