@@ -24,6 +24,7 @@ from engine.weights.files import FileSet, OpenFile, read_verified
 from engine.weights.formats import Format
 from engine.weights.quantisation import assign, stored_names
 from engine.weights.safetensors import TensorEntry, read_stored_header
+from kernels.native.layout import MOST_HEAD_DIM
 from kernels.native.location import find_library
 
 PROCESS_BYTES = 192 * 2**20
@@ -212,7 +213,10 @@ def plan_memory(
     Raises:
         EngineError: OPTIONS_INVALID names the option.
     """
-    options = options.choose(model.dtype, find_library() is not None if has_native is None else has_native)
+    has_native = find_library() is not None if has_native is None else has_native
+    options = options.choose(model.dtype, has_native and model.config.head_dim <= MOST_HEAD_DIM)
+    if options.backend == "native" and model.config.head_dim > MOST_HEAD_DIM:
+        raise EngineError("OPTIONS_INVALID", f"backend native takes heads of at most {MOST_HEAD_DIM} numbers")
     # A spinning thread that shares its core slows a step tenfold: one core is for the other processes.
     cores = engine_cores(usable_cores()) if cores is None else cores
     config = model.config

@@ -32,6 +32,7 @@ _PANEL = 4 * 512 * 64  # bytes of weights that a thread unpacks at once
 _QUERIES = 32  # that a thread attends with at once
 _KEYS = 256  # whose scores it has then
 _SPLIT = 64 * layout.TILE  # tokens of a context between which threads may share a row
+_ITEM_ROWS = 96  # of an expert that are answered at once
 _PIECES = 8  # for each thread; with more of them rows are not shared
 
 
@@ -104,11 +105,17 @@ def scratch_bytes(of: Sizes) -> int:
     return max(products_bytes(of), _attention(of), _mixture(of))
 
 
-def products_bytes(of: Sizes | EncoderSizes) -> int:
-    """Inputs laid out for a stack of matrices, perhaps in an order for each, and what each thread unpacks."""
+def products_bytes(of: Sizes | EncoderSizes, rows: int = 0, threads: int = 0) -> int:
+    """Inputs laid out for a stack of matrices, perhaps in an order for each, and what each thread unpacks.
+
+    Args:
+        of: the sizes.
+        rows: of inputs; 0: the largest step.
+        threads: that multiply together; 0: all.
+    """
     widest = max(matrix.inner for _, matrix in _matrices(of))
     own = max(_PANEL, 8 * _up(widest, layout.STRIDE))
-    return of.step * _STACKED * _laid(of, widest) + of.options.threads * own
+    return (rows or of.step) * _STACKED * _laid(of, widest) + (threads or of.options.threads) * own
 
 
 def _attention(of: Sizes) -> int:
@@ -126,14 +133,20 @@ def _attention(of: Sizes) -> int:
 
 
 def _mixture(of: Sizes) -> int:
-    """Scores and choices of all tokens, an expert's rows, what it makes of them, and its products' scratch."""
-    experts = max((layer.mlp.experts for layer in of.config.layers if isinstance(layer.mlp, Mixture)), default=0)
-    if not experts:
-        return 0
-    step, widest = of.options.max_step_tokens, max(of.config.hidden_size, of.intermediate)
-    rows = 2 * _rows(of, of.config.hidden_size) + 2 * _FLOAT * of.intermediate + _rows(of, of.intermediate)
-    choices = 4 * _FLOAT * experts
-    return step * (rows + choices + _STACKED * _laid(of, widest)) + of.options.threads * _PANEL
+    """The largest mixture: scores, choices and answers of all tokens, and its router's or experts' products."""
+    return max(
+        (_mixture_of(of, layer.mlp) for layer in of.config.layers if isinstance(layer.mlp, Mixture)), default=0
+    )
+
+
+def _mixture_of(of: Sizes, mlp: Mixture) -> int:
+    """Some rows of an expert are a thread's item, or the team's where there are few: what it reads and makes."""
+    hidden, threads, chosen = of.config.hidden_size, of.options.threads, of.step * mlp.top_k
+    shared = _FLOAT * (of.step * mlp.experts + chosen * (3 + hidden) + mlp.experts)
+    items = 3 * _FLOAT * (min(chosen, mlp.experts) + chosen // _ITEM_ROWS + 2) + 128 * threads + 1024
+    desk = _ITEM_ROWS * (3 * _FLOAT * mlp.intermediate + _FLOAT * hidden + _rows(of, hidden)) + 1024
+    experts = threads * (desk + products_bytes(of, _ITEM_ROWS, 1))
+    return shared + items + max(experts, products_bytes(of))
 
 
 def _rows(of: Sizes, width: int) -> int:

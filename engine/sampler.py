@@ -99,9 +99,11 @@ class SamplerState:
     def gather(self, slots: Sequence[int], positions: Sequence[int], vocabulary: int) -> Sampling:
         """Parameters and random numbers of `slots` for tokens at `positions`, out of so large a vocabulary."""
         index = np.asarray(slots, np.int64)
-        draws = uniform(self._seed[index], np.asarray(positions, np.uint64))
+        temperature = self._temperature[index]
+        drawn = temperature.any()  # what takes the likeliest token needs no number
+        draws = uniform(self._seed[index], np.asarray(positions, np.uint64)) if drawn else temperature
         return Sampling(
-            temperature=torch.from_numpy(self._temperature[index]),
+            temperature=torch.from_numpy(temperature),
             top_k=torch.from_numpy(self._top_k[index]),
             top_p=torch.from_numpy(self._top_p[index]),
             uniform=torch.from_numpy(draws),

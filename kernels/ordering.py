@@ -4,10 +4,12 @@ Rows are looked through in blocks of columns: torch takes the largest of many sh
 the place of the largest number of a long row, and whatever is sought lies in a few of them.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _NARROW_BLOCK, _WIDE_BLOCK = 32, 256
+_SMALL = 2**18  # logits that numpy looks through while torch would only begin; it has one thread
 
 
 class Highest:
@@ -22,6 +24,11 @@ class Highest:
     """
 
     def __init__(self, logits: Tensor) -> None:
+        if logits.numel() <= _SMALL:
+            numbers = logits.numpy()
+            self.finite = torch.from_numpy(np.isfinite(numbers.min(-1)) & np.isfinite(numbers.max(-1)))
+            self.token = torch.from_numpy(numbers.argmax(-1))
+            return
         blocks = _in_blocks(logits, _WIDE_BLOCK)
         highest = [part.amax(-1) for part in blocks]
         lowest = torch.cat([part.amin(-1) for part in blocks], -1).amin(-1)

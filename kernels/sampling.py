@@ -73,6 +73,8 @@ def _adjusted(logits: Tensor, adjustments: Adjustments, changed: Tensor) -> Tens
 def _choose(tokens: Tensor, logits: Tensor, sampling: Sampling, possible: Tensor) -> None:
     """Put a drawn token in the place of the likeliest where the row asks for it and it is `possible`."""
     drawn = possible & (sampling.temperature > 0)
+    if not drawn.any():
+        return
     ordered = (sampling.top_k > 0) | (sampling.top_p < 1)
     floor = ~ordered & (sampling.min_p > 0)
     for choose, rows in (

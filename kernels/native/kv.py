@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from kernels.native.layout import MOST_HEAD_DIM
 from kernels.native.library import ClKv, ClStep, Library
 from kernels.native.memory import aligned_empty
 from kernels.ops import KvSpec, Rows
@@ -39,7 +40,13 @@ class KvPages(NamedTuple):
 
 
 def allocate(library: Library, spec: KvSpec, kv_type: int) -> KvPages:
-    """Zeroed pages; memory is taken from the system as they are first written."""
+    """Zeroed pages; memory is taken from the system as they are first written.
+
+    Raises:
+        ValueError: heads are too long for the kernels.
+    """
+    if spec.head_dim > MOST_HEAD_DIM:
+        raise ValueError(f"heads of {spec.head_dim} numbers; the native kernels take at most {MOST_HEAD_DIM}")
     layers, blocks = spec.num_layers, spec.num_blocks
     size = library.kv_page_bytes(_struct(spec, kv_type, None))
     return KvPages(aligned_empty(layers * blocks * size).view(layers, blocks, size), spec, kv_type)

@@ -15,6 +15,8 @@ FLOAT32, BFLOAT16, INT8, FLOAT16 = range(4)
 F32, BF16, W8A8, W4A8, DECODED = range(5)
 """ClKind."""
 GROUP, TILE, STRIDE = 32, 16, 64
+MOST_HEAD_DIM = 512
+"""Numbers of a head that the attention kernels have room for."""
 _BYTES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1, FLOAT16: 2}
 KV_TYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
 

@@ -264,6 +264,7 @@ async def test_a_load_that_cannot_be_is_refused_and_tells_nobody(house: House) -
         (load(name="a" * 33), "INVALID_NAME"),
         (load(backend="abacus"), "INVALID_OPTION"),
         (load(dtype="int3"), "INVALID_OPTION"),
+        (load(kv_dtype="int3"), "INVALID_OPTION"),
     ):
         assert (await refusal(house.models.LoadModel(request))).code == code
     assert all(not told.deployments for told in house.host.told)
