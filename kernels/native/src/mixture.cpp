@@ -179,8 +179,8 @@ class Mixture {
     if (count < team_.threads) {
       const Desk desk(op_, team_.threads, room);
       for (int64_t i = 0; i < count; ++i) {
-        answer(shared_.items[i], desk, Team(team_.rank, team_.threads, shared_.counters + 2 * i),
-               Team(team_.rank, team_.threads, shared_.counters + 2 * i + 1));
+        answer(shared_.items[i], desk, Team(team_, shared_.counters + 2 * i),
+               Team(team_, shared_.counters + 2 * i + 1));
         team_.barrier();
       }
       return;
@@ -190,7 +190,7 @@ class Mixture {
       Span span;
       while (i == team_.rank && team_.take(3, count, 1, &span)) {
         Counters counters[2] = {};
-        answer(shared_.items[span.first], desk, Team(0, 1, counters), Team(0, 1, counters + 1));
+        answer(shared_.items[span.first], desk, Team(counters), Team(counters + 1));
       }
     }
   }

@@ -1,5 +1,6 @@
 // Chooses the instruction set, and runs programs: every op by all threads, a barrier after each.
 #include <omp.h>
+#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -22,6 +23,14 @@ CL_DECLARE(avx2)
 CL_DECLARE(portable)
 
 namespace {
+
+constexpr int64_t SPINS = 1 << 12;  // some 50 microseconds
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
 
 struct Choice {
   const Kernels *kernels;
@@ -68,9 +77,22 @@ void run_op(const Kernels &with, const ClOp &op, int64_t at, const ClStep &step,
 
 }  // namespace
 
+// OpenMP's own wakes sleepers with a system call each time, and a small op is over sooner than that. Nobody sleeps
+// here: who waits long lets others run.
 void Team::barrier() const {
   if (threads == 1) return;  // a team of one, in a mixture, is part of a larger one
-#pragma omp barrier
+  const int64_t passed = barrier_->passed.load(std::memory_order_acquire);
+  if (barrier_->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
+    barrier_->arrived.store(0, std::memory_order_relaxed);
+    barrier_->passed.store(passed + 1, std::memory_order_release);
+    return;
+  }
+  for (int64_t turns = 0; barrier_->passed.load(std::memory_order_acquire) == passed; ++turns) {
+    if (turns < SPINS)
+      pause();
+    else
+      sched_yield();
+  }
 }
 
 int cl_abi(void) { return CL_ABI; }
@@ -105,9 +127,10 @@ void cl_run(const ClOp *ops, int64_t count, const ClStep *step) {
   const int64_t threads = step->threads;
   Counters *counters = static_cast<Counters *>(aligned_alloc(64, sizeof(Counters) * count));
   memset(static_cast<void *>(counters), 0, sizeof(Counters) * count);
+  Barrier barrier = {};
 #pragma omp parallel num_threads(threads)
   for (int64_t i = 0; i < count; ++i)
-    run_op(with, ops[i], i, *step, Team(omp_get_thread_num(), omp_get_num_threads(), counters + i));
+    run_op(with, ops[i], i, *step, Team(omp_get_thread_num(), omp_get_num_threads(), counters + i, &barrier));
   free(counters);
 }
 

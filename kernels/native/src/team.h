@@ -14,9 +14,18 @@ struct Span {
   int64_t first, end;
 };
 
+struct Barrier {  // of a program's threads; run.cpp waits at it
+  alignas(64) std::atomic<int64_t> arrived;
+  alignas(64) std::atomic<int64_t> passed;  // how often all had
+};
+
 class Team {
  public:
-  Team(int64_t rank, int64_t threads, Counters *counters) : rank(rank), threads(threads), counters_(counters) {}
+  __attribute__((always_inline)) Team(int64_t rank, int64_t threads, Counters *counters, Barrier *barrier)
+      : rank(rank), threads(threads), counters_(counters), barrier_(barrier) {}
+  __attribute__((always_inline)) Team(const Team &of, Counters *counters)
+      : Team(of.rank, of.threads, counters, of.barrier_) {}
+  __attribute__((always_inline)) explicit Team(Counters *alone) : Team(0, 1, alone, nullptr) {}
 
   const int64_t rank, threads;
 
@@ -35,4 +44,5 @@ class Team {
 
  private:
   Counters *const counters_;
+  Barrier *const barrier_;
 };
