@@ -9,11 +9,13 @@ import logging
 import re
 import time
 from collections.abc import Iterable
+from functools import partial
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from appliance.control import records
+from appliance.control.audit.record import Json
 from appliance.control.db.database import Database
 from appliance.control.db.models import Deployment, Derived
 from appliance.control.untold import leave
@@ -42,19 +44,17 @@ class DerivedFiles:
         """Take note of what is new in what engine-host says; what fails is taken note of the next time."""
         news: dict[tuple[bool, bytes], engine_pb2.Derived] = {}
         for status in statuses:
-            for good, field in ((True, "derived"), (False, "refused")):
-                if status.HasField(field):
-                    told = status.derived if good else status.refused
-                    news[good, told.SerializeToString(deterministic=True)] = told
-        for (good, key), told in news.items():
-            if (good, key) not in self._heard and _is_sound(told):
+            if status.HasField("derived"):
+                news[True, _key(status.derived)] = status.derived
+            if status.HasField("refused"):
+                news[False, _key(status.refused)] = status.refused
+        for entry, told in list(news.items()):
+            if entry not in self._heard and _is_sound(told):
                 try:
-                    await self._database.run(
-                        lambda s, keep=good, one=told: _keep(s, one) if keep else _forget(s, one)
-                    )
+                    await self._database.run(partial(_keep if entry[0] else _forget, told=told))
                 except CloisterError as error:
                     log.warning("a derived file is not on record", extra={"code": error.code})
-                    news = {entry: one for entry, one in news.items() if entry != (good, key)}
+                    del news[entry]
         self._heard = set(news)
 
 
@@ -97,8 +97,17 @@ def _forget(session: Session, told: engine_pb2.Derived) -> None:
         session.delete(row)
 
 
+def _key(told: engine_pb2.Derived) -> bytes:
+    return told.SerializeToString(deterministic=True)
+
+
 def _tell(session: Session, decision: str, row: Derived) -> None:
-    facts = {"model_digest": row.model_digest, "layout": row.layout, "sha256": row.sha256, "size": row.size}
+    facts: dict[str, Json] = {
+        "model_digest": row.model_digest,
+        "layout": row.layout,
+        "sha256": row.sha256,
+        "size": row.size,
+    }
     leave(session, records.DERIVED, records.CONTROL, decision, facts)
 
 

@@ -26,14 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=NAME, description="Starts the processes of deployments.")
     parser.add_argument("--run", type=Path, required=True, help="directory of sockets")
     parser.add_argument("--store", type=Path, required=True, help="the content-addressed store")
-    parser.add_argument("--derived", type=Path, help="directory of packed weights; without it none are kept")
-    parser.add_argument(
-        "--derive-mib",
-        type=int,
-        default=LEAST_BYTES >> 20,
-        metavar="MIB",
-        help="quantised weights of that size are packed before a worker starts, and kept (%(default)s)",
-    )
+    _add_derived(parser)
     default = RestartPolicy()
     parser.add_argument(
         "--heard-within",
@@ -67,6 +60,17 @@ def main(argv: list[str] | None = None) -> int:
         heard_within_s=chosen.heard_within, step_within_s=chosen.step_within, load_limit_s=chosen.load_within
     )
     return run(NAME, partial(_serve, chosen, policy), FORBIDDEN)
+
+
+def _add_derived(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--derived", type=Path, help="directory of packed weights; without it none are kept")
+    parser.add_argument(
+        "--derive-mib",
+        type=int,
+        default=LEAST_BYTES >> 20,
+        metavar="MIB",
+        help="quantised weights of that size are packed before a worker starts, and kept (%(default)s)",
+    )
 
 
 async def _serve(chosen: argparse.Namespace, policy: RestartPolicy, process: Process) -> None:
