@@ -40,11 +40,11 @@ class _Matrix(NamedTuple):
     form: Form
     out: int
     inner: int
-    count: int
+    copies: int
 
     @property
     def nbytes(self) -> int:
-        return self.count * layout.matrix_bytes(self.form, self.out, self.inner)
+        return self.copies * layout.matrix_bytes(self.form, self.out, self.inner)
 
 
 def prepared_bytes(of: Sizes | EncoderSizes) -> dict[str, int]:

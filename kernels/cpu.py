@@ -102,7 +102,8 @@ class CpuBackend(EncoderOps):
         """See `kernels.ops.Backend`."""
         if isinstance(weight, Packed):
             return packed_cpu.prepare_table(weight)
-        return weight.to(self.dtype, copy=True)
+        plain: Tensor = weight.to(self.dtype, copy=True)
+        return plain
 
     def tied_head(self, table: _Table) -> _Linear:
         """See `kernels.ops.Backend`."""

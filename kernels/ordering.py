@@ -42,7 +42,7 @@ class Highest:
 def _in_blocks(logits: Tensor, width: int) -> list[Tensor]:
     """All columns of rows [R, n] as [R, n // width, width], and those that are left as [R, 1, n % width]."""
     whole = logits.shape[-1] // width * width
-    parts = [logits[:, :whole].unflatten(-1, (-1, width))] if whole else []
+    parts = [logits[:, :whole].view(len(logits), whole // width, width)] if whole else []
     return parts + ([logits[:, None, whole:]] if whole < logits.shape[-1] else [])
 
 

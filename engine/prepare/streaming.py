@@ -114,14 +114,15 @@ def compute(
         model = family.build(
             config, StreamedWeights(folder, tables or {}), ops, longest, config.max_context_tokens
         )
-        tables, pages = [], 0
+        blocks: list[range] = []
+        pages = 0
         for text in texts:
             needed = -(-len(text.ids) // _PAGE)
-            tables.append(range(pages, pages + needed))
+            blocks.append(range(pages, pages + needed))
             pages += needed
         kv = ops.allocate_kv(KvSpec(1, pages, _PAGE, config.num_kv_heads, config.head_dim))
         ids = [token for text in texts for token in text.ids]
-        batch = ops.begin(Rows(ids, [0] * len(texts), [len(text.ids) for text in texts], tables), kv)
+        batch = ops.begin(Rows(ids, [0] * len(texts), [len(text.ids) for text in texts], blocks), kv)
         return Step(model, ops, model(ops, kv, batch))
 
 
