@@ -12,6 +12,7 @@ int64_t tiles_of(const ClMatrix &m) { return up(m.out, CL_TILE); }
 struct Product {
   const ClLinear &weight;
   int64_t rows, width;  // of outputs
+  int64_t threads;
   float *out;
 };
 
@@ -110,10 +111,25 @@ class Panel {
       const int64_t end = tile + at_once < tiles.end ? tile + at_once : tiles.end;
       for (int64_t t = tile; decodes_ && t < end; ++t)
         decode_tile(matrix_, t, first, units, space_ + (t - tile) * UNITS * 64);
-      for (int64_t i = piece_.blocks.first; i < piece_.blocks.end; ++i)
+      for (int64_t i = piece_.blocks.first; i < piece_.blocks.end; ++i) {
+        if (!streams_ && !decodes_) fetch_share(tile, end, first + units, i - piece_.blocks.first);
         for (int64_t t = tile; t < end; t += TILES)
-          multiply_block(row_block(inputs_.form, product_.rows, i), t, end, space_ + (t - tile) * UNITS * 64, first, units);
+          multiply_block(row_block(inputs_.form, product_.rows, i), t, end, space_ + (t - tile) * UNITS * 64, first,
+                         units);
+      }
     }
+  }
+
+  // While a block of rows passes: asks memory for its share of the weights that come after these.
+  void fetch_share(int64_t tile, int64_t end, int64_t next, int64_t block) const {
+    const int64_t unit_bytes = matrix_.kind == CL_W4A8 ? 32 : 64, count = piece_.blocks.end - piece_.blocks.first;
+    const bool over = next == units_;
+    const int64_t bytes = (over ? UNITS : units_ - next) * unit_bytes;
+    const int64_t share = up(up(bytes < UNITS * unit_bytes ? bytes : UNITS * unit_bytes, 64), count) * 64;
+    const uint8_t *from = static_cast<const uint8_t *>(matrix_.weights) + share * block;
+    from += over ? (tile + PANEL * product_.threads) * bytes_ : tile * bytes_ + next * unit_bytes;
+    for (int64_t t = tile; t < end; ++t, from += bytes_)
+      for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(from + line, 0, 2);
   }
 
   void multiply_block(RowBlock rows, int64_t tile, int64_t end, uint8_t *panel, int64_t first, int64_t units) const {
@@ -211,7 +227,7 @@ void multiply(const ClRows &x, int64_t rows, const ClLinear &weight, float *out,
   char *own = static_cast<char *>(scratch) + team.rank * own_bytes(weight);
   char *laid = static_cast<char *>(scratch) + team.threads * own_bytes(weight);
   if (lay_inputs(x, rows, weight, laid, own, team, phase)) team.barrier();
-  Product product = {weight, rows, 0, out};
+  Product product = {weight, rows, 0, team.threads, out};
   for (int64_t p = 0; p < weight.count; ++p) product.width += weight.parts[p].out;
   const Cut size = cut(weight, rows, team.threads);
   const int64_t count = pieces_of(weight, size);

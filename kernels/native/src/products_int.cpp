@@ -123,6 +123,7 @@ struct Groups {
       I16 codes[TILES];
       load_codes<CODES>(at.weights, u, codes);
       add_unit<M, CODES == WIDE>(codes, at.x + u * M, dots);
+      CL_IN_MEMORY;  // and loads of units in their order
     }
   }
 

@@ -1,11 +1,11 @@
-// How matrices are laid out in tiles, and what their codes stand for.
+// How matrices are laid out in tiles, and the numbers of one of their rows.
 #include "dot.h"
 #include "products.h"
 
 namespace CL_ISA {
 namespace {
 
-int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Where code k of output n lies in a tile, for one byte or one number each.
 int64_t place(const ClMatrix &m, int64_t k, int64_t n) {
@@ -34,26 +34,6 @@ int code_of(const ClMatrix &m, const uint8_t *tile, int64_t k, int64_t n) {
   return high(m, k) ? byte >> 4 : byte & 15;
 }
 
-// The scales and zeros of a tile's outputs for one input, without the factor.
-void scales_of(const ClMatrix &m, int64_t tile, int64_t k, F16 *scale, F16 *zero) {
-  const int64_t at = (tile * scale_groups(m) + (m.group ? k / m.group : 0)) * CL_TILE;
-  float scales[CL_TILE], zeros[CL_TILE] = {};
-  for (int n = 0; n < CL_TILE; ++n) {
-    scales[n] = number(m, m.scales, at + n);
-    if (m.zeros) zeros[n] = number(m, m.zeros, at + n);
-  }
-  *scale = load(scales), *zero = load(zeros);
-}
-
-void decode_input(const ClMatrix &m, const uint8_t *tile, int64_t k, F16 scale, F16 zero, float *out) {
-  float values[CL_TILE];
-  for (int n = 0; n < CL_TILE; ++n) {
-    const int code = code_of(m, tile, k, n);
-    values[n] = m.table ? m.table[code] : (float)(code - m.offset);
-  }
-  store(out, (load(values) - zero) * scale);
-}
-
 }  // namespace
 
 Form form_of(const ClMatrix &m) {
@@ -80,39 +60,23 @@ int64_t tile_bytes(const ClMatrix &m) {
 
 int64_t packed_bytes(const ClMatrix &m) { return up(m.out, CL_TILE) * tile_bytes(m); }
 
-void pack(const ClMatrix &m, const void *source, int64_t first, int64_t rows, void *packed) {
-  const int64_t item = m.kind == CL_F32 ? 4 : m.kind == CL_BF16 ? 2 : 1;
+void pack(const ClMatrix &matrix, const void *source, int64_t first, int64_t rows, void *packed) {
+  const ClMatrix m = matrix;  // a copy that no store can change: what depends on it leaves the loops
+  const bool half = halves(m);
+  const int64_t item = m.kind == CL_F32 ? 4 : m.kind == CL_BF16 ? 2 : 1, bytes = tile_bytes(m);
   const char *from = static_cast<const char *>(source);
   for (int64_t i = 0; i < rows; ++i, from += m.in * item) {
-    char *tile = static_cast<char *>(packed) + (first + i) / CL_TILE * tile_bytes(m);
+    char *tile = static_cast<char *>(packed) + (first + i) / CL_TILE * bytes;
     const int64_t n = (first + i) % CL_TILE;
     for (int64_t k = 0; k < m.in; ++k) {
       char *to = tile + place(m, k, n) * item;
-      if (halves(m))
+      if (half)
         *to = (char)((*to & (high(m, k) ? 15 : 240)) | (from[k] & 15) << (high(m, k) ? 4 : 0));
+      else if (item == 1)
+        *to = from[k];
       else
         memcpy(to, from + k * item, item);
     }
-  }
-}
-
-void decode_tile(const ClMatrix &m, int64_t tile, int64_t first, int64_t units, uint8_t *panel) {
-  const uint8_t *codes = static_cast<const uint8_t *>(m.weights) + tile * tile_bytes(m);
-  const int64_t each = m.decoded == CL_BFLOAT16 ? 2 : 1, group = m.group ? m.group : m.in;
-  F16 scale = {}, zero = {};
-  for (int64_t k = first * each, end = (first + units) * each, next = k; k < end; ++k) {
-    float values[CL_TILE] = {};
-    if (k >= next && k < m.in) {
-      scales_of(m, tile, k, &scale, &zero);
-      next = (k / group + 1) * group;
-    }
-    if (k < m.in) decode_input(m, codes, k, scale, zero, values);
-    if (each == 1) {
-      memcpy(panel + (k - first) * 64, values, 64);
-      continue;
-    }
-    uint16_t *pairs = reinterpret_cast<uint16_t *>(panel + (k / 2 - first) * 64) + k % 2;
-    for (int n = 0; n < CL_TILE; ++n) pairs[2 * n] = to_bf16(values[n]);
   }
 }
 

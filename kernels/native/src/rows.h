@@ -10,34 +10,55 @@ namespace {
 inline int64_t padded(int64_t width) { return (width + CL_STRIDE - 1) / CL_STRIDE * CL_STRIDE; }
 inline int64_t groups(const ClRows &rows) { return (rows.width + rows.group - 1) / rows.group; }
 
-// codes = round(x / scale), scale = max|x| / 127, of one group; padded with zeros to `room` codes.
+// codes = round(x / scale), scale = max|x| / 127, of one group; padded with zeros to `room` codes. Where a number is
+// not finite, codes are 0 and the scale is NaN.
 inline void quantise(const float *x, int64_t count, int64_t room, int8_t *codes, float *scale, int32_t *sum) {
-  float most = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float size = __builtin_fabsf(x[i]);
-    most = size > most ? size : most;
+  typedef int8_t ByteV __attribute__((vector_size(LANES)));
+  F16 most = broadcast(0.0f), faults = most;
+  for (int64_t i = 0; i < count; i += 16) {
+    const F16 some = load_some(x + i, count - i);
+    most = max(most, max(some, broadcast(0.0f) - some));
+    faults = faults + some * broadcast(0.0f);
   }
-  const float inverse = most > 0 ? 127.0f / most : 0.0f;
-  int32_t total = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int32_t code = (int32_t)__builtin_rintf(x[i] * inverse);
-    codes[i] = (int8_t)code;
-    total += code;
+  const float highest_size = highest(most), fault = CL_ISA::sum(faults);
+  const float inverse = fault == 0 && highest_size > 0x1p-120f ? 127.0f / highest_size : 0.0f;
+  // Added to a number below 2^22, it leaves the nearest whole number in the low bits.
+  const F16 shift = broadcast(12582912.0f);
+  I16 total = broadcast(0);
+  for (int64_t i = 0; i < count; i += 16) {
+    const F16 some = inverse > 0 ? load_some(x + i, count - i) : broadcast(0.0f);
+    const I16 whole = bits(some * broadcast(inverse) + shift) - bits(shift);
+    total = total + whole;
+    int8_t bytes[16];
+    for (int part = 0; part < PARTS; ++part) {
+      const ByteV narrow = __builtin_convertvector(whole.part[part], ByteV);
+      memcpy(bytes + part * LANES, &narrow, sizeof narrow);
+    }
+    memcpy(codes + i, bytes, count - i < 16 ? count - i : 16);
   }
-  for (int64_t i = count; i < room; ++i) codes[i] = 0;
-  *scale = most / 127.0f;
-  *sum = total;
+  if (room > count) memset(codes + count, 0, room - count);
+  int32_t sums[16];
+  store(sums, total);
+  *sum = 0;
+  for (int i = 0; i < 16; ++i) *sum += sums[i];
+  *scale = highest_size / 127.0f + fault;
+}
+
+// x rounded to bfloat16, padded with zeros to `room` numbers.
+inline void round_row(const float *x, int64_t count, int64_t room, uint16_t *out) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) store_bf16(out + i, load(x + i));
+  uint16_t last[16];
+  store_bf16(last, load_some(x + i, count - i));
+  memcpy(out + i, last, sizeof(uint16_t) * (count - i));
+  memset(out + count, 0, sizeof(uint16_t) * (room - count));
 }
 
 // Writes row `at` of `rows`, whose float32 numbers are `x` (which may be where rows.f32 has them already).
 inline void write_row(const ClRows &rows, int64_t at, const float *x) {
   const int64_t width = rows.width, stride = padded(width);
   if (rows.f32 && rows.f32 + at * width != x) memcpy(rows.f32 + at * width, x, sizeof(float) * width);
-  if (rows.bf16) {
-    uint16_t *out = rows.bf16 + at * stride;
-    for (int64_t i = 0; i < width; ++i) out[i] = to_bf16(x[i]);
-    for (int64_t i = width; i < stride; ++i) out[i] = 0;
-  }
+  if (rows.bf16) round_row(x, width, stride, rows.bf16 + at * stride);
   if (!rows.int8) return;
   const int64_t count = groups(rows);
   for (int64_t g = 0; g < count; ++g) {
