@@ -1,5 +1,6 @@
 """Bundles of models that are converted or quantised first: what they state, and what a failure leaves."""
 
+import argparse
 import json
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from appliance.cli import bundle_preparing
 from appliance.cli.main import main
 from bundles.builder import Quantisation, build, prepared, sign
 from bundles.builder.preparing import Preparer
@@ -252,6 +254,16 @@ def test_a_killed_build_takes_its_process_along_and_the_next_one_removes_what_it
     assert {path.name for path in tmp_path.iterdir()} == {"m", mine.name}
 
 
+def test_embeddings_are_quantised_to_int8_where_no_bits_are_said(tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", type=Path, default=tmp_path)
+    bundle_preparing.add_options(parser)
+    for words, bits in (((), 0), (("--quantize-embeddings",), 8), (("--quantize-embeddings", "int4"), 4)):
+        asked = bundle_preparing.read_quantisation(parser.parse_args(["--quantize", "int8", *words]))
+        assert asked is not None
+        assert asked.embeddings == bits
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -260,6 +272,9 @@ def test_a_killed_build_takes_its_process_along_and_the_next_one_removes_what_it
         ("--quantize", "int8", "--group", "32"),
         ("--group", "32"),
         ("--calibration", "texts.jsonl"),
+        ("--quantize-embeddings",),
+        ("--quantize-embeddings", "keep"),
+        ("--quantize", "int8", "--quantize-embeddings", "keep"),
         ("--quantize", "int8", "--publisher-key", "key", "--root", "root.json"),
         ("--quantize", "int8", "--model-sig", "model.sig", "--root", "root.json"),
     ],
@@ -330,6 +345,9 @@ def test_a_gguf_file_is_converted_by_the_very_process_and_built(
     said = json.loads(capsys.readouterr().out)
     assert said["preparation"]["sources"] == {"x.gguf": sha256(source.read_bytes())}
     assert said["preparation"]["steps"][0]["types"] == ["F32"]
+    kept = (*map(str, words), "--quantize-embeddings", "keep")
+    assert main(["bundle", "build", *kept]) == 3
+    assert "error: GGUF_UNSUPPORTED: " in capsys.readouterr().err
     files = {file["path"]: file["role"] for file in said["manifest"]["files"]}
     assert files["model.safetensors"] == "weights"
     assert said["manifest"]["licences"][0]["spdx"] == "apache-2.0"
