@@ -60,8 +60,7 @@ inline I16 dot4(I16 sum, I16 codes, I16 x) {
 // sum + a * b: two bfloat16 numbers by two.
 inline F16 dot2(F16 sum, I16 a, I16 b) {
 #if defined(__AVX512BF16__)
-  CL_EACH sum.part[i] =
-      (FloatV)_mm512_dpbf16_ps((__m512)sum.part[i], (__m512bh)a.part[i], (__m512bh)b.part[i]);
+  CL_EACH sum.part[i] = (FloatV)_mm512_dpbf16_ps((__m512)sum.part[i], (__m512bh)a.part[i], (__m512bh)b.part[i]);
   return sum;
 #else
   F16 low[2], high[2];

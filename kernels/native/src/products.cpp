@@ -90,8 +90,14 @@ F16 finished(const ClMatrix &m, int64_t tile, const float *sums, const Block &b,
 class Panel {
  public:
   Panel(const Product &product, const Piece &piece, const Inputs &inputs, uint8_t *space)
-      : product_(product), matrix_(product.weight.parts[piece.part]), piece_(piece), inputs_(inputs), space_(space),
-        units_(tile_units(matrix_)), bytes_(tile_bytes(matrix_)), decodes_(matrix_.kind == CL_DECODED),
+      : product_(product),
+        matrix_(product.weight.parts[piece.part]),
+        piece_(piece),
+        inputs_(inputs),
+        space_(space),
+        units_(tile_units(matrix_)),
+        bytes_(tile_bytes(matrix_)),
+        decodes_(matrix_.kind == CL_DECODED),
         streams_(!decodes_ && product.rows <= FEW) {}
 
   // All of the piece: unit block after unit block, so that inputs and weights stay in caches.
@@ -114,8 +120,8 @@ class Panel {
       for (int64_t i = piece_.blocks.first; i < piece_.blocks.end; ++i) {
         if (!streams_ && !decodes_) fetch_share(tile, end, first + units, i - piece_.blocks.first);
         for (int64_t t = tile; t < end; t += TILES)
-          multiply_block(row_block(inputs_.form, product_.rows, i), t, end, space_ + (t - tile) * UNITS * 64, first,
-                         units);
+          multiply_block(row_block(inputs_.form, product_.rows, i), t, end, space_ + (t - tile) * UNITS * 64,
+                         first, units);
       }
     }
   }
@@ -132,14 +138,16 @@ class Panel {
       for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(from + line, 0, 2);
   }
 
-  void multiply_block(RowBlock rows, int64_t tile, int64_t end, uint8_t *panel, int64_t first, int64_t units) const {
+  void multiply_block(RowBlock rows, int64_t tile, int64_t end, uint8_t *panel, int64_t first,
+                      int64_t units) const {
     Block b = {};
     b.matrix = &matrix_;
     b.first = first, b.units = units, b.offset = inputs_.offset;
     b.streams = streams_, b.skip = (TILES - 1) * bytes_;
     for (int64_t i = 0; i < TILES; ++i) {
       const int64_t t = tile + i < end ? tile + i : tile;  // one too many is computed twice
-      const int64_t item = matrix_.scale_type == CL_FLOAT16 ? 2 : 4, at = t * scale_groups(matrix_) * CL_TILE * item;
+      const int64_t item = matrix_.scale_type == CL_FLOAT16 ? 2 : 4,
+                    at = t * scale_groups(matrix_) * CL_TILE * item;
       b.weights[i] = decodes_ ? panel + (t - tile) * UNITS * 64
                               : static_cast<const uint8_t *>(matrix_.weights) + t * bytes_ +
                                     first * (matrix_.kind == CL_W4A8 ? 32 : 64);

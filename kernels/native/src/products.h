@@ -1,4 +1,5 @@
-// What the files of the products share: inputs as the kernels read them, and the block of outputs that one computes.
+// What the files of the products share: inputs as the kernels read them, and the block of outputs that one
+// computes.
 #pragma once
 
 #include "ops.h"
@@ -6,8 +7,8 @@
 
 namespace CL_ISA {
 
-// A block of outputs is TILES tiles of up to ROWS rows: so many that sums and weights stay in registers. Where each
-// group of inputs has a scale, fewer rows leave room to add whole numbers up.
+// A block of outputs is TILES tiles of up to ROWS rows: so many that sums and weights stay in registers. Where
+// each group of inputs has a scale, fewer rows leave room to add whole numbers up.
 #if defined(__AVX512F__)
 constexpr int TILES = 2, ROWS = 12, GROUP_ROWS = 8, MANY_GROUP_ROWS = 6;
 #elif defined(__AVX2__)
@@ -21,21 +22,22 @@ constexpr int64_t UNITS = 512;  // of inputs that are multiplied at once where t
 constexpr int64_t GROUP_UNITS = CL_GROUP / 4;
 constexpr int64_t PANEL_BYTES = PANEL * UNITS * 64;
 
-// A unit of inputs is four bytes: one float32, two bfloat16, four int8. A unit of 16 outputs' weights has 64 bytes.
+// A unit of inputs is four bytes: one float32, two bfloat16, four int8. A unit of 16 outputs' weights has 64
+// bytes.
 enum class Form { FLOAT32, BFLOAT16, GROUPS, ROW };  // the last two are int8
 
-// Rows of inputs as the kernels read them: block after block of rows, in each unit after unit, in each row after row.
-// One row alone is so as it is.
+// Rows of inputs as the kernels read them: block after block of rows, in each unit after unit, in each row after
+// row. One row alone is so as it is.
 struct Inputs {
   Form form;
-  int32_t offset;        // of the codes that these inputs meet
+  int32_t offset;  // of the codes that these inputs meet
   const int32_t *order;
   int64_t rows, units, groups;
-  const int32_t *codes;  // [block][units][rows of block]
-  const float *scales;   // [block][groups][rows of block]
-  const int32_t *starts; // the same: sum of a group's codes times -offset
-  const float *totals;   // the same: sum of a group's codes times its scale
-  const int32_t *sums;   // of one row as it is, that has neither of these; else NULL
+  const int32_t *codes;   // [block][units][rows of block]
+  const float *scales;    // [block][groups][rows of block]
+  const int32_t *starts;  // the same: sum of a group's codes times -offset
+  const float *totals;    // the same: sum of a group's codes times its scale
+  const int32_t *sums;    // of one row as it is, that has neither of these; else NULL
 };
 
 struct RowBlock {
@@ -54,14 +56,14 @@ inline RowBlock row_block(Form form, int64_t rows, int64_t at) {
 
 // What one kernel multiplies: the rows of a block by TILES tiles, over `units` units.
 struct Block {
-  const uint8_t *weights[TILES];  // of the first unit
+  const uint8_t *weights[TILES];             // of the first unit
   const void *scales[TILES], *zeros[TILES];  // of each tile
   const ClMatrix *matrix;
-  int64_t first, units;   // the first unit's number
-  int32_t offset;         // of Inputs
-  bool streams;           // weights come from memory, not from a panel that many rows pass
-  int64_t skip;           // then: bytes from the end of a tile to the tile after these
-  const int32_t *x;       // of the first unit, as the next three
+  int64_t first, units;  // the first unit's number
+  int32_t offset;        // of Inputs
+  bool streams;          // weights come from memory, not from a panel that many rows pass
+  int64_t skip;          // then: bytes from the end of a tile to the tile after these
+  const int32_t *x;      // of the first unit, as the next three
   const float *scale, *total;
   const int32_t *start, *sum;
 };
@@ -92,7 +94,8 @@ Form form_of(const ClMatrix &matrix);
 // The inputs of part `part`, in `scratch` unless one row can be read where it is.
 Inputs inputs_of(const ClRows &x, int64_t rows, const ClLinear &weight, int64_t part, char *scratch);
 
-// Writes what inputs_of says is in scratch, by all threads. Returns whether there was something: then a barrier is due.
+// Writes what inputs_of says is in scratch, by all threads. Returns whether there was something: then a barrier is
+// due.
 bool lay_inputs(const ClRows &x, int64_t rows, const ClLinear &weight, char *scratch, char *own, const Team &team,
                 int phase);
 int64_t inputs_bytes(const ClLinear &weight, int64_t rows);

@@ -36,8 +36,11 @@ inline F16 look_up(const float *table, I16 codes, bool few) {
 class Decoder {
  public:
   Decoder(const ClMatrix &matrix, int64_t tile)
-      : m_(matrix), codes_(static_cast<const uint8_t *>(matrix.weights) + tile * tile_bytes(matrix)),
-        group_(matrix.group ? matrix.group : matrix.in), scales_(tile * scale_groups(matrix)), end_(0) {}
+      : m_(matrix),
+        codes_(static_cast<const uint8_t *>(matrix.weights) + tile * tile_bytes(matrix)),
+        group_(matrix.group ? matrix.group : matrix.in),
+        scales_(tile * scale_groups(matrix)),
+        end_(0) {}
 
   // The numbers of 16 outputs for input k, without the factor; zeros where there is no such input.
   inline F16 at(int64_t k) {

@@ -1,4 +1,5 @@
-// How rows of inputs are laid out for the kernels: in the form that a part's weights need, in its order, in blocks.
+// How rows of inputs are laid out for the kernels: in the form that a part's weights need, in its order, in
+// blocks.
 #include "dot.h"
 #include "products.h"
 
@@ -13,8 +14,7 @@ int32_t offset_of(const ClMatrix &m) { return m.kind == CL_W8A8 ? m.offset - CEN
 
 // Whether two parts read the same inputs.
 bool same(const ClMatrix &a, const ClMatrix &b) {
-  return form_of(a) == form_of(b) && a.order == b.order &&
-         (!integers(form_of(a)) || offset_of(a) == offset_of(b));
+  return form_of(a) == form_of(b) && a.order == b.order && (!integers(form_of(a)) || offset_of(a) == offset_of(b));
 }
 
 // The first part that reads the same inputs as this one.

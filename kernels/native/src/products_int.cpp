@@ -178,7 +178,8 @@ Kernel of_rows(int64_t rows) {
 
 template <Codes CODES>
 Kernel of_groups(const ClMatrix &matrix, int64_t rows) {
-  return matrix.zeros ? of_rows<Groups, CODES, true, GROUP_ROWS>(rows) : of_rows<Groups, CODES, false, GROUP_ROWS>(rows);
+  return matrix.zeros ? of_rows<Groups, CODES, true, GROUP_ROWS>(rows)
+                      : of_rows<Groups, CODES, false, GROUP_ROWS>(rows);
 }
 
 }  // namespace

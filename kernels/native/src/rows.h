@@ -10,8 +10,8 @@ namespace {
 inline int64_t padded(int64_t width) { return (width + CL_STRIDE - 1) / CL_STRIDE * CL_STRIDE; }
 inline int64_t groups(const ClRows &rows) { return (rows.width + rows.group - 1) / rows.group; }
 
-// codes = round(x / scale), scale = max|x| / 127, of one group; padded with zeros to `room` codes. Where a number is
-// not finite, codes are 0 and the scale is NaN.
+// codes = round(x / scale), scale = max|x| / 127, of one group; padded with zeros to `room` codes. Where a number
+// is not finite, codes are 0 and the scale is NaN.
 inline void quantise(const float *x, int64_t count, int64_t room, int8_t *codes, float *scale, int32_t *sum) {
   typedef int8_t ByteV __attribute__((vector_size(LANES)));
   F16 most = broadcast(0.0f), faults = most;
