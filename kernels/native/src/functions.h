@@ -38,11 +38,24 @@ inline F16 exp2(F16 x) {
 #endif
 }
 
+// What rounding took from product = x * y.
+inline F16 rounded_off(F16 x, float y, F16 product) {
+#if defined(__AVX512F__) || defined(__FMA__)
+  return fma(x, broadcast(y), broadcast(0.0f) - product);
+#else
+  // Halves of 12 bits have exact products (Dekker, 1971).
+  const F16 whole = broadcast(y), x_high = numbers(bits(x) & broadcast(int32_t(0xfffff000)));
+  const F16 y_high = numbers(bits(whole) & broadcast(int32_t(0xfffff000)));
+  const F16 x_low = x - x_high, y_low = whole - y_high;
+  return ((x_high * y_high - product) + (x_high * y_low + x_low * y_high)) + x_low * y_low;
+#endif
+}
+
 // e^x; 0 below -88, infinite from 88.4 on, NaN of NaN.
 inline F16 exp(F16 x) {
   x = min(broadcast(90.0f), max(broadcast(-90.0f), x));
   // x * log2(e) in two parts: one product's rounding would be 6e-8 of the exponent, however large.
-  const F16 high = x * broadcast(LOG2_E), low = fma(x, broadcast(LOG2_E), broadcast(0.0f) - high);
+  const F16 high = x * broadcast(LOG2_E), low = rounded_off(x, LOG2_E, high);
   return fma(low, broadcast(0.693147182f), broadcast(1.0f)) * exp2(high);
 }
 

@@ -56,15 +56,10 @@ inline int64_t value_place(int64_t d, int64_t lane, int64_t dim) {
 
 // Codes of one token's head, with the scale that makes numbers of them: NaN where a number is not finite.
 inline float quantise_head(const float *x, int64_t count, int8_t *codes) {
-  float most = 0, faults = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const float size = __builtin_fabsf(x[i]);
-    most = size > most ? size : most;
-    faults += x[i] * 0.0f;
-  }
-  const float inverse = faults == 0 && most > 0 ? 127.0f / most : 0.0f;
-  for (int64_t i = 0; i < count; ++i) codes[i] = inverse > 0 ? (int8_t)__builtin_rintf(x[i] * inverse) : 0;
-  return most / 127.0f + faults;
+  float scale;
+  int32_t sum;
+  quantise(x, count, count, codes, &scale, &sum);
+  return scale;
 }
 
 // Two tokens' numbers as pairs of bfloat16, each pair in a lane.
