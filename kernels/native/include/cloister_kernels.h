@@ -1,9 +1,9 @@
 /* The C ABI of the CPU kernels: a step of a model is a program of fused ops over plain pointers.
 
-   Activations between ops are float32 [T, width], row after row. What an op reads and writes is in its struct; what
-   all ops of a step share (tokens, positions, KV pages of each row) is in ClStep. Sums of one row or token are added
-   in an order that depends on nothing but its own length: not on T, its place, its neighbours, or the threads.
-   kernels/native/library.py mirrors these structs. */
+   Activations between ops are float32 [T, width], row after row. What an op reads and writes is in its struct;
+   what all ops of a step share (tokens, positions, KV pages of each row) is in ClStep. Sums of one row or token
+   are added in an order that depends on nothing but its own length: not on T, its place, its neighbours, or the
+   threads. kernels/native/library.py mirrors these structs. */
 #ifndef CLOISTER_KERNELS_H
 #define CLOISTER_KERNELS_H
 
@@ -22,16 +22,16 @@ enum ClType { CL_FLOAT32 = 0, CL_BFLOAT16 = 1, CL_INT8 = 2, CL_FLOAT16 = 3 };
 
 /* How a matrix is kept, and computed with. */
 enum ClKind {
-  CL_F32 = 0,     /* float32 weights and inputs */
-  CL_BF16 = 1,    /* bfloat16 weights, inputs rounded to bfloat16 */
-  CL_W8A8 = 2,    /* int8 weights with scales, inputs in int8 with a scale per CL_GROUP or per row */
-  CL_W4A8 = 3,    /* int4 weights in groups of inputs, inputs in int8 with a scale per CL_GROUP */
-  CL_DECODED = 4  /* any codes, decoded panel by panel to the number type `decoded`, then multiplied as plain */
+  CL_F32 = 0,    /* float32 weights and inputs */
+  CL_BF16 = 1,   /* bfloat16 weights, inputs rounded to bfloat16 */
+  CL_W8A8 = 2,   /* int8 weights with scales, inputs in int8 with a scale per CL_GROUP or per row */
+  CL_W4A8 = 3,   /* int4 weights in groups of inputs, inputs in int8 with a scale per CL_GROUP */
+  CL_DECODED = 4 /* any codes, decoded panel by panel to the number type `decoded`, then multiplied as plain */
 };
 
-#define CL_GROUP 32   /* inputs that share a scale in int8 activations */
-#define CL_TILE 16    /* outputs of a tile of weights; tokens of a tile of a KV page */
-#define CL_STRIDE 64  /* rows of int8 and bfloat16 activations are padded with zeros to a multiple of this */
+#define CL_GROUP 32  /* inputs that share a scale in int8 activations */
+#define CL_TILE 16   /* outputs of a tile of weights; tokens of a tile of a KV page */
+#define CL_STRIDE 64 /* rows of int8 and bfloat16 activations are padded with zeros to a multiple of this */
 
 /* A matrix [out, in] as `cl_pack` made it: tiles of CL_TILE outputs; the last is padded with zeros.
    w = (value - zero) * scale * factor, where the value of a code is table[code], or code - offset. */
@@ -62,13 +62,13 @@ typedef struct {
 /* A step's activations [T, width] in the forms that somebody reads; NULL where nobody does.
    A writer fills all forms that are not NULL. */
 typedef struct {
-  float *f32;       /* [T, width] */
-  uint16_t *bf16;   /* [T, padded width] */
-  int8_t *int8;     /* [T, padded width] */
-  float *scales;    /* of int8: [T, ceil(width / group)] */
-  int32_t *sums;    /* of int8: the sum of each group's codes, as scales */
+  float *f32;     /* [T, width] */
+  uint16_t *bf16; /* [T, padded width] */
+  int8_t *int8;   /* [T, padded width] */
+  float *scales;  /* of int8: [T, ceil(width / group)] */
+  int32_t *sums;  /* of int8: the sum of each group's codes, as scales */
   int64_t width;
-  int64_t group;    /* numbers that share a scale: CL_GROUP, or width rounded up to CL_STRIDE for one per row */
+  int64_t group; /* numbers that share a scale: CL_GROUP, or width rounded up to CL_STRIDE for one per row */
 } ClRows;
 
 typedef struct {
@@ -89,9 +89,9 @@ typedef struct {
   const int32_t *tables;      /* KV pages of all rows */
   const int32_t *picked;      /* [picks], tokens that CL_OP_PICK takes */
   int64_t picks;
-  void *scratch;              /* 64-byte aligned, at least cl_scratch_bytes */
+  void *scratch; /* 64-byte aligned, at least cl_scratch_bytes */
   int64_t threads;
-  int64_t *nanoseconds;       /* [ops], added to: what each op took; or NULL */
+  int64_t *nanoseconds; /* [ops], added to: what each op took; or NULL */
 } ClStep;
 
 /* The sizes that scratch must do for. */
@@ -100,8 +100,17 @@ typedef struct {
 } ClLimits;
 
 enum ClCode {
-  CL_OP_EMBED, CL_OP_NORM, CL_OP_LINEAR, CL_OP_ROPE, CL_OP_ATTENTION, CL_OP_GATED, CL_OP_ADD, CL_OP_MIXTURE,
-  CL_OP_PICK, CL_OP_CAP, CL_OPS
+  CL_OP_EMBED,
+  CL_OP_NORM,
+  CL_OP_LINEAR,
+  CL_OP_ROPE,
+  CL_OP_ATTENTION,
+  CL_OP_GATED,
+  CL_OP_ADD,
+  CL_OP_MIXTURE,
+  CL_OP_PICK,
+  CL_OP_CAP,
+  CL_OPS
 };
 
 typedef struct {
@@ -128,18 +137,18 @@ typedef struct {
 
 /* out = x * weight^T + bias. */
 typedef struct {
-  /* With the form that each part needs (float32; bfloat16; int8 by CL_GROUP; int8 by row of CL_W8A8 with group 0), or
-     else f32; f32 where a part has an order. */
+  /* With the form that each part needs (float32; bfloat16; int8 by CL_GROUP; int8 by row of CL_W8A8 with group 0),
+     or else f32; f32 where a part has an order. */
   const ClRows *x;
   const ClLinear *weight;
-  float *out;      /* [T, sum of out] */
-  int64_t picked;  /* rows are step.picks, not step.tokens */
+  float *out;     /* [T, sum of out] */
+  int64_t picked; /* rows are step.picks, not step.tokens */
 } ClLinearOp;
 
 /* Norms and rotates queries and keys of qkv [T, (heads + 2 kv heads) * dim], in place; stores keys and values. */
 typedef struct {
   float *qkv;
-  const float *cosines;    /* [positions, rotated / 2] */
+  const float *cosines; /* [positions, rotated / 2] */
   const float *sines;
   const float *query_norm; /* [dim], or [heads * dim] where whole; or NULL */
   const float *key_norm;
@@ -153,7 +162,7 @@ typedef struct {
   const float *qkv;   /* queries first in each token's row of (heads + 2 kv heads) * dim */
   const float *sinks; /* [heads] or NULL */
   const ClKv *kv;
-  ClRows *out;        /* width heads * dim */
+  ClRows *out; /* width heads * dim */
   int64_t layer, heads, window;
   float scale, softcap;
 } ClAttention;
@@ -199,7 +208,8 @@ typedef struct {
 /* CL_ABI of this library. */
 CL_EXPORT int cl_abi(void);
 
-/* Names of the instruction sets that this library was built for and this processor runs, best first, with spaces. */
+/* Names of the instruction sets that this library was built for and this processor runs, best first, with spaces.
+ */
 CL_EXPORT const char *cl_isas(void);
 
 /* Chooses one of them; NULL or "" the best. Not while a program runs. 0, or -1: not there. */
@@ -221,11 +231,12 @@ CL_EXPORT int64_t cl_kv_page_bytes(const ClKv *kv);
 CL_EXPORT int64_t cl_packed_bytes(const ClMatrix *matrix);
 
 /* Packs rows first .. first + rows - 1 of a matrix (first a multiple of CL_TILE) into `packed`, which is zeroed.
-   Source, row-major, rows of `in` numbers: float32 for CL_F32, bfloat16 for CL_BF16; for all others one unsigned byte a
-   code, to which `offset` was added where it was signed. */
+   Source, row-major, rows of `in` numbers: float32 for CL_F32, bfloat16 for CL_BF16; for all others one unsigned
+   byte a code, to which `offset` was added where it was signed. */
 CL_EXPORT void cl_pack(const ClMatrix *matrix, const void *source, int64_t first, int64_t rows, void *packed);
 
-/* Reads a buffer with all threads, as fast as memory gives it; for the ceiling of benchmarks. Returns a checksum. */
+/* Reads a buffer with all threads, as fast as memory gives it; for the ceiling of benchmarks. Returns a checksum.
+ */
 CL_EXPORT int64_t cl_read(const void *buffer, int64_t bytes, int64_t threads);
 
 /* Keeps the calling thread on cores[0], and thread i of the team that it runs programs and torch's ops with on

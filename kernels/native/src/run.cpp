@@ -7,8 +7,8 @@
 
 #include "ops.h"
 
-#define CL_DECLARE(isa) \
-  namespace isa {       \
+#define CL_DECLARE(isa)         \
+  namespace isa {               \
   extern const Kernels kernels; \
   }
 #ifdef CL_HAS_AVX512
@@ -41,7 +41,8 @@ struct Choice {
 int choices(Choice *found) {
   int count = 0;
 #ifdef CL_HAS_AVX512
-  found[count++] = {&avx512::kernels, __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni") &&
+  found[count++] = {&avx512::kernels, __builtin_cpu_supports("x86-64-v4") &&
+                                          __builtin_cpu_supports("avx512vnni") &&
                                           __builtin_cpu_supports("avx512bf16")};
 #endif
 #ifdef CL_HAS_AVXVNNI

@@ -32,9 +32,9 @@ class Team {
   // Waits for all threads of the team; what they wrote before is seen by all after.
   void barrier() const;
 
-  // The next piece of `total` things in pieces of `size`, in no promised order; false when all are taken. Each phase
-  // of an op (0 .. PHASES - 1) is one such distribution.
-  // Inlined always: no copy compiled for one instruction set may be the one that all are linked to.
+  // The next piece of `total` things in pieces of `size`, in no promised order; false when all are taken. Each
+  // phase of an op (0 .. PHASES - 1) is one such distribution. Inlined always: no copy compiled for one
+  // instruction set may be the one that all are linked to.
   __attribute__((always_inline)) bool take(int phase, int64_t total, int64_t size, Span *span) const {
     const int64_t first = counters_->taken[phase].fetch_add(size, std::memory_order_relaxed);
     if (first >= total) return false;
