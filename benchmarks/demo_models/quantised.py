@@ -114,7 +114,7 @@ def _line(name: str, tallies: dict[str, Tally], more: str) -> str:
     return f"| {name} | " + " | ".join(f"{tally.share():.2%}" for tally in tallies.values()) + f" | {more} |"
 
 
-def _is_wide(folder: Path) -> bool:
+def is_wide(folder: Path) -> bool:
     """Whether a folder says that its model was trained with wide notes."""
     path = folder / "training.json"
     return path.exists() and bool(json.loads(path.read_text(encoding="utf-8"))["recipe"].get("wide"))
@@ -135,7 +135,7 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     source = chosen.folder or DEMO / f"demo-notes-{chosen.model}"
-    wide = chosen.wide or _is_wide(source)
+    wide = chosen.wide or is_wide(source)
     if chosen.calibration:
         write_calibration(chosen.calibration, wide)
         return
