@@ -1,10 +1,10 @@
 """What number types of served models cost the demo's: `python -m benchmarks.demo_models.served --model m`.
 
-Quantises a committed model in each way as `cloister bundle build --quantize` does, and answers notes with it through
-the engine: with exact inputs (float32, each quantised number what it stands for), as it is deployed (bfloat16, in
-which int8 and int4 matrices meet inputs rounded to bytes), and so with keys and values in int8, too. Fields right of
-each, and how far its logits are off those with exact inputs after a prompt and half its answer: in the root mean
-square, and how often another token is the likeliest.
+Quantises a committed model in each way as `cloister bundle build --quantize` does, and answers notes with it
+through the engine: with exact inputs (float32, each quantised number what it stands for), as it is deployed
+(bfloat16, in which int8 and int4 matrices meet inputs rounded to bytes), and so with keys and values in int8, too.
+Fields right of each, and how far its logits are off those with exact inputs after a prompt and half its answer: in
+the root mean square, and how often another token is the likeliest.
 """
 
 from __future__ import annotations
