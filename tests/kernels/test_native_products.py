@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ from kernels.native.library import (
     Library,
 )
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 ROW = 0  # a weight group of all inputs
 
 
