@@ -135,7 +135,9 @@ def family(salted: bool) -> list[Request]:
     return requests
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("torch", "float32"), ("cpu", "bfloat16"), ("reference", "float32")])
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("torch", "float32"), ("cpu", "bfloat16"), ("reference", "float32")]
+)
 def test_in_deterministic_mode_bits_do_not_tell_what_was_hit_or_computed_again(
     folder: Path, backend: str, dtype: str
 ) -> None:
