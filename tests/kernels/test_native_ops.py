@@ -117,7 +117,7 @@ def test_a_row_has_the_same_bits_wherever_it_lies(width: int) -> None:
     made: list[Callable[[Tensor], Tensor]] = [lambda rows: ops.rms_norm(rows[:, :width].contiguous(), weight, EPS)]
     made += [lambda rows, name=name: ops.gated(rows, name) for name in ACTIVATIONS]  # type: ignore[misc]  # its default
     made.append(lambda rows: ops.add(rows, rows, 0.3))
-    for threads in (1, 3):
+    for threads in (1, 2):
         torch.set_num_threads(threads)
         for make in made:
             assert all(torch.equal(make(x)[at], make(row)[0]) for at in (0, 21, 36))
