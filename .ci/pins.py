@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "constraints.txt"
 _HEADER = "# Every direct and transitive requirement of all extras, pinned. Made by: python .ci/pins.py\n"
 BUILD_TOOLS = ("cmake>=3.21", "ninja>=1.11")
-"""What scikit-build-core asks for where the system has none; installed beforehand always, so that builds are alike."""
+"""What scikit-build-core asks for where the system has none; always installed, so that builds are alike."""
 
 _CUDA = re.compile(r"^(nvidia|cuda)-")
 

@@ -146,6 +146,44 @@ def tiles(numbers: Array, kind: Kind) -> Array:
     return np.ascontiguousarray(padded.reshape(-1, CL_TILE, groups).transpose(0, 2, 1))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a matrix is packed from, the numbers that it stands for, their parts' sizes, and what it owns."""
+
+    source: Array
+    weights: Array
+    sizes: Array
+    owned: tuple[Array, ...]
+
+
+def plain_numbers(random: np.random.Generator, kind: Kind, out: int, inner: int) -> Drawn:
+    numbers = random.standard_normal((out, inner)).astype(np.float32) / 8
+    source = numbers if kind.kind == CL_F32 else bf16(numbers)
+    value = numbers.astype(np.float64) if kind.kind == CL_F32 else wide(source)
+    return Drawn(source, value, np.abs(value), ())
+
+
+def coded_numbers(random: np.random.Generator, kind: Kind, out: int, inner: int, matrix: ClMatrix) -> Drawn:
+    """Random codes, scales and zeros, which `matrix` points to."""
+    source = random.integers(0, 2**kind.bits, (out, inner), dtype=np.uint8)
+    table = random.standard_normal(2**kind.bits).astype(np.float32)
+    groups = -(-inner // kind.group) if kind.group else 1
+    width = kind.group or inner
+    scales = tiles((random.random((out, groups)) + 0.1) / 256 / kind.factor, kind)
+    centre = 2 ** (kind.bits - 1)
+    zeros = tiles(random.integers(centre - 3, centre + 3, (out, groups)) + 0.25 * (kind.bits == 4), kind)
+    spread = [
+        n.transpose(0, 2, 1).reshape(-1, groups)[:out].repeat(width, 1)[:, :inner].astype(np.float64)
+        for n in (scales, zeros)
+    ]
+    value = table[source].astype(np.float64) if kind.table else source.astype(np.float64) - kind.offset
+    matrix.table = address(table) if kind.table else None
+    matrix.zeros = address(zeros) if kind.zeros else None
+    matrix.scales = address(scales)
+    zero, scale = spread[1] * kind.zeros, spread[0] * kind.factor
+    return Drawn(source, (value - zero) * scale, (np.abs(value) + np.abs(zero)) * scale, (scales, zeros, table))
+
+
 @cache
 def make(library: Library, isa: str, kind: Kind, out: int, inner: int) -> Made:
     """A random matrix."""
@@ -156,42 +194,19 @@ def make(library: Library, isa: str, kind: Kind, out: int, inner: int) -> Made:
     setattr(matrix, "in", inner)
     order32 = order.astype(np.int32)
     matrix.order = address(order32) if kind.order else None
-    if kind.plain:
-        numbers = random.standard_normal((out, inner)).astype(np.float32) / 8
-        source = numbers if kind.kind == CL_F32 else bf16(numbers)
-        value = numbers.astype(np.float64) if kind.kind == CL_F32 else wide(source)
-        weights, sizes = value, np.abs(value)
-        owned: list[Array] = [order32]
-    else:
-        source = random.integers(0, 2**kind.bits, (out, inner), dtype=np.uint8)
-        table = random.standard_normal(2**kind.bits).astype(np.float32)
-        groups = -(-inner // kind.group) if kind.group else 1
-        width = kind.group or inner
-        scales = tiles((random.random((out, groups)) + 0.1) / 256 / kind.factor, kind)
-        centre = 2 ** (kind.bits - 1)
-        zeros = tiles(random.integers(centre - 3, centre + 3, (out, groups)) + 0.25 * (kind.bits == 4), kind)
-        spread = [
-            n.transpose(0, 2, 1).reshape(-1, groups)[:out].repeat(width, 1)[:, :inner].astype(np.float64)
-            for n in (scales, zeros)
-        ]
-        value = table[source].astype(np.float64) if kind.table else source.astype(np.float64) - kind.offset
-        if kind.table:
-            matrix.table = address(table)
-        if kind.zeros:
-            matrix.zeros = address(zeros)
-        matrix.scales = address(scales)
-        zero, scale = spread[1] * kind.zeros, spread[0] * kind.factor
-        weights, sizes = (value - zero) * scale, (np.abs(value) + np.abs(zero)) * scale
-        owned = [order32, scales, zeros, table]
+    drawn = (
+        plain_numbers(random, kind, out, inner) if kind.plain else coded_numbers(random, kind, out, inner, matrix)
+    )
     packed = aligned(library.packed_bytes(matrix))
     half = out // 2 // CL_TILE * CL_TILE
     for first, end in ((0, half), (half, out)):
-        some = np.ascontiguousarray(source[first:end])
+        some = np.ascontiguousarray(drawn.source[first:end])
         library.pack(matrix, address(some), first, end - first, address(packed))
     matrix.weights = address(packed)
+    weights = drawn.weights
     if kind.kind == CL_DECODED and kind.decoded == CL_BFLOAT16:
         weights = wide(bf16(weights / kind.factor)) * kind.factor
-    return Made(kind, matrix, sizes, weights, order, (packed, *owned))
+    return Made(kind, matrix, drawn.sizes, weights, order, (packed, order32, *drawn.owned))
 
 
 def quantise(x: Array, group: int) -> tuple[Array, Array]:
