@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from engine.derived.files import Content, DerivedWriter
+from engine.derived.layout import sources
 from engine.derived.objects import Json, decode, encode
 from engine.errors import EngineError
 from engine.models.tensors import Shapes, Weights
@@ -127,8 +128,8 @@ class RecordingOps(_PreparingOps):
 
     def finish(self, model_digest: str) -> tuple[str, int]:
         """Complete the file once the model with this digest is built; the file's digest and size."""
-        made_for = {"model": model_digest, "backend": self._ops.layout_id}
-        return self._writer.finish({"made_for": made_for, "records": self._records})
+        about = {"made_for": _made_for(model_digest, self._ops), "records": self._records}
+        return self._writer.finish(about)
 
     def _prepare(self, known: Json, make: Callable[[], Any]) -> Any:
         value = make()
@@ -147,12 +148,12 @@ class ReplayingOps(_PreparingOps):
     """A backend that has been given what it would prepare.
 
     Raises:
-        EngineError: DERIVED_MISMATCH, it was made of another model, or for another backend.
+        EngineError: DERIVED_MISMATCH, it was made of another model, for another backend, or by another program.
     """
 
     def __init__(self, ops: EncoderBackend, weights: AbsentWeights, content: Content, model_digest: str) -> None:
         super().__init__(ops, weights)
-        made, own = content.about["made_for"], {"model": model_digest, "backend": ops.layout_id}
+        made, own = content.about["made_for"], _made_for(model_digest, ops)
         if made != own:
             raise EngineError("DERIVED_MISMATCH", f"the derived file was made for {made}, and this is {own}")
         self._tensors = content.tensors
@@ -177,3 +178,8 @@ class ReplayingOps(_PreparingOps):
             )
         self._next += 1
         return decode(record["value"], self._tensors)
+
+
+def _made_for(model_digest: str, ops: EncoderBackend) -> Json:
+    """All that must be the same where a file is used."""
+    return {"model": model_digest, "backend": ops.layout_id, "sources": sources()}

@@ -15,7 +15,9 @@ from engine.memory_plan import Model
 from engine.options import EngineOptions
 from kernels.native.location import find_library
 
-_FORMAT = 1  # of the files, and of the order in which a model's parts are prepared
+_FORMAT = 1  # of the files
+_ROOT = Path(__file__).parents[2]
+_PACKING = ("kernels", "engine/derived", "engine/models", "engine/weights")  # what is packed follows from these
 _LIBRARIES = ("cloister", "torch")
 _CPUINFO = Path("/proc/cpuinfo")
 _PROCESSOR = ("vendor_id", "cpu family", "model", "model name", "flags", "Features", "CPU implementer", "CPU part")
@@ -39,8 +41,8 @@ def pays(model: Model, options: EngineOptions) -> bool:
 def layout_name(options: EngineOptions, cpuinfo: Path = _CPUINFO) -> str:
     """The name of the layout of a deployment on this machine: BACKEND-DTYPE-16 hexadecimal digits.
 
-    The digits follow from the format of the files, the libraries that pack and compute, the processor, and the
-    variables that choose among kernels. So another machine, another version or another choice is another file.
+    The digits follow from the format of the files, the programs and libraries that pack and compute, the processor,
+    and the variables that choose among kernels. So another machine, another version or another choice is another file.
 
     Args:
         options: with every default filled in.
@@ -48,6 +50,7 @@ def layout_name(options: EngineOptions, cpuinfo: Path = _CPUINFO) -> str:
     """
     facts = {
         "format": _FORMAT,
+        "sources": sources(),
         "libraries": {name: _version(name) for name in _LIBRARIES},
         "native": _native(),
         "processor": _processor(cpuinfo),
@@ -55,6 +58,18 @@ def layout_name(options: EngineOptions, cpuinfo: Path = _CPUINFO) -> str:
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return f"{options.backend}-{options.dtype}-{digest[:16]}"
+
+
+def sources(root: Path = _ROOT) -> str:
+    """The digest of the Python sources that packing follows from: a checkout's change without another version.
+
+    Args:
+        root: where the packages lie.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in _PACKING for path in (root / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def _version(name: str) -> str:

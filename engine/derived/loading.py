@@ -14,7 +14,7 @@ from typing import cast
 from engine.derived.building import AbsentWeights, RecordingOps, RecordingWeights, ReplayingOps
 from engine.derived.files import read_derived, writing
 from engine.derived.location import Derived, Location
-from engine.errors import EngineError
+from engine.errors import EngineError, is_out_of_memory
 from engine.memory_plan import Model
 from engine.models.decoder import Decoder
 from engine.models.encoders.encoder import Encoder
@@ -123,10 +123,20 @@ def derive(
 def _replay(
     known: Model, model_digest: str, build: Build, ops: EncoderBackend, location: Location
 ) -> Decoder | Encoder:
-    weights = AbsentWeights(known.shapes)
-    replaying = ReplayingOps(ops, weights, read_derived(location), model_digest)
-    model = build(weights, cast(EncoderBackend, replaying))
-    replaying.finish()
+    """The model out of its derived file.
+
+    Raises:
+        EngineError: DERIVED_MISSING, DERIVED_CHANGED or DERIVED_MISMATCH.
+    """
+    try:
+        weights = AbsentWeights(known.shapes)
+        replaying = ReplayingOps(ops, weights, read_derived(location), model_digest)
+        model = build(weights, cast(EncoderBackend, replaying))
+        replaying.finish()
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise EngineError("DERIVED_MISMATCH", "the derived file is not as this program makes them") from error
     return model
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import struct
@@ -17,7 +18,7 @@ from torch import Tensor
 from engine.build import build_engine, make_backend
 from engine.derived import building, files, layout
 from engine.derived.files import read_derived
-from engine.derived.layout import layout_name, pays
+from engine.derived.layout import layout_name, pays, sources
 from engine.derived.loading import build_model, derive, load_model
 from engine.derived.location import UNFINISHED, Derived, Location
 from engine.derived.objects import decode, encode
@@ -245,6 +246,50 @@ def test_a_file_of_another_layout_is_refused(int4: Case, made: Location, monkeyp
     same(found, int4.load(BACKENDS[1])[0])
 
 
+def test_a_file_that_other_sources_made_is_refused(
+    int4: Case, made: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "sources", lambda: "of tomorrow")
+    found, refused = int4.load(BACKENDS[1], made)
+    assert refused == ["DERIVED_MISMATCH"]
+    same(found, int4.load(BACKENDS[1])[0])
+
+
+@pytest.mark.parametrize(
+    "spoil", ["no about", "no made_for", "no value", "field", "tensor", "dtype", "range", "text"]
+)
+def test_a_file_on_record_that_is_not_as_this_program_makes_them_is_refused_and_not_the_workers_end(
+    int4: Case, made: Location, tmp_path: Path, spoil: str
+) -> None:
+    content = made.path.read_bytes()
+    end = len(content) - 8
+    begin = end - int.from_bytes(content[end:], "little")
+    described = json.loads(content[begin:end])
+    record = described["about"]["records"][0]
+    match spoil:
+        case "no about":
+            del described["about"]
+        case "no made_for":
+            del described["about"]["made_for"]
+        case "no value":
+            del record["value"]
+        case "field":
+            record["value"] = {"type": "kernels.packed:Packed", "fields": []}
+        case "tensor":
+            record["value"] = {"tensor": 1 << 40}
+        case "dtype":
+            described["tensors"][0]["dtype"] = "float7"
+        case "range":
+            described["tensors"][0]["begin"] = len(content)
+    text = b"{" if spoil == "text" else json.dumps(described).encode()
+    content = content[:begin] + text + len(text).to_bytes(8, "little")
+    derived = dataclasses.replace(made.derived, sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+    (tmp_path / derived.name).write_bytes(content)
+    found, refused = int4.load(BACKENDS[1], Location(tmp_path, derived))
+    assert refused == ["DERIVED_MISMATCH"]
+    same(found, int4.load(BACKENDS[1])[0])
+
+
 @pytest.mark.parametrize("keep", [0, 1, -1])
 def test_a_file_with_parts_missing_or_in_another_order_is_refused(int4: Case, made: Location, keep: int) -> None:
     content = read_derived(made)
@@ -349,6 +394,24 @@ def test_a_layouts_name_follows_from_options_libraries_processor_and_choices(
     names.append(name(bf16))
     assert len(set(names)) == len(names)
     assert all(Derived("ab" * 32, one, "cd" * 32, 1).is_sound for one in names)
+
+
+def test_what_was_packed_by_other_python_sources_has_another_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bf16 = EngineOptions(backend="cpu", dtype="bfloat16")
+    before = layout_name(bf16)
+    (tmp_path / "kernels" / "native").mkdir(parents=True)
+    source = tmp_path / "kernels" / "native" / "weights.py"
+    digests = set()
+    for text in ("a = 1", "a = 2"):
+        source.write_text(text)
+        digests.add(sources(tmp_path))
+    assert len(digests) == 2
+    assert sources(tmp_path) == sources(tmp_path)
+    assert sources() not in digests
+    monkeypatch.setattr(layout, "sources", lambda: "other")
+    assert layout_name(bf16) != before
 
 
 def test_names_that_lead_elsewhere_are_unsound() -> None:
