@@ -41,8 +41,9 @@ def pays(model: Model, options: EngineOptions) -> bool:
 def layout_name(options: EngineOptions, cpuinfo: Path = _CPUINFO) -> str:
     """The name of the layout of a deployment on this machine: BACKEND-DTYPE-16 hexadecimal digits.
 
-    The digits follow from the format of the files, the programs and libraries that pack and compute, the processor,
-    and the variables that choose among kernels. So another machine, another version or another choice is another file.
+    The digits follow from the format of the files, the programs and libraries that pack and compute, the
+    processor, and the variables that choose among kernels. So another machine, another version or another choice
+    is another file.
 
     Args:
         options: with every default filled in.

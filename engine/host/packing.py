@@ -66,7 +66,7 @@ class Packer:
 
     Args:
         store: directory of files by digest.
-        folder: of derived files, which is made here; None: nothing is packed ahead.
+        folder: of derived files, made with the first; None: nothing is packed ahead.
         limit_s: that engine-prepare may take.
         least_bytes: of weights that are packed ahead.
     """
@@ -83,8 +83,6 @@ class Packer:
         self._refused: set[Derived] = set()
         self._unsupported: set[str] = set()  # torch keeps some packed forms to itself
         self._making: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
-        if folder is not None:
-            folder.mkdir(mode=0o700, exist_ok=True)
 
     @property
     def folder(self) -> Path | None:
@@ -92,7 +90,7 @@ class Packer:
         return self._folder
 
     def hear(self, on_record: Iterable[engine_pb2.Derived], wanted: Iterable[str]) -> None:
-        """What control has on record; all other files go, unless they are of a model that is wanted.
+        """What control has on record; all other files go, unless they were made here for a model that is wanted.
 
         Args:
             on_record: every derived file that control knows.
@@ -106,12 +104,12 @@ class Packer:
             return
         try:
             for path in self._folder.iterdir():
-                name = path.name.removesuffix(UNFINISHED)
-                is_of_use = name in self._on_record or name.partition(".")[0] in models
-                if not is_of_use or (name != path.name and not self._is_being_made(name)):
-                    path.unlink()
+                if not self._is_of_use(path.name):
+                    _remove(path)
+        except FileNotFoundError:
+            return  # nothing was made yet
         except OSError as error:
-            log.warning("derived files not removed", extra={"reason": error.strerror})
+            log.warning("derived files not listed", extra={"reason": error.strerror})
 
     def refuse(self, derived: Derived) -> None:
         """A worker found that a file is not what it should be: it is made again when next it is wanted."""
@@ -152,8 +150,10 @@ class Packer:
         log.info("weights packed", extra={"deployment": deployment.name, "bytes": made.size, "derived": made.name})
         return Packed(made)
 
-    def _is_being_made(self, name: str) -> bool:
-        return name in self._making and self._making[name].locked()
+    def _is_of_use(self, file: str) -> bool:
+        name = file.removesuffix(UNFINISHED)
+        is_being_made = name in self._making and self._making[name].locked()
+        return is_being_made or file in self._on_record or file in self._made
 
     def _job(self, deployment: engine_pb2.Deployment) -> _Job | None:
         """What there is to pack; None when a file would not pay."""
@@ -175,6 +175,7 @@ class Packer:
         """
         wanted = job.location.derived
         try:
+            job.location.folder.mkdir(mode=0o700, exist_ok=True)
             free = shutil.disk_usage(job.location.folder).free
             if free < job.plan.weights + _MARGIN + _LEFT_FREE:
                 raise EngineError("DISK_FULL", f"{free} bytes are free and {job.plan.weights} are to be written")
@@ -183,7 +184,9 @@ class Packer:
             made = Derived(wanted.model_digest, wanted.layout, str(report["sha256"]), int(report["size"]))
         except TimeoutError as error:
             raise EngineError("PREPARE_TIMEOUT", f"engine-prepare took over {self._limit_s:g} s") from error
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except OSError as error:
+            raise EngineError("PREPARE_FAILED", str(error)) from error
+        except (KeyError, ValueError, TypeError) as error:
             raise EngineError("PREPARE_FAILED", "engine-prepare could not be asked") from error
         if not made.is_sound or not _is_there(job.location.folder, made):
             raise EngineError("PREPARE_FAILED", "engine-prepare made no file")
@@ -245,6 +248,13 @@ def _is_there(folder: Path, derived: Derived) -> bool:
         return (folder / derived.name).lstat().st_size == derived.size
     except OSError:
         return False
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        log.warning("derived file not removed", extra={"file": path.name, "reason": error.strerror})
 
 
 def _environment(cores: tuple[int, ...]) -> Mapping[str, str]:

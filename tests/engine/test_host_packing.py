@@ -141,6 +141,7 @@ async def test_engine_prepare_that_dies_half_way_is_said_and_the_next_one_begins
 ) -> None:
     store, files = quantised
     one, folder = packer(store, tmp_path / "derived"), tmp_path / "derived"
+    folder.mkdir()
     task = asyncio.create_task(one.packed(deployment(files)))
     async with asyncio.timeout(60):
         while not any(path.name.endswith(UNFINISHED) for path in folder.iterdir()) and not task.done():
@@ -170,11 +171,27 @@ async def test_a_small_model_a_plain_one_and_one_that_is_broken_are_left_to_thei
     ]
     for one, files in cases:
         assert await one.packed(deployment(files)) == packing.Packed()
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
 
 
-def test_only_what_is_on_record_or_of_a_wanted_model_is_kept(tmp_path: Path) -> None:
+async def test_a_folder_that_cannot_be_made_is_said_and_one_that_went_away_is_made_again(
+    quantised: tuple[Path, engine_pb2.FileSet], tmp_path: Path
+) -> None:
+    store, files = quantised
     folder = tmp_path / "derived"
+    folder.write_bytes(b"in the way")
+    one = packer(store, folder)
+    one.hear([], [files.model_digest])
+    assert "File exists" in (await one.packed(deployment(files))).problem
+    folder.unlink()
+    one.hear([], [files.model_digest])
+    assert (await one.packed(deployment(files))).derived is not None
+
+
+def test_only_what_is_on_record_is_kept(tmp_path: Path) -> None:
+    folder = tmp_path / "derived"
+    folder.mkdir()
+    (folder / "a folder of somebody's").mkdir()
     one = packer(tmp_path, folder)
     recorded, wanted, other = (Derived(digest * 32, LAYOUT, "ee" * 32, 1) for digest in ("aa", "bb", "cc"))
     for derived in (recorded, wanted, other):
@@ -184,5 +201,5 @@ def test_only_what_is_on_record_or_of_a_wanted_model_is_kept(tmp_path: Path) -> 
     outside.write_bytes(b"x")
     unsound = engine_pb2.Derived(model_digest="../outside", layout=LAYOUT, sha256="ee" * 32, size=1)
     one.hear([derived_message(recorded), unsound], [wanted.model_digest])
-    assert {path.name for path in folder.iterdir()} == {recorded.name, wanted.name}
+    assert {path.name for path in folder.iterdir() if path.is_file()} == {recorded.name}
     assert outside.exists()
