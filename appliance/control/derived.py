@@ -77,6 +77,7 @@ def _keep(session: Session, told: engine_pb2.Derived) -> None:
     wanted = session.scalars(select(Deployment.name).where(Deployment.model_digest == told.model_digest)).first()
     if wanted is None or (row is not None and (row.sha256, row.size) == (told.sha256, told.size)):
         return
+    _replace(session, told)
     row = session.merge(
         Derived(
             model_digest=told.model_digest,
@@ -87,6 +88,16 @@ def _keep(session: Session, told: engine_pb2.Derived) -> None:
         )
     )
     _tell(session, "recorded", row)
+
+
+def _replace(session: Session, told: engine_pb2.Derived) -> None:
+    """Forget files of this model, kernels and number type that other libraries or sources made: nobody uses them."""
+    kind = told.layout.rpartition("-")[0]
+    of_model = select(Derived).where(Derived.model_digest == told.model_digest)
+    for row in session.scalars(of_model).all():
+        if row.layout != told.layout and row.layout.rpartition("-")[0] == kind:
+            _tell(session, "replaced", row)
+            session.delete(row)
 
 
 def _forget(session: Session, told: engine_pb2.Derived) -> None:

@@ -15,7 +15,7 @@ version.state       event            UUID, DIGEST/TIME  approved, active, retire
 model.activation    event            UUID            active, returned        version, canaries, reason
 model.removal       event            N-TIME          removed                 outbox position, version, digest
 model.derived       event            UUID            recorded, refused,      digest, layout, digest and size of
-                                                     removed                 the file
+                                                     removed, replaced       the file
 store.damage        event            N-TIME          found                   outbox position, file, finding
 store.repair        event            N-TIME          repaired                outbox position, file
 trust.change        event            N-TIME          accepted                outbox position, what changed

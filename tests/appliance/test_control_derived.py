@@ -86,6 +86,24 @@ async def test_a_file_made_anew_takes_the_place_of_the_one_before(house: House) 
     await becomes(house, OTHER)
 
 
+async def test_a_file_of_other_libraries_is_forgotten_when_theirs_is_recorded_and_one_of_other_kernels_is_not(
+    house: House,
+) -> None:
+    await load(house)
+    newer, torch = (
+        engine_pb2.Derived(model_digest=DIGEST, layout=layout, sha256="ab" * 32, size=9)
+        for layout in (LAYOUT[:-1] + "0", LAYOUT.replace("cpu", "torch"))
+    )
+    await say(house, FILE)
+    await becomes(house, FILE)
+    await say(house, torch)
+    await becomes(house, FILE, torch)
+    await say(house, newer)
+    await becomes(house, newer, torch)
+    await house.plane.untold.tell()
+    assert ("replaced", FILE.sha256) in decisions(house)
+
+
 async def test_a_file_that_a_worker_refused_is_forgotten_and_on_record_as_such(house: House) -> None:
     await load(house)
     await say(house, FILE)
