@@ -91,7 +91,7 @@ def _keep(session: Session, told: engine_pb2.Derived) -> None:
 
 
 def _replace(session: Session, told: engine_pb2.Derived) -> None:
-    """Forget files of this model, kernels and number type that other libraries or sources made: nobody uses them."""
+    """Forget files of this model, kernels and numbers that other libraries or sources made: nobody uses them."""
     kind = told.layout.rpartition("-")[0]
     of_model = select(Derived).where(Derived.model_digest == told.model_digest)
     for row in session.scalars(of_model).all():
