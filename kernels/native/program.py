@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import Structure
 from dataclasses import dataclass, field
+from operator import add, gt
 from typing import Any, NamedTuple
 
 import torch
@@ -324,9 +325,13 @@ class NativeStep:
         return self._library.scratch_bytes(ctypes.addressof(self._ops), len(self._ops), limits)
 
     def _check(self, rows: Rows, picked: Sequence[int]) -> None:
-        limits = self._limits
-        if len(rows.token_ids) > limits.tokens or max(len(rows.starts), len(picked)) > limits.rows:
-            raise ValueError(f"a step of {len(rows.token_ids)} tokens in {len(rows.starts)} rows is over {limits}")
+        longest = max(map(add, rows.starts, rows.counts), default=0)
+        found = StepLimits(len(rows.token_ids), max(len(rows.starts), len(picked)), longest)
+        if any(map(gt, found, self._limits)):
+            raise ValueError(
+                f"a step of {found.tokens} tokens in {found.rows} rows, of which the longest holds {longest}, "
+                f"is over {self._limits}"
+            )
 
     def _resize(self, count: int) -> None:
         self._threads = self._step.threads = count

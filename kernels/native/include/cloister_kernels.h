@@ -118,7 +118,7 @@ typedef struct {
   const void *args; /* the op's struct */
 } ClOp;
 
-/* out = table[token] * scale. */
+/* out = table[token] * scale; NaN of a token that the table does not have. */
 typedef struct {
   const ClMatrix *table; /* any kind; numbers are decoded exactly */
   ClRows *out;

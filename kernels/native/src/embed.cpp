@@ -10,7 +10,12 @@ void embed(const ClEmbed &op, const ClStep &step, const Team &team) {
   Span span;
   while (team.take(0, step.tokens, 1, &span)) {
     float *out = op.out->f32 ? op.out->f32 + span.first * width : row;
-    unpack_row(*op.table, step.token_ids[span.first], 0, width, out);
+    const int64_t token = step.token_ids[span.first];
+    if (token >= 0 && token < op.table->out) {
+      unpack_row(*op.table, token, out);
+    } else {  // a fault of its own row alone, where reading on would be one of all
+      for (int64_t i = 0; i < width; ++i) out[i] = __builtin_nanf("");
+    }
     for (int64_t i = 0; i < width; i += 16)
       store_some(out + i, load_some(out + i, width - i) * broadcast(op.scale), width - i);
     write_row(*op.out, span.first, out);

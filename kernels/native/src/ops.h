@@ -35,9 +35,8 @@ int64_t packed_bytes(const ClMatrix &matrix);
 void pack(const ClMatrix &matrix, const void *source, int64_t first, int64_t rows, void *packed);
 int64_t kv_page_bytes(const ClKv &kv);
 
-// Numbers first .. first + count - 1 of row `row` of a packed matrix, in float32; for embeddings and decoded
-// panels.
-void unpack_row(const ClMatrix &matrix, int64_t row, int64_t first, int64_t count, float *out);
+// The numbers of row `row` of a packed matrix by their inputs, in float32; for embeddings.
+void unpack_row(const ClMatrix &matrix, int64_t row, float *out);
 
 // out [rows, sum of out] = x * weight^T + bias by all threads of the team, phases `phase` and `phase + 1`; ends
 // without a barrier. What `linear` does, for ops that multiply inside (mixture).

@@ -80,21 +80,21 @@ void pack(const ClMatrix &matrix, const void *source, int64_t first, int64_t row
   }
 }
 
-void unpack_row(const ClMatrix &m, int64_t row, int64_t first, int64_t count, float *out) {
+void unpack_row(const ClMatrix &m, int64_t row, float *out) {
   const int64_t tile = row / CL_TILE, n = row % CL_TILE, group = m.group ? m.group : m.in;
   const uint8_t *at = static_cast<const uint8_t *>(m.weights) + tile * tile_bytes(m);
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t k = first + i;
+  for (int64_t k = 0; k < m.in; ++k) {
+    float *to = out + (m.order ? m.order[k] : k);
     if (m.kind == CL_F32) {
-      memcpy(out + i, at + 4 * place(m, k, n), 4);
+      memcpy(to, at + 4 * place(m, k, n), 4);
     } else if (m.kind == CL_BF16) {
-      out[i] = from_bf16(reinterpret_cast<const uint16_t *>(at)[place(m, k, n)]);
+      *to = from_bf16(reinterpret_cast<const uint16_t *>(at)[place(m, k, n)]);
     } else {
       const int code = code_of(m, at, k, n);
       const int64_t s = (tile * scale_groups(m) + k / group) * CL_TILE + n;
       const float value = m.table ? m.table[code] : (float)(code - m.offset);
       const float zero = m.zeros ? number(m, m.zeros, s) : 0.0f;
-      out[i] = (value - zero) * number(m, m.scales, s) * m.factor;
+      *to = (value - zero) * number(m, m.scales, s) * m.factor;
     }
   }
 }
