@@ -17,6 +17,8 @@ F32, BF16, W8A8, W4A8, DECODED = range(5)
 GROUP, TILE, STRIDE = 32, 16, 64
 MOST_HEAD_DIM = 512
 """Numbers of a head that the attention kernels have room for."""
+_MOST_SUMMED = 2**16
+"""Products of a code of 255 with one of 127 that are less than 2^31 together."""
 _BYTES = {FLOAT32: 4, BFLOAT16: 2, INT8: 1, FLOAT16: 2}
 KV_TYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16, "int8": INT8}
 
@@ -63,7 +65,8 @@ def choose(layout: Layout | None, inner: int, item: int) -> Form:
     """How a matrix with `inner` inputs is kept.
 
     Integer kernels take integers in groups of whole multiples of GROUP, or rows; they round inputs to int8, which
-    float32 must not. All other codes are decoded for each product, panel by panel.
+    float32 must not, and add up in 32 bits what shares a scale. All other codes are decoded for each product, a
+    panel at a time.
 
     Args:
         layout: of a quantised matrix; None: it is plain.
@@ -75,7 +78,8 @@ def choose(layout: Layout | None, inner: int, item: int) -> Form:
         return Form(F32, 0, 32) if wide else Form(BF16, 0, 16)
     group = 0 if layout.columns >= inner else layout.columns
     kind = DECODED
-    if not wide and layout.kind == "int" and group % GROUP == 0:
+    summed = inner if layout.bits == 8 and not group else GROUP
+    if not wide and layout.kind == "int" and group % GROUP == 0 and summed <= _MOST_SUMMED:
         kind = W4A8 if layout.bits == 4 else W8A8
     return Form(
         kind=kind,

@@ -125,29 +125,31 @@ def _runs(weights: Sequence[Matrix], item: int) -> list[list[Matrix]]:
     """Neighbours that can be packed as one."""
     runs: list[list[Matrix]] = []
     for weight in weights:
-        if runs and _joins(runs[-1][-1], weight, item):
+        if runs and _joins(runs[-1], weight, item):
             runs[-1].append(weight)
         else:
             runs.append([weight])
     return runs
 
 
-def _joins(last: Matrix, following: Matrix, item: int) -> bool:
-    """Each matrix with an order or a table has its own."""
-    form = _form(last, item)
+def _joins(run: Sequence[Matrix], following: Matrix, item: int) -> bool:
+    """Each matrix with an order or a table has its own; and so where one factor does not do for all scales."""
+    form = _form(run[-1], item)
     own = form.has_order or form.has_table
-    return not own and last.shape[0] % layout.TILE == 0 and _key(last, item) == _key(following, item)
+    if own or run[-1].shape[0] % layout.TILE or _key(run[-1], item) != _key(following, item):
+        return False
+    return form.scale_type == layout.FLOAT32 or _fit_float16([*run, following])
 
 
 def _key(weight: Matrix, item: int) -> _Key:
     """What two matrices must have in common to be packed as one."""
-    return _form(weight, item), _offset(weight), _fits_float16(weight)
+    return _form(weight, item), _offset(weight), _fit_float16([weight])
 
 
 def _form(weight: Matrix, item: int) -> Form:
     packed = layout_of(weight) if isinstance(weight, Packed) else None
     form = layout.choose(packed, weight.shape[1], item)
-    return form if _fits_float16(weight) else form._replace(scale_type=layout.FLOAT32)
+    return form if _fit_float16([weight]) else form._replace(scale_type=layout.FLOAT32)
 
 
 def _offset(weight: Matrix) -> int:
@@ -156,14 +158,14 @@ def _offset(weight: Matrix) -> int:
     return 2 ** (weight.bits - 1) if signed else 0
 
 
-def _fits_float16(weight: Matrix) -> bool:
-    """Whether scales and zeros keep all bits but the last ones; where not, they stay float32."""
-    if not isinstance(weight, Packed):
-        return True
-    sizes = weight.scales.abs()
-    highest = float(sizes.max())
-    small = (sizes < highest * 2.0**-_OCTAVES) & (sizes > 0)
-    return not small.any() and (weight.zeros is None or float(weight.zeros.abs().max()) <= _MOST_ZERO)
+def _fit_float16(weights: Sequence[Matrix]) -> bool:
+    """Whether scales, with one factor, and zeros keep all bits but the last ones; where not, they stay float32."""
+    packed = [weight for weight in weights if isinstance(weight, Packed)]
+    sizes = [weight.scales.float().abs() for weight in packed]
+    highest = max((float(size.max()) for size in sizes), default=0.0)
+    zeros = [float(weight.zeros.abs().max()) for weight in packed if weight.zeros is not None]
+    fit = all(bool(((size == 0) | (size >= highest * 2.0**-_OCTAVES)).all()) for size in sizes)
+    return fit and math.isfinite(highest) and all(zero <= _MOST_ZERO for zero in zeros)
 
 
 def _pack(library: Library, run: Sequence[Matrix], item: int) -> PackedMatrix:

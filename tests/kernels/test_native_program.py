@@ -61,9 +61,10 @@ def test_bytes_of_a_page_are_told_without_the_library(kv_dtype: str) -> None:
         assert ops.allocate_kv(KvSpec(3, 4, block_size, heads, dim)).pages.shape == (3, 4, expected)
 
 
+@pytest.mark.parametrize("ordered", [False, True], ids=["as it is", "in an order of its own"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_a_packed_table_are_the_numbers_it_stands_for(kind: str) -> None:
-    given, ids = matrix(kind, 40, 64, 1, 32), [0, 39, 17, 15, 16, 17]
+def test_rows_of_a_packed_table_are_the_numbers_it_stands_for(kind: str, ordered: bool) -> None:
+    given, ids = matrix(kind, 40, 64, 1, 32, ordered), [0, 39, 17, 15, 16, 17]
     rows = Rows(ids, [0], [len(ids)], [(0, 1)])
     for dtype, rounding in ((torch.float32, 0.0), (torch.bfloat16, 2.0**-10)):  # of scales and zeros, in bfloat16
         ops = NativeBackend(dtype)
@@ -84,6 +85,33 @@ def test_scales_beyond_the_range_of_16_bits_keep_32() -> None:
     assert ops.prepare_table(far).form.scale_type == layout.FLOAT32
 
 
+@pytest.mark.parametrize("fault", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_comes_out_of_its_output_alone(fault: float) -> None:
+    given, ops = matrix("int4", 16, 64, 1, 32), NativeBackend(torch.bfloat16)
+    given.scales[3, 1] = fault
+    before = ops.library.isa
+    try:
+        for isa in ops.library.isas:
+            ops.library.select(isa)
+            finite = ops.linear(noise(2, 64), ops.prepare_linear([given])).isfinite().all(0)
+            assert finite.tolist() == [output != 3 for output in range(16)], isa
+    finally:
+        ops.library.select(before)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int8 zeros"])
+def test_inputs_too_many_for_sums_of_32_bits_are_multiplied_as_numbers(kind: str) -> None:
+    ops = NativeBackend(torch.bfloat16)
+    for inner, form in ((2**16, layout.W8A8), (2**16 + 4096, layout.DECODED)):
+        given = matrix(kind, 16, inner, 1, inner)
+        given.codes.fill_(255 if given.zeros is not None else -128)
+        linear = ops.prepare_linear([given])
+        assert linear.parts[0].form.kind == form
+        right = dequantise(given).double().sum(1)
+        found = ops.linear(torch.ones(1, inner), linear)[0]
+        torch.testing.assert_close(found.double(), right, rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_stacked_matrices_are_one_where_they_can_be_and_answer_as_each_alone(dtype: torch.dtype) -> None:
     ops, x = NativeBackend(dtype), noise(5, 64, seed=9)
@@ -101,6 +129,10 @@ def test_stacked_matrices_are_one_where_they_can_be_and_answer_as_each_alone(dty
         assert len(together.parts) == parts
         alone = [ops.linear(x, ops.prepare_linear([one])) for one in stack]
         assert torch.equal(ops.linear(x, together), torch.cat(alone, -1))  # factors are powers of two
+    tiny = alike[1]._replace(scales=alike[1].scales * 2.0**-40)
+    last = ops.linear(x, ops.prepare_linear([alike[0], tiny]))[:, 32:]
+    assert torch.equal(last, ops.linear(x, ops.prepare_linear([tiny])))
+    assert last.any()
 
 
 class Toy(NamedTuple):
@@ -170,6 +202,19 @@ def test_a_step_at_once_has_the_bits_of_its_ops_one_by_one(
         assert torch.equal(own.pages, other.pages)
     with pytest.raises(ValueError, match="41 tokens in 1 rows"):
         step(Rows([1] * 41, [0], [41], [(0, 1, 2, 3, 4, 5)]), [])
+    with pytest.raises(ValueError, match="of which the longest holds 65"):
+        step(Rows([1], [64], [1], [tuple(range(9))]), [])
+
+
+@pytest.mark.parametrize("token", [VOCABULARY, -1, 2**31 - 1])
+def test_a_token_that_the_table_lacks_is_a_fault_of_its_own_row_alone(token: int) -> None:
+    ops = NativeBackend()
+    step = ops.compile(toy(ops), ops.allocate_kv(KvSpec(2, 9, 8, HEADS.kv, HEADS.dim)), LIMITS)
+    _, logits = step(Rows([1, 2], [0, 0], [1, 1], [(0,), (1,)]), [0, 1])
+    expected = logits[0].clone()
+    _, logits = step(Rows([1, token], [0, 0], [1, 1], [(0,), (1,)]), [0, 1])
+    assert torch.equal(logits[0], expected)
+    assert logits[1].isnan().all()
 
 
 def test_values_that_live_at_once_have_places_of_their_own_and_only_forms_that_are_read() -> None:
