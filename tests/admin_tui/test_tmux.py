@@ -117,7 +117,7 @@ def console(appliance: Appliance) -> Iterator[Terminal]:
 
 def test_the_running_appliance_is_seen_its_pages_switch_and_its_log_is_verified(appliance: Appliance) -> None:
     with console(appliance) as pane:
-        pane.until(rf"{ALIAS} +OK ready +cpu")
+        pane.until(rf"{ALIAS} +OK ready +(native|torch)")
         pane.until(r"ward-notes +OK active")
         pane.type("2", "Enter")
         pane.until(r"key active +summary")

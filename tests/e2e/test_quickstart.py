@@ -34,7 +34,6 @@ NOT_TOLD = {
     "AUDIT_EXISTS": "only init",
     "AUDIT_IN_USE": "only the start of control",
     "CREDENTIALS_EXIST": "only `cloister key issue`",
-    "DATABASE_REVISION_UNKNOWN": "only the start of control",
     "DUPLICATE_HANDLE": "the gateway numbers its requests itself",
     "FILE_TOO_LARGE": "only the loading of a model",
     "INVALID_OUTCOME": "only a gateway's defect",
