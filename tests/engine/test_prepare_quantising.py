@@ -92,8 +92,10 @@ def test_a_quantised_model_is_served_as_the_numbers_that_it_stands_for(
     plain = dequantised(llama, tmp_path / "out", tmp_path / "plain")
     tokens = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     for backend in ("cpu", "reference"):
-        found = teacher_forced(engine(tmp_path / "out", backend=backend), tokens, prompt_length=30)
-        wanted = teacher_forced(engine(plain, backend=backend), tokens, prompt_length=30)
+        found = teacher_forced(
+            engine(tmp_path / "out", backend=backend, dtype="float32"), tokens, prompt_length=30
+        )
+        wanted = teacher_forced(engine(plain, backend=backend, dtype="float32"), tokens, prompt_length=30)
         assert float((found - wanted).norm() / wanted.norm()) < 2e-3
 
 
@@ -120,7 +122,8 @@ def test_embeddings_and_heads_are_quantised_where_that_is_asked(
     tokens = torch.randint(2, 300, (40,), generator=torch.Generator().manual_seed(1)).tolist()
     for backend in ("cpu", "reference"):
         found, wanted_logits = (
-            teacher_forced(engine(folder, backend=backend), tokens, prompt_length=30) for folder in (out, plain)
+            teacher_forced(engine(folder, backend=backend, dtype="float32"), tokens, prompt_length=30)
+            for folder in (out, plain)
         )
         assert float((found - wanted_logits).norm() / wanted_logits.norm()) < 2e-3
     assert report["calibration"]["perplexity_after"] == pytest.approx(
