@@ -306,10 +306,6 @@ class Library:
         """Pack rows `first` to `first + rows - 1`, which `source` holds, into `packed`."""
         self._functions.cl_pack(ctypes.addressof(matrix), source, first, rows, packed)
 
-    def read(self, buffer: int, size: int, threads: int) -> int:
-        """Read `size` bytes with all threads, as fast as memory gives them; a checksum."""
-        return int(self._functions.cl_read(buffer, size, threads))
-
     def pin(self, cores: Sequence[int]) -> bool:
         """Keep this thread on the first core, and each other of the team that its programs and torch's ops run on,
         on one of its own; False when the system refuses one of them.
@@ -328,7 +324,6 @@ _SIGNATURES = {
     "cl_kv_page_bytes": (c_int64, [c_void_p]),
     "cl_packed_bytes": (c_int64, [c_void_p]),
     "cl_pack": (None, [c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
-    "cl_read": (c_int64, [c_void_p, c_int64, c_int64]),
     "cl_pin": (c_int, [c_void_p, c_int64]),
 }
 

@@ -235,10 +235,6 @@ CL_EXPORT int64_t cl_packed_bytes(const ClMatrix *matrix);
    byte a code, to which `offset` was added where it was signed. */
 CL_EXPORT void cl_pack(const ClMatrix *matrix, const void *source, int64_t first, int64_t rows, void *packed);
 
-/* Reads a buffer with all threads, as fast as memory gives it; for the ceiling of benchmarks. Returns a checksum.
- */
-CL_EXPORT int64_t cl_read(const void *buffer, int64_t bytes, int64_t threads);
-
 /* Keeps the calling thread on cores[0], and thread i of the team that it runs programs and torch's ops with on
    cores[i]. 0, or how many of them could not be moved. */
 CL_EXPORT int cl_pin(const int32_t *cores, int64_t count);

@@ -152,11 +152,3 @@ int64_t cl_packed_bytes(const ClMatrix *matrix) { return kernels().packed_bytes(
 void cl_pack(const ClMatrix *matrix, const void *source, int64_t first, int64_t rows, void *packed) {
   kernels().pack(*matrix, source, first, rows, packed);
 }
-
-int64_t cl_read(const void *buffer, int64_t bytes, int64_t threads) {
-  const int64_t *words = static_cast<const int64_t *>(buffer), count = bytes / 8;
-  int64_t sum = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += words[i];
-  return sum;
-}
