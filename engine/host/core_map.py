@@ -26,7 +26,7 @@ class CoreMap:
 
         Deployments whose threads are more than there are cores for share some: those that fewest have.
 
-        Returns: none where the deployment wants none, or more than there are: its threads run on what is left to all.
+        Returns: none where it wants none, or more than there are: its threads run on what is left to all.
         """
         self.give_back(name)
         if threads:
