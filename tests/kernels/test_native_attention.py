@@ -1,6 +1,5 @@
 """Attention of the native library on every instruction set: as exact as its pages' numbers, with the same bits."""
 
-from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
@@ -8,27 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.native import library as native
 from kernels.native.backend import NativeBackend
-from kernels.native.library import Library
 from kernels.native.location import find_library
 from kernels.ops import Attending, Heads
 from tests.kernels.textbook import Layer, Pages, Piece, in_steps, noise
 
-pytestmark = pytest.mark.skipif(find_library() is None, reason="there is no native library to test")
+pytestmark = [
+    pytest.mark.skipif(find_library() is None, reason="there is no native library to test"),
+    pytest.mark.usefixtures("library"),
+]
 formats = pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
 PLAIN = Attending(0.25)
-
-
-@pytest.fixture(params=["avx512", "avxvnni", "avx2", "portable"], autouse=True)
-def library(request: pytest.FixtureRequest) -> Iterator[Library]:
-    found = native.load()
-    if request.param not in found.isas:
-        pytest.skip(f"this processor or library has no {request.param}")
-    before = found.isa
-    found.select(request.param)
-    yield found
-    found.select(before)
 
 
 class Expected(NamedTuple):

@@ -71,3 +71,15 @@ def test_a_library_that_is_not_there_or_does_not_load_is_told_by_name(
         Library(str(broken))
     with pytest.raises(NativeUnavailable, match="does not load"):
         Library("libc.so.6")
+
+
+@pytest.mark.skipif(location.find_library() is None, reason="there is no native library to test")
+def test_all_instruction_sets_that_this_processor_runs_are_there() -> None:
+    """Tests of the kernels run on what the library offers: none may go missing unseen."""
+    needed = {
+        "avx512": {"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"},
+        "avxvnni": {"avx2", "fma", "avx_vnni"},
+        "avx2": {"avx2", "fma"},
+    }
+    flags = set(re.findall(r"\w+", "".join(re.findall(r"^flags.*", Path("/proc/cpuinfo").read_text(), re.M)[:1])))
+    assert set(library.load().isas) == {"portable", *(isa for isa, wanted in needed.items() if wanted <= flags)}

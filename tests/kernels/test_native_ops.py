@@ -2,7 +2,7 @@
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from ctypes import Structure
 
 import pytest
@@ -16,20 +16,12 @@ from kernels.native.location import find_library
 from kernels.ops import ACTIVATIONS, Attending, Heads, KvSpec, Rows
 from tests.kernels.textbook import EPS, Layer, Pages, Piece, attend, noise
 
-pytestmark = pytest.mark.skipif(find_library() is None, reason="there is no native library to test")
+pytestmark = [
+    pytest.mark.skipif(find_library() is None, reason="there is no native library to test"),
+    pytest.mark.usefixtures("library"),
+]
 WIDTHS = [1, 15, 16, 33, 200, 3002]
 HALF = 2.0**-24  # of the last bit of float32
-
-
-@pytest.fixture(params=["avx512", "avxvnni", "avx2", "portable"], autouse=True)
-def library(request: pytest.FixtureRequest) -> Iterator[Library]:
-    found = native.load()
-    if request.param not in found.isas:
-        pytest.skip(f"this processor or library has no {request.param}")
-    before = found.isa
-    found.select(request.param)
-    yield found
-    found.select(before)
 
 
 def within(actual: Tensor, exact: Tensor, bound: Tensor) -> None:

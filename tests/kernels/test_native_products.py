@@ -1,7 +1,6 @@
 """Products of the native library: every way to keep a matrix, on every instruction set, against float64."""
 
 import ctypes
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from kernels.native import library as native
 from kernels.native.library import (
     CL_BF16,
     CL_BFLOAT16,
@@ -101,17 +99,6 @@ class Given:
     rows: ClRows
     x: Array
     owned: tuple[Array | None, ...]
-
-
-@pytest.fixture(params=["avx512", "avxvnni", "avx2", "portable"])
-def library(request: pytest.FixtureRequest) -> Iterator[Library]:
-    found = native.load()
-    if request.param not in found.isas:
-        pytest.skip(f"this processor or library has no {request.param}")
-    before = found.isa
-    found.select(request.param)
-    yield found
-    found.select(before)
 
 
 def address(array: Array | None) -> int | None:
