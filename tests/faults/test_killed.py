@@ -59,7 +59,7 @@ async def test_a_client_that_goes_away_frees_its_pages_and_is_recorded_as_cancel
     ("process", "last"),
     [
         ("gateway", {(grpc.StatusCode.UNAVAILABLE, "UNAVAILABLE")}),  # its connections break
-        # Leases survive it, the answer is completed and settled, if it is back within 5 s; else it is settled later.
+        # Leases survive it, the answer is completed and settled, if it is back within 5 s; else settled later.
         ("control", {OK, (grpc.StatusCode.ABORTED, "LEASE_CLOSED"), UNSETTLED}),
         ("importer", {OK}),  # nothing of a request passes through it
         ("engine-host", {RESTARTED}),  # its workers die with it
