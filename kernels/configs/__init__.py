@@ -1,0 +1,1 @@
+"""Tables of kernel configurations, one per device: see `kernels.triton.configs`."""

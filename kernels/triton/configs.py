@@ -1,0 +1,55 @@
+"""Block sizes and warps of each kernel, from committed tables: by device, by kernel, by the nearest size.
+
+`kernels/configs/DEVICE.json` maps a kernel's name to configurations by bucket; a size takes the smallest bucket
+that holds it, or else the largest. A kernel that the device's table lacks is looked up in `default.json`, whose
+configurations fit every device from compute capability 8.0 on (99 KiB of shared memory). Nothing is tuned while
+requests wait: what is compiled is known beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from importlib.resources import files
+from typing import Any, TypeAlias
+
+DEFAULT = "default"
+
+Config: TypeAlias = dict[str, int]  # constants, num_warps and num_stages
+
+_chosen = DEFAULT
+
+
+def device_key(name: str) -> str:
+    """The name of a device's table: "NVIDIA H200 141GB" -> "nvidia-h200"."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    return "-".join(word for word in words if not re.fullmatch(r"\d+gb|hbm\w*|sxm\d*|pcie|nvl", word))
+
+
+def select(name: str) -> str:
+    """Take the table of the device called `name` from now on, or the default; the table that is taken."""
+    global _chosen  # noqa: PLW0603  # a process has devices of one kind
+    key = device_key(name)
+    _chosen = key if files("kernels.configs").joinpath(f"{key}.json").is_file() else DEFAULT
+    return _chosen
+
+
+def config(kernel: str, size: int) -> Config:
+    """The configuration of `kernel` for a problem of this size.
+
+    Raises:
+        KeyError: no table has the kernel.
+    """
+    own = table(_chosen)
+    buckets = own.get(kernel) or table(DEFAULT)[kernel]
+    sizes = sorted(map(int, buckets))
+    bucket = next((at for at in sizes if at >= size), sizes[-1])
+    return dict(buckets[str(bucket)])
+
+
+@cache
+def table(key: str) -> dict[str, dict[str, Config]]:
+    """A committed table."""
+    found: Any = json.loads(files("kernels.configs").joinpath(f"{key}.json").read_text())
+    return {kernel: buckets for kernel, buckets in found.items() if not kernel.startswith("_")}
