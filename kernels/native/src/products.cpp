@@ -143,7 +143,9 @@ class Panel {
     Block b = {};
     b.matrix = &matrix_;
     b.first = first, b.units = units, b.offset = inputs_.offset;
-    b.streams = streams_, b.skip = (TILES - 1) * bytes_;
+    b.streams = streams_, b.next = TILES - 1;
+    if (tile + TILES >= piece_.tiles.end)  // pieces are taken by turns
+      b.next += (product_.threads - 1) * (piece_.tiles.end - piece_.tiles.first);
     for (int64_t i = 0; i < TILES; ++i) {
       const int64_t t = tile + i < end ? tile + i : tile;  // one too many is computed twice
       const int64_t item = matrix_.scale_type == CL_FLOAT16 ? 2 : 4,

@@ -62,7 +62,7 @@ struct Block {
   int64_t first, units;  // the first unit's number
   int32_t offset;        // of Inputs
   bool streams;          // weights come from memory, not from a panel that many rows pass
-  int64_t skip;          // then: bytes from the end of a tile to the tile after these
+  int64_t next;          // then: tiles from the end of one to the one in its place that this thread reads next
   const int32_t *x;      // of the first unit, as the next three
   const float *scale, *total;
   const int32_t *start, *sum;
@@ -77,7 +77,7 @@ Kernel plain_kernel(const ClMatrix &matrix, int64_t rows);    // CL_F32, CL_BF16
 // Asks memory for the unit that comes 2 KiB behind this one.
 __attribute__((always_inline)) inline void fetch_unit(const Block &b, int64_t unit) {
   constexpr int64_t AHEAD = 32;
-  const int64_t skip = unit + AHEAD < b.units ? 0 : b.skip;
+  const int64_t skip = unit + AHEAD < b.units ? 0 : b.next * b.units * 64;
   for (int t = 0; t < TILES; ++t) __builtin_prefetch(b.weights[t] + (unit + AHEAD) * 64 + skip);
 }
 

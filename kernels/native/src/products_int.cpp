@@ -18,6 +18,7 @@ inline F16 numbers(const ClMatrix &matrix, const void *from, int64_t group) {
 struct Scales {
   F16 scale[TILES], low[TILES];  // low: scale times zero
   int64_t group, left, ratio;
+  static constexpr int64_t LINE = 2;  // groups of float16 in a cache line
 
   inline Scales(const Block &b) {
     const int64_t at = b.first / GROUP_UNITS;
@@ -27,10 +28,22 @@ struct Scales {
     read(b);
   }
   inline void read(const Block &b) {
+    if (b.streams && group % LINE == 0) fetch(b);
 #pragma GCC unroll 2
     for (int t = 0; t < TILES; ++t) {
       scale[t] = numbers(*b.matrix, b.scales[t], group);
       low[t] = b.zeros[t] ? scale[t] * numbers(*b.matrix, b.zeros[t], group) : F16{};
+    }
+  }
+  // Asks memory for those of later groups: they are streams of their own.
+  inline void fetch(const Block &b) {
+    constexpr int64_t AHEAD = 16;
+    const int64_t bytes = CL_TILE * (b.matrix->scale_type == CL_FLOAT16 ? 2 : 4), count = scale_groups(*b.matrix);
+    const int64_t at = bytes * (group + AHEAD + (group + AHEAD < count ? 0 : b.next * count));
+#pragma GCC unroll 2
+    for (int t = 0; t < TILES; ++t) {
+      __builtin_prefetch(static_cast<const char *>(b.scales[t]) + at);
+      if (b.zeros[t]) __builtin_prefetch(static_cast<const char *>(b.zeros[t]) + at);
     }
   }
   inline void next(const Block &b) {
@@ -91,7 +104,7 @@ struct Groups {
     for (int64_t g = 0; g < count; ++g) {
       I16 dots[TILES][M];
       dot(at, dots);
-      if (b.streams) fetch_ahead(at, g + AHEAD < count ? 0 : b.skip);
+      if (b.streams) fetch_ahead(at, g + AHEAD < count ? 0 : b.next * count * BYTES);
       scales.next(b);
       add(at, scales, dots, sums);
       for (int t = 0; t < TILES; ++t) at.weights[t] += BYTES;
