@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from kernels.triton import norm
+from kernels.triton import gated, norm, pointwise
 
-FAMILIES: tuple[ModuleType, ...] = (norm,)
+FAMILIES: tuple[ModuleType, ...] = (gated, norm, pointwise)
 """Each has `cases(draw, scale)`: see `kernels.triton.case`."""
