@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.resources import files
 from typing import Any, TypeAlias
@@ -19,6 +21,8 @@ DEFAULT = "default"
 Config: TypeAlias = dict[str, int]  # constants, num_warps and num_stages
 
 _chosen = DEFAULT
+_capability = 90
+_place: int | None = None
 
 
 def device_key(name: str) -> str:
@@ -27,12 +31,34 @@ def device_key(name: str) -> str:
     return "-".join(word for word in words if not re.fullmatch(r"\d+gb|hbm\w*|sxm\d*|pcie|nvl", word))
 
 
-def select(name: str) -> str:
-    """Take the table of the device called `name` from now on, or the default; the table that is taken."""
-    global _chosen  # noqa: PLW0603  # a process has devices of one kind
+def select(name: str, capability: int = 90) -> str:
+    """Take the table of the device called `name` from now on, or the default; the table that is taken.
+
+    Args:
+        name: as its driver tells it.
+        capability: 10 times the major compute capability, and the minor one.
+    """
+    global _chosen, _capability  # noqa: PLW0603  # a process has devices of one kind
     key = device_key(name)
     _chosen = key if files("kernels.configs").joinpath(f"{key}.json").is_file() else DEFAULT
+    _capability = capability
     return _chosen
+
+
+def capability() -> int:
+    """Of the selected device: 90 is 9.0."""
+    return _capability
+
+
+@contextmanager
+def only(place: int) -> Iterator[None]:
+    """Whatever the size, a kernel's configuration is that at this place of its table, or its last."""
+    global _place  # noqa: PLW0603  # as above
+    _place = place
+    try:
+        yield
+    finally:
+        _place = None
 
 
 def config(kernel: str, size: int) -> Config:
@@ -44,7 +70,10 @@ def config(kernel: str, size: int) -> Config:
     own = table(_chosen)
     buckets = own.get(kernel) or table(DEFAULT)[kernel]
     sizes = sorted(map(int, buckets))
-    bucket = next((at for at in sizes if at >= size), sizes[-1])
+    if _place is None:
+        bucket = next((at for at in sizes if at >= size), sizes[-1])
+    else:
+        bucket = sizes[min(_place, len(sizes) - 1)]
     return dict(buckets[str(bucket)])
 
 
@@ -53,3 +82,8 @@ def table(key: str) -> dict[str, dict[str, Config]]:
     """A committed table."""
     found: Any = json.loads(files("kernels.configs").joinpath(f"{key}.json").read_text())
     return {kernel: buckets for kernel, buckets in found.items() if not kernel.startswith("_")}
+
+
+def most_buckets() -> int:
+    """Of any kernel in the selected table and the default."""
+    return max(len(buckets) for key in (_chosen, DEFAULT) for buckets in table(key).values())

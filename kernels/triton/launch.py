@@ -14,6 +14,10 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 
+class Unsupported(RuntimeError):
+    """The selected device cannot do this: raised by a launcher before it starts anything."""
+
+
 class Launch(NamedTuple):
     """One start of a kernel.
 

@@ -4,10 +4,13 @@ A driver that only names its target stands in for CUDA's: `warmup` then makes th
 key, that a start with the same arguments would make on the device. `cuobjdump`, which comes with Triton, tells
 registers, spills and shared memory, and whether tensor cores and bulk copies are used.
 
-    python -m kernels.triton.offline --target 90 [--scale proof] [--only NAME]
+    python -m kernels.triton.offline --target 90 [--scale proof] [--only NAME] [--table nvidia-h200] [--all-configs]
 
-prints a line of JSON for each kernel with each of its constants and argument types. It must run in a process
-without TRITON_INTERPRET.
+prints a line of JSON for each kernel with each of its constants and argument types, and ends with status 1 where
+one has a fault. It must run in a process without TRITON_INTERPRET.
+
+A family may promise more of its kernels than that they spill nothing and fit: MUST, a dictionary from a kernel's name
+without its underscore to some of PROMISES.
 
 Source: NVIDIA, "CUDA Binary Utilities" (cuobjdump); "CUDA C++ Programming Guide", table of compute capabilities
 (shared memory of a block).
@@ -17,13 +20,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from hashlib import sha256
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +38,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from kernels.triton import configs
 from kernels.triton.case import MODEL, PROOF, Draw
-from kernels.triton.launch import Launch, recording
+from kernels.triton.launch import Launch, Unsupported, recording
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 SHARED_BYTES = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}
 """Most shared memory of a block, by compute capability."""
+
+WGMMA, TMA, NO_I2F = "wgmma", "tma", "no-i2f"
+PROMISES = (WGMMA, TMA, NO_I2F)
+"""Tensor cores of Hopper where BLOCK_M is at least 64; bulk copies on Hopper; no loop makes floats of integers one
+by one."""
+
+_WGMMA_ROWS = 64
+_HOPPER = 90
 
 
 class OfflineDriver:
@@ -81,38 +96,65 @@ class Compiled(NamedTuple):
         kernel: its name.
         key: of its constants, options and argument types.
         target: compute capability.
+        constants: and options.
         registers: of a thread.
         spilled: bytes of a thread's stack.
         shared: bytes of a block.
         wgmma: it uses the tensor cores of Hopper.
         bulk: it copies by TMA.
-        converts: instructions that make floats of integers one by one.
+        converts: instructions in loops that make floats of integers one by one.
+        refused: why its launcher does not start it on such a device; else "".
         error: why it did not compile; else "".
     """
 
     kernel: str
     key: str
     target: int
+    constants: Mapping[str, Any] = {}
     registers: int = 0
     spilled: int = 0
     shared: int = 0
     wgmma: bool = False
     bulk: bool = False
     converts: int = 0
+    refused: str = ""
     error: str = ""
 
 
-def launches(scale: str, only: str = "") -> list[Launch]:
-    """Every start of every family's cases, one of each kind."""
+def launches(scale: str, only: str = "", refused: list[str] | None = None) -> list[Launch]:
+    """Every start of every family's cases on the selected device, one of each kind.
+
+    Args:
+        scale: of the cases.
+        only: kernels whose name holds this.
+        refused: is told what launchers do not start on the device.
+    """
     from kernels.triton.families import FAMILIES
 
     found: dict[str, Launch] = {}
     for family in FAMILIES:
         with recording() as started:
             for case in family.cases(Draw("meta"), scale):
-                case.run()
+                try:
+                    case.run()
+                except Unsupported as error:
+                    if refused is not None:
+                        refused.append(f"{case.name}: {error}")
         found |= {name(start) + key(start): start for start in started if only in name(start)}
     return list(found.values())
+
+
+def promises() -> dict[str, set[str]]:
+    """What families promise of their kernels, by name."""
+    from kernels.triton.families import FAMILIES
+
+    found: dict[str, set[str]] = {}
+    for family in FAMILIES:
+        for kernel, promised in getattr(family, "MUST", {}).items():
+            if not set(promised) <= set(PROMISES):
+                raise ValueError(f"{family.__name__}: MUST of {kernel} is not of {PROMISES}")
+            found.setdefault(kernel, set()).update(promised)
+    return found
 
 
 def name(start: Launch) -> str:
@@ -122,8 +164,21 @@ def name(start: Launch) -> str:
 
 def key(start: Launch) -> str:
     """Short for the kernel's constants, options and types: what a binary is made of beside its source."""
-    types = [str(arg.dtype) if isinstance(arg, torch.Tensor) else type(arg).__name__ for arg in start.args]
-    return sha256(repr((types, sorted(start.options.items()))).encode()).hexdigest()[:12]
+    free = {parameter.name for parameter in start.kernel.params if parameter.do_not_specialize}
+    types = [
+        _kind(arg, parameter.name in free) for arg, parameter in zip(start.args, start.kernel.params, strict=False)
+    ]
+    source = f"{start.kernel.module}.{start.kernel.__name__}"
+    return sha256(repr((source, types, sorted(start.options.items()))).encode()).hexdigest()[:12]
+
+
+def _kind(arg: Any, is_free: bool) -> str:
+    """What Triton compiles for: of tensors type and alignment, of integers whether they are 1 or end on 16."""
+    if isinstance(arg, torch.Tensor):
+        return f"{arg.dtype}{'' if arg.data_ptr() % 16 == 0 else ' unaligned'}"
+    if isinstance(arg, int) and not isinstance(arg, bool) and not is_free:
+        return f"int{' 1' if arg == 1 else ' 16' if arg % 16 == 0 else ''}{' wide' if arg >= 2**31 else ''}"
+    return type(arg).__name__
 
 
 def compile_launch(start: Launch, target: int) -> Any:
@@ -134,7 +189,7 @@ def compile_launch(start: Launch, target: int) -> Any:
 
 def examine(start: Launch, target: int) -> Compiled:
     """Compile, and read the machine code."""
-    found = Compiled(name(start), key(start), target)
+    found = Compiled(name(start), key(start), target, {at: _plain(value) for at, value in start.options.items()})
     try:
         kernel = compile_launch(start, target)
     except Exception as error:  # a refusal is what is asked for
@@ -146,8 +201,44 @@ def examine(start: Launch, target: int) -> Compiled:
         shared=int(kernel.metadata.shared),
         wgmma="HGMMA" in code or "IGMMA" in code or "QGMMA" in code,
         bulk="UTMALDG" in code or "UBLKCP" in code,
-        converts=len(re.findall(r"\bI2FP?\b", code)),
+        converts=converts_in_loops(code),
     )
+
+
+def faults(compiled: Compiled, promised: set[str]) -> list[str]:
+    """What is wrong with a kernel, in words."""
+    if compiled.error:
+        return [f"does not compile: {compiled.error}"]
+    rows, on_hopper = int(compiled.constants.get("BLOCK_M", 0)), compiled.target == _HOPPER
+    wrong = {
+        f"spills {compiled.spilled} bytes": compiled.spilled > 0,
+        f"takes {compiled.shared} bytes of shared memory": compiled.shared > SHARED_BYTES[compiled.target],
+        f"has no wgmma with {rows} rows": WGMMA in promised
+        and on_hopper
+        and rows >= _WGMMA_ROWS
+        and not compiled.wgmma,
+        "copies nothing by TMA": TMA in promised and on_hopper and not compiled.bulk,
+        f"has {compiled.converts} I2F in loops": NO_I2F in promised and compiled.converts > 0,
+    }
+    return [text for text, holds in wrong.items() if holds]
+
+
+def converts_in_loops(code: str) -> int:
+    """Instructions I2F between the target of a branch backwards and that branch."""
+    lines = [(int(at, 16), text) for at, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", code, re.M)]
+    loops = [
+        (int(back[1], 16), at)
+        for at, text in lines
+        if (back := re.search(r"\bBRA(?:\.\S+)*\s.*?(0x[0-9a-f]+)", text)) and int(back[1], 16) < at
+    ]
+    return sum(
+        bool(re.search(r"\bI2FP?\b", text)) and any(first <= at <= last for first, last in loops)
+        for at, text in lines
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
 
 
 def _number(pattern: str, text: str) -> int:
@@ -167,24 +258,54 @@ def _dump(cubin: bytes) -> tuple[str, str]:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Compile all that is asked for; 1 where something did not."""
+    """Compile all that is asked for; 1 where something has a fault."""
     parser = argparse.ArgumentParser(prog="python -m kernels.triton.offline", description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, action="append", choices=TARGETS)
     parser.add_argument("--scale", choices=(PROOF, MODEL), default=MODEL)
     parser.add_argument("--only", default="", metavar="NAME", help="kernels whose name holds this")
+    parser.add_argument("--table", default=configs.DEFAULT, metavar="NAME", help="of configurations")
+    parser.add_argument("--all-configs", action="store_true", help="each configuration of the table")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args(words)
-    wrong = 0
-    for compiled in _all(args.target or [90], launches(args.scale, args.only)):
-        print(json.dumps(compiled._asdict()), flush=True)
-        wrong += bool(compiled.error)
+    promised, wrong = promises(), 0
+    for target in args.target or [_HOPPER]:
+        configs.select(args.table, target)
+        refused: list[str] = []
+        starts = _starts(args.scale, args.only, args.all_configs, refused)
+        for text in sorted(set(refused)):
+            print(
+                json.dumps(Compiled(text.partition(" ")[0], "", target, refused=text)._asdict() | {"faults": []})
+            )
+        for compiled in _examined(target, starts, args.processes):
+            found = faults(compiled, promised.get(compiled.kernel, set()))
+            print(json.dumps(compiled._asdict() | {"faults": found}), flush=True)
+            wrong += bool(found)
     return int(bool(wrong))
 
 
-def _all(targets: list[int], starts: list[Launch]) -> Iterator[Compiled]:
-    for target in targets:
-        driver.set_active(OfflineDriver(target))
-        with ThreadPoolExecutor(2) as pool:
-            yield from pool.map(lambda start, at=target: examine(start, at), starts)
+def _starts(scale: str, only: str, all_configs: bool, refused: list[str]) -> list[Launch]:
+    """Of the cases: with the configurations that their sizes have, or with each there is."""
+    places: list[int | None] = list(range(configs.most_buckets())) if all_configs else [None]
+    found: dict[str, Launch] = {}
+    for place in places:
+        with nullcontext() if place is None else configs.only(place):
+            found |= {name(start) + key(start): start for start in launches(scale, only, refused)}
+    return list(found.values())
+
+
+_asked: Sequence[Launch] = ()  # of this process and those forked from it: a start cannot be sent
+
+
+def _examined(target: int, starts: Sequence[Launch], processes: int) -> Iterator[Compiled]:
+    """Each start compiled, in several processes, as Triton's own part of the work holds Python's lock."""
+    global _asked  # noqa: PLW0603  # see there
+    _asked = starts
+    with ProcessPoolExecutor(max(1, processes), get_context("fork")) as pool:
+        yield from pool.map(_examine_one, range(len(starts)), [target] * len(starts))
+
+
+def _examine_one(place: int, target: int) -> Compiled:
+    return examine(_asked[place], target)
 
 
 if __name__ == "__main__":
