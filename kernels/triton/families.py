@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from kernels.triton import gated, norm, pointwise
+from kernels.triton import gated, kv_cache, norm, pointwise, rope, routing
 
-FAMILIES: tuple[ModuleType, ...] = (gated, norm, pointwise)
+FAMILIES: tuple[ModuleType, ...] = (gated, kv_cache, norm, pointwise, rope, routing)
 """Each has `cases(draw, scale)`: see `kernels.triton.case`."""
