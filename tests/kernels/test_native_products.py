@@ -302,6 +302,15 @@ def test_a_row_is_the_same_bits_in_whatever_batch_it_comes(name: str, library: L
         assert (some == alone[-rows:]).all(), rows
 
 
+def test_sums_of_whole_numbers_are_kept_whatever_float_numbers_they_look_like(library: Library) -> None:
+    part = make(library, library.isa, KINDS["int8 by row"], 35, 2120)
+    held = np.arange(2120) < np.linspace(50, 1000, 35)[:, None]  # row r's sum for output r is -0.4 to -8 million
+    x = (-np.sign(part.weights) * held).astype(np.float32)
+    answer = run(library, [part], give(x, group_of(part)))
+    right, bound = expected(part, x)
+    assert (np.abs(answer - right) <= bound).all()
+
+
 def test_parts_of_different_kinds_answer_side_by_side_with_their_biases(library: Library) -> None:
     parts = [
         make(library, library.isa, kind, out, 200)

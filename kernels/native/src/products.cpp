@@ -71,20 +71,15 @@ F16 factors(const ClMatrix &m, int64_t tile, const void *from) {
   return load(static_cast<const float *>(from) + tile * CL_TILE);
 }
 
-// The answer of 16 outputs, of what was added up over all inputs.
-F16 finished(const ClMatrix &m, int64_t tile, const float *sums, const Block &b, int64_t row) {
-  F16 value = load(sums);
-  if (form_of(m) == Form::ROW) {
-    const F16 scale = factors(m, tile, m.scales);
-    I16 whole;
-    memcpy(&whole, sums, 64);
-    value = to_float(whole) * (scale * broadcast(b.scale[row]));
-    if (m.zeros) {
-      const float total = b.sum ? b.scale[row] * (float)b.sum[row] : b.total[row];
-      value = value - scale * factors(m, tile, m.zeros) * broadcast(total);
-    }
-  }
-  return m.scales ? value * broadcast(m.factor) : value;
+// The answer of 16 outputs, of whole numbers that were added up over all inputs; the factor is due.
+F16 of_row(const ClMatrix &m, int64_t tile, const float *sums, const Block &b, int64_t row) {
+  const F16 scale = factors(m, tile, m.scales);
+  I16 whole;
+  memcpy(&whole, sums, 64);
+  const F16 value = to_float(whole) * (scale * broadcast(b.scale[row]));
+  if (!m.zeros) return value;
+  const float total = b.sum ? b.scale[row] * (float)b.sum[row] : b.total[row];
+  return value - scale * factors(m, tile, m.zeros) * broadcast(total);
 }
 
 class Panel {
@@ -98,7 +93,8 @@ class Panel {
         units_(tile_units(matrix_)),
         bytes_(tile_bytes(matrix_)),
         decodes_(matrix_.kind == CL_DECODED),
-        streams_(!decodes_ && product.rows <= FEW) {}
+        streams_(!decodes_ && product.rows <= FEW),
+        integers_(inputs.form == Form::GROUPS || inputs.form == Form::ROW) {}
 
   // All of the piece: unit block after unit block, so that inputs and weights stay in caches.
   void multiply() const {
@@ -118,10 +114,9 @@ class Panel {
       for (int64_t t = tile; decodes_ && t < end; ++t)
         decode_tile(matrix_, t, first, units, space_ + (t - tile) * UNITS * 64);
       for (int64_t i = piece_.blocks.first; i < piece_.blocks.end; ++i) {
-        if (!streams_ && !decodes_) fetch_share(tile, end, first + units, i - piece_.blocks.first);
+        if (!streams_ && !decodes_ && !integers_) fetch_share(tile, end, first + units, i - piece_.blocks.first);
         for (int64_t t = tile; t < end; t += TILES)
-          multiply_block(row_block(inputs_.form, product_.rows, i), t, end, space_ + (t - tile) * UNITS * 64,
-                         first, units);
+          multiply_block(i, t, end, space_ + (t - tile) * UNITS * 64, first, units);
       }
     }
   }
@@ -138,14 +133,29 @@ class Panel {
       for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(from + line, 0, 2);
   }
 
-  void multiply_block(RowBlock rows, int64_t tile, int64_t end, uint8_t *panel, int64_t first,
+  // What a block of rows asks memory for, bit by bit: its share of the weights that come after these.
+  void look_ahead(Block *b, int64_t block) const {
+    const int64_t unit_bytes = matrix_.kind == CL_W4A8 ? 32 : 64, blocks = piece_.blocks.end - piece_.blocks.first;
+    const bool over = b->first + b->units == units_;
+    const int64_t next = over ? 0 : b->first + b->units, left = units_ - next;
+    const int64_t tiles = over ? PANEL * product_.threads : 0, units = next - b->first;
+    b->lines = up(up((left < UNITS ? left : UNITS) * unit_bytes, 64), blocks);
+    b->ahead = tiles * bytes_ + units * unit_bytes + block * b->lines * 64;
+    if (block || !matrix_.group) return;
+    const int64_t bytes = CL_TILE * (matrix_.scale_type == CL_FLOAT16 ? 2 : 4);
+    b->scales_ahead = (tiles * scale_groups(matrix_) + units * 4 / matrix_.group) * bytes;
+  }
+
+  void multiply_block(int64_t block, int64_t tile, int64_t end, uint8_t *panel, int64_t first,
                       int64_t units) const {
+    const RowBlock rows = row_block(inputs_.form, product_.rows, block);
     Block b = {};
     b.matrix = &matrix_;
     b.first = first, b.units = units, b.offset = inputs_.offset;
     b.streams = streams_, b.next = TILES - 1;
     if (tile + TILES >= piece_.tiles.end)  // pieces are taken by turns
       b.next += (product_.threads - 1) * (piece_.tiles.end - piece_.tiles.first);
+    if (!streams_ && integers_) look_ahead(&b, block - piece_.blocks.first);
     for (int64_t i = 0; i < TILES; ++i) {
       const int64_t t = tile + i < end ? tile + i : tile;  // one too many is computed twice
       const int64_t item = matrix_.scale_type == CL_FLOAT16 ? 2 : 4,
@@ -171,16 +181,17 @@ class Panel {
       for (int64_t t = 0; t < TILES; ++t) __builtin_prefetch(at(rows.first + m, tile + t), 1);
     for (int64_t t = 0; t < TILES; ++t) continue_sums(rows, tile + t, end, first, sums + t * rows.rows * 16);
     kernel(rows.rows)(b, sums);
-    for (int64_t t = 0; t < TILES && tile + t < end; ++t)
-      for (int64_t m = 0; m < rows.rows; ++m) {
-        const float *from = sums + (t * rows.rows + m) * 16;
-        put(rows.first + m, tile + t, last ? finished(matrix_, tile + t, from, b, m) : load(from), last);
-      }
+    for (int64_t t = 0; t < TILES && tile + t < end; ++t) {
+      const float *from = sums + t * rows.rows * 16;
+      if (last && inputs_.form == Form::ROW)
+        for (int64_t m = 0; m < rows.rows; ++m)
+          store(sums + (t * rows.rows + m) * 16, of_row(matrix_, tile + t, from + m * 16, b, m));
+      put(rows, tile + t, from, last);
+    }
   }
 
   Kernel kernel(int64_t rows) const {
-    if (inputs_.form == Form::FLOAT32 || inputs_.form == Form::BFLOAT16) return plain_kernel(matrix_, rows);
-    return integer_kernel(matrix_, rows);
+    return integers_ ? integer_kernel(matrix_, rows) : plain_kernel(matrix_, rows);
   }
 
   float *at(int64_t row, int64_t tile) const {
@@ -193,18 +204,24 @@ class Panel {
 
   // Zeros, or what the units before this block of units have added up to.
   void continue_sums(RowBlock rows, int64_t tile, int64_t end, int64_t first, float *sums) const {
-    for (int64_t m = 0; m < rows.rows; ++m)
-      store(sums + m * 16, first && tile < end ? load_some(at(rows.first + m, tile), outputs(tile)) : F16{});
+    if (first == 0 || tile >= end) return (void)memset(sums, 0, sizeof(float) * CL_TILE * rows.rows);
+    const int64_t count = outputs(tile);
+    const float *from = at(rows.first, tile);
+    for (int64_t m = 0; m < rows.rows; ++m, from += product_.width) store(sums + m * CL_TILE, load_some(from, count));
   }
 
-  void put(int64_t row, int64_t tile, F16 value, bool last) const {
+  // Sums, or at last answers, with factor and bias.
+  void put(RowBlock rows, int64_t tile, const float *sums, bool last) const {
     const int64_t count = outputs(tile);
-    if (last && product_.weight.bias)
-      value = value + load_some(product_.weight.bias + piece_.column + tile * CL_TILE, count);
-    if (count == CL_TILE)
-      store(at(row, tile), value);
-    else
-      store_some(at(row, tile), value, count);
+    const F16 factor = broadcast(matrix_.scales ? matrix_.factor : 1.0f);
+    const float *bias = last ? product_.weight.bias : nullptr;
+    const F16 more = bias ? load_some(bias + piece_.column + tile * CL_TILE, count) : F16{};
+    float *to = at(rows.first, tile);
+    for (int64_t m = 0; m < rows.rows; ++m, to += product_.width) {
+      F16 value = load(sums + m * CL_TILE);
+      if (last) value = value * factor;  // not before: they may be whole numbers
+      store_some(to, bias ? value + more : value, count);
+    }
   }
 
   const Product &product_;
@@ -213,7 +230,7 @@ class Panel {
   const Inputs &inputs_;
   uint8_t *const space_;
   const int64_t units_, bytes_;
-  const bool decodes_, streams_;
+  const bool decodes_, streams_, integers_;
 };
 
 int64_t own_bytes(const ClLinear &weight) {

@@ -63,6 +63,8 @@ struct Block {
   int32_t offset;        // of Inputs
   bool streams;          // weights come from memory, not from a panel that many rows pass
   int64_t next;          // then: tiles from the end of one to the one in its place that this thread reads next
+  int64_t ahead, lines;  // else: bytes from here to what this block asks memory for, cache lines of it in each tile
+  int64_t scales_ahead;  // bytes from scales to those that it asks for; 0: another block does
   const int32_t *x;      // of the first unit, as the next three
   const float *scale, *total;
   const int32_t *start, *sum;

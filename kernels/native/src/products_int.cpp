@@ -28,7 +28,7 @@ struct Scales {
     read(b);
   }
   inline void read(const Block &b) {
-    if (b.streams && group % LINE == 0) fetch(b);
+    if ((b.streams || b.scales_ahead) && group % LINE == 0) fetch(b);
 #pragma GCC unroll 2
     for (int t = 0; t < TILES; ++t) {
       scale[t] = numbers(*b.matrix, b.scales[t], group);
@@ -39,7 +39,8 @@ struct Scales {
   inline void fetch(const Block &b) {
     constexpr int64_t AHEAD = 16;
     const int64_t bytes = CL_TILE * (b.matrix->scale_type == CL_FLOAT16 ? 2 : 4), count = scale_groups(*b.matrix);
-    const int64_t at = bytes * (group + AHEAD + (group + AHEAD < count ? 0 : b.next * count));
+    const int64_t at = b.streams ? bytes * (group + AHEAD + (group + AHEAD < count ? 0 : b.next * count))
+                                 : bytes * group + b.scales_ahead;
 #pragma GCC unroll 2
     for (int t = 0; t < TILES; ++t) {
       __builtin_prefetch(static_cast<const char *>(b.scales[t]) + at);
@@ -91,6 +92,13 @@ inline void add_unit(const I16 (&codes)[TILES], const int32_t *x, I16 (&dots)[TI
   }
 }
 
+// A burst of them would fill the queues that the block's own loads need.
+inline void fetch_lines(const Block &b, int64_t first, int64_t count) {
+  for (int64_t line = first; line < first + count && line < b.lines; ++line)
+#pragma GCC unroll 2
+    for (int t = 0; t < TILES; ++t) __builtin_prefetch(b.weights[t] + b.ahead + line * 64, 0, 2);
+}
+
 // A scale for each group of inputs: whole numbers are added up to it, and then
 // sums += (codes * x) * (scale of weights * scale of x), and the zeros' part.
 template <int M, Codes CODES, bool ZEROS>
@@ -100,11 +108,14 @@ struct Groups {
   static void run(const Block &b, float *sums) {
     Scales scales(b);
     Block at = b;
-    const int64_t count = b.units / GROUP_UNITS;
+    const int64_t count = b.units / GROUP_UNITS, lines = (b.lines + count - 1) / count;
     for (int64_t g = 0; g < count; ++g) {
       I16 dots[TILES][M];
       dot(at, dots);
-      if (b.streams) fetch_ahead(at, g + AHEAD < count ? 0 : b.next * count * BYTES);
+      if (b.streams)
+        fetch_ahead(at, g + AHEAD < count ? 0 : b.next * count * BYTES);
+      else
+        fetch_lines(b, g * lines, lines);
       scales.next(b);
       add(at, scales, dots, sums);
       for (int t = 0; t < TILES; ++t) at.weights[t] += BYTES;
@@ -172,7 +183,10 @@ struct Row {
       I16 codes[TILES];
       load_codes<WIDE>(b.weights, u, codes);
       add_unit<M, true>(codes, b.x + u * M, dots);
-      if (b.streams) fetch_unit(b, u);
+      if (b.streams)
+        fetch_unit(b, u);
+      else
+        fetch_lines(b, u, 1);
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
