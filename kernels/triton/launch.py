@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 
-class Unsupported(RuntimeError):
+class Unsupported(RuntimeError):  # noqa: N818  # a state of the machine, not a mistake
     """The selected device cannot do this: raised by a launcher before it starts anything."""
 
 

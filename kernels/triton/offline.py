@@ -4,13 +4,13 @@ A driver that only names its target stands in for CUDA's: `warmup` then makes th
 key, that a start with the same arguments would make on the device. `cuobjdump`, which comes with Triton, tells
 registers, spills and shared memory, and whether tensor cores and bulk copies are used.
 
-    python -m kernels.triton.offline --target 90 [--scale proof] [--only NAME] [--table nvidia-h200] [--all-configs]
+    python -m kernels.triton.offline --target 90 [--scale proof] [--only NAME] [--table NAME] [--all-configs]
 
 prints a line of JSON for each kernel with each of its constants and argument types, and ends with status 1 where
 one has a fault. It must run in a process without TRITON_INTERPRET.
 
-A family may promise more of its kernels than that they spill nothing and fit: MUST, a dictionary from a kernel's name
-without its underscore to some of PROMISES.
+A family may promise more of its kernels than that they spill nothing and fit: MUST, a dictionary from a kernel's
+name without its underscore to some of PROMISES.
 
 Source: NVIDIA, "CUDA Binary Utilities" (cuobjdump); "CUDA C++ Programming Guide", table of compute capabilities
 (shared memory of a block).

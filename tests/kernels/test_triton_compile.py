@@ -1,4 +1,4 @@
-"""Every kernel in Triton, compiled to machine code without a device: nothing spills, all fits, promises are kept."""
+"""Every kernel in Triton, compiled to machine code without a device: none spills, all fit, promises are kept."""
 
 import json
 import os
