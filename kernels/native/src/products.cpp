@@ -39,8 +39,8 @@ Cut cut(const ClLinear &weight, int64_t rows, int64_t threads) {
     at_once = at_once < up(tiles, wanted) ? at_once : up(tiles, wanted);
     return {up(at_once, TILES) * TILES, 1};
   }
-  const int64_t shares = up(wanted, up(tiles, PANEL)), most = up(rows, 96);
-  return {PANEL, shares < most ? shares : most};
+  const int64_t shares = up(wanted, up(tiles, PANEL)), most = up(rows, 96), least = up(rows, MOST);
+  return {PANEL, shares > most ? most : shares < least ? least : shares};
 }
 
 int64_t pieces_of(const ClLinear &weight, Cut cut) {
@@ -84,24 +84,26 @@ F16 of_row(const ClMatrix &m, int64_t tile, const float *sums, const Block &b, i
 
 class Panel {
  public:
-  Panel(const Product &product, const Piece &piece, const Inputs &inputs, uint8_t *space)
+  Panel(const Product &product, const Piece &piece, const Inputs &inputs, char *own)
       : product_(product),
         matrix_(product.weight.parts[piece.part]),
         piece_(piece),
         inputs_(inputs),
-        space_(space),
+        space_(reinterpret_cast<uint8_t *>(own)),
+        sums_(reinterpret_cast<float *>(own + PANEL_BYTES)),
+        first_row_(row_block(inputs.form, product.rows, piece.blocks.first).first),
         units_(tile_units(matrix_)),
         bytes_(tile_bytes(matrix_)),
         decodes_(matrix_.kind == CL_DECODED),
         streams_(!decodes_ && product.rows <= FEW),
-        integers_(inputs.form == Form::GROUPS || inputs.form == Form::ROW) {}
+        integers_(inputs.form == Form::GROUPS || inputs.form == Form::ROW),
+        at_once_(streams_ ? units_ : units_at_once(inputs.form)) {}
 
   // All of the piece: unit block after unit block, so that inputs and weights stay in caches.
   void multiply() const {
-    const int64_t at_once = streams_ ? units_ : UNITS;
-    for (int64_t first = 0; first < units_; first += at_once) {
+    for (int64_t first = 0; first < units_; first += at_once_) {
       const int64_t left = units_ - first;
-      multiply_units(first, left < at_once ? left : at_once);
+      multiply_units(first, left < at_once_ ? left : at_once_);
     }
   }
 
@@ -112,25 +114,11 @@ class Panel {
     for (int64_t tile = tiles.first; tile < tiles.end; tile += at_once) {
       const int64_t end = tile + at_once < tiles.end ? tile + at_once : tiles.end;
       for (int64_t t = tile; decodes_ && t < end; ++t)
-        decode_tile(matrix_, t, first, units, space_ + (t - tile) * UNITS * 64);
-      for (int64_t i = piece_.blocks.first; i < piece_.blocks.end; ++i) {
-        if (!streams_ && !decodes_ && !integers_) fetch_share(tile, end, first + units, i - piece_.blocks.first);
+        decode_tile(matrix_, t, first, units, space_ + (t - tile) * at_once_ * 64);
+      for (int64_t i = piece_.blocks.first; i < piece_.blocks.end; ++i)
         for (int64_t t = tile; t < end; t += TILES)
-          multiply_block(i, t, end, space_ + (t - tile) * UNITS * 64, first, units);
-      }
+          multiply_block(i, t, end, space_ + (t - tile) * at_once_ * 64, first, units);
     }
-  }
-
-  // While a block of rows passes: asks memory for its share of the weights that come after these.
-  void fetch_share(int64_t tile, int64_t end, int64_t next, int64_t block) const {
-    const int64_t unit_bytes = matrix_.kind == CL_W4A8 ? 32 : 64, count = piece_.blocks.end - piece_.blocks.first;
-    const bool over = next == units_;
-    const int64_t bytes = (over ? UNITS : units_ - next) * unit_bytes;
-    const int64_t share = up(up(bytes < UNITS * unit_bytes ? bytes : UNITS * unit_bytes, 64), count) * 64;
-    const uint8_t *from = static_cast<const uint8_t *>(matrix_.weights) + share * block;
-    from += over ? (tile + PANEL * product_.threads) * bytes_ : tile * bytes_ + next * unit_bytes;
-    for (int64_t t = tile; t < end; ++t, from += bytes_)
-      for (int64_t line = 0; line < share; line += 64) __builtin_prefetch(from + line, 0, 2);
   }
 
   // What a block of rows asks memory for, bit by bit: its share of the weights that come after these.
@@ -139,7 +127,7 @@ class Panel {
     const bool over = b->first + b->units == units_;
     const int64_t next = over ? 0 : b->first + b->units, left = units_ - next;
     const int64_t tiles = over ? PANEL * product_.threads : 0, units = next - b->first;
-    b->lines = up(up((left < UNITS ? left : UNITS) * unit_bytes, 64), blocks);
+    b->lines = up(up((left < at_once_ ? left : at_once_) * unit_bytes, 64), blocks);
     b->ahead = tiles * bytes_ + units * unit_bytes + block * b->lines * 64;
     if (block || !matrix_.group) return;
     const int64_t bytes = CL_TILE * (matrix_.scale_type == CL_FLOAT16 ? 2 : 4);
@@ -155,38 +143,43 @@ class Panel {
     b.streams = streams_, b.next = TILES - 1;
     if (tile + TILES >= piece_.tiles.end)  // pieces are taken by turns
       b.next += (product_.threads - 1) * (piece_.tiles.end - piece_.tiles.first);
-    if (!streams_ && integers_) look_ahead(&b, block - piece_.blocks.first);
+    if (!streams_ && !decodes_) look_ahead(&b, block - piece_.blocks.first);
     for (int64_t i = 0; i < TILES; ++i) {
       const int64_t t = tile + i < end ? tile + i : tile;  // one too many is computed twice
       const int64_t item = matrix_.scale_type == CL_FLOAT16 ? 2 : 4,
                     at = t * scale_groups(matrix_) * CL_TILE * item;
-      b.weights[i] = decodes_ ? panel + (t - tile) * UNITS * 64
+      b.weights[i] = decodes_ ? panel + (t - tile) * at_once_ * 64
                               : static_cast<const uint8_t *>(matrix_.weights) + t * bytes_ +
                                     first * (matrix_.kind == CL_W4A8 ? 32 : 64);
       if (matrix_.scales) b.scales[i] = static_cast<const char *>(matrix_.scales) + at;
       if (matrix_.zeros) b.zeros[i] = static_cast<const char *>(matrix_.zeros) + at;
     }
     const int64_t group = inputs_.form == Form::GROUPS ? first / GROUP_UNITS : 0;
-    const int64_t g = rows.first * inputs_.groups + group * rows.rows;
-    b.x = inputs_.codes + rows.first * inputs_.units + first * rows.rows;
+    const int64_t g = place_in_rows(inputs_.rows, rows, inputs_.groups, inputs_.at_once / GROUP_UNITS, group);
+    b.x = inputs_.codes + place_in_rows(inputs_.rows, rows, inputs_.units, inputs_.at_once, first);
+    const int64_t pairs = up(end - piece_.tiles.first, TILES), pair = (tile - piece_.tiles.first) / TILES;
+    b.x_step = up(rows.rows * 4, pairs);
+    b.next_x = reinterpret_cast<const char *>(b.x + rows.rows * units) + pair * b.x_step * units;
     b.scale = inputs_.scales + g;
     if (inputs_.sums)
       b.sum = inputs_.sums + g;
     else
       b.start = inputs_.starts + g, b.total = inputs_.totals + g;
 
-    alignas(64) float sums[TILES * ROWS * 16];
+    alignas(64) float at_last[TILES * ROWS * 16];
+    float *sums = at_last;
     const bool last = first + units == units_;
-    for (int64_t m = 0; m < rows.rows; ++m)
+    if (units < units_)
+      sums = sums_ + ((rows.first - first_row_) * PANEL + (tile - piece_.tiles.first) * rows.rows) * CL_TILE;
+    for (int64_t m = 0; last && m < rows.rows; ++m)
       for (int64_t t = 0; t < TILES; ++t) __builtin_prefetch(at(rows.first + m, tile + t), 1);
-    for (int64_t t = 0; t < TILES; ++t) continue_sums(rows, tile + t, end, first, sums + t * rows.rows * 16);
+    if (first == 0) memset(sums, 0, sizeof(float) * TILES * rows.rows * CL_TILE);
     kernel(rows.rows)(b, sums);
-    for (int64_t t = 0; t < TILES && tile + t < end; ++t) {
-      const float *from = sums + t * rows.rows * 16;
-      if (last && inputs_.form == Form::ROW)
-        for (int64_t m = 0; m < rows.rows; ++m)
-          store(sums + (t * rows.rows + m) * 16, of_row(matrix_, tile + t, from + m * 16, b, m));
-      put(rows, tile + t, from, last);
+    for (int64_t t = 0; last && t < TILES && tile + t < end; ++t) {
+      float *from = sums + t * rows.rows * CL_TILE;
+      for (int64_t m = 0; inputs_.form == Form::ROW && m < rows.rows; ++m)
+        store(from + m * CL_TILE, of_row(matrix_, tile + t, from + m * CL_TILE, b, m));
+      put(rows, tile + t, from);
     }
   }
 
@@ -202,24 +195,15 @@ class Panel {
     return left < CL_TILE ? left : CL_TILE;
   }
 
-  // Zeros, or what the units before this block of units have added up to.
-  void continue_sums(RowBlock rows, int64_t tile, int64_t end, int64_t first, float *sums) const {
-    if (first == 0 || tile >= end) return (void)memset(sums, 0, sizeof(float) * CL_TILE * rows.rows);
-    const int64_t count = outputs(tile);
-    const float *from = at(rows.first, tile);
-    for (int64_t m = 0; m < rows.rows; ++m, from += product_.width) store(sums + m * CL_TILE, load_some(from, count));
-  }
-
-  // Sums, or at last answers, with factor and bias.
-  void put(RowBlock rows, int64_t tile, const float *sums, bool last) const {
+  // Answers, with factor and bias.
+  void put(RowBlock rows, int64_t tile, const float *sums) const {
     const int64_t count = outputs(tile);
     const F16 factor = broadcast(matrix_.scales ? matrix_.factor : 1.0f);
-    const float *bias = last ? product_.weight.bias : nullptr;
+    const float *bias = product_.weight.bias;
     const F16 more = bias ? load_some(bias + piece_.column + tile * CL_TILE, count) : F16{};
     float *to = at(rows.first, tile);
     for (int64_t m = 0; m < rows.rows; ++m, to += product_.width) {
-      F16 value = load(sums + m * CL_TILE);
-      if (last) value = value * factor;  // not before: they may be whole numbers
+      const F16 value = load(sums + m * CL_TILE) * factor;
       store_some(to, bias ? value + more : value, count);
     }
   }
@@ -229,13 +213,16 @@ class Panel {
   const Piece &piece_;
   const Inputs &inputs_;
   uint8_t *const space_;
-  const int64_t units_, bytes_;
+  float *const sums_;  // of units so far: [block of rows][TILES tiles][tile][row]
+  const int64_t first_row_, units_, bytes_;
   const bool decodes_, streams_, integers_;
+  const int64_t at_once_;
 };
 
+// A thread's own: a row while inputs are laid out, then a panel and its sums.
 int64_t own_bytes(const ClLinear &weight) {
-  const int64_t row = row_bytes(weight);
-  return up(row > PANEL_BYTES ? row : PANEL_BYTES, 64) * 64;
+  const int64_t row = row_bytes(weight), panel = PANEL_BYTES + PANEL * CL_TILE * 4 * (MOST + ROWS);
+  return up(row > panel ? row : panel, 64) * 64;
 }
 
 }  // namespace
@@ -262,7 +249,7 @@ void multiply(const ClRows &x, int64_t rows, const ClLinear &weight, float *out,
   while (team.take(phase + 1, count, 1, &span)) {
     const Piece piece = piece_at(weight, rows, size, span.first);
     const Inputs inputs = inputs_of(x, rows, weight, piece.part, laid);
-    Panel(product, piece, inputs, reinterpret_cast<uint8_t *>(own)).multiply();
+    Panel(product, piece, inputs, own).multiply();
   }
 }
 

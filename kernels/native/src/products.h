@@ -17,24 +17,27 @@ constexpr int TILES = 1, ROWS = 6, GROUP_ROWS = 6, MANY_GROUP_ROWS = 6;
 constexpr int TILES = 1, ROWS = 2, GROUP_ROWS = 2, MANY_GROUP_ROWS = 2;
 #endif
 constexpr int64_t FEW = 12;     // rows that pass weights but once
+constexpr int64_t MOST = 512;   // rows that pass a panel before the next: their sums stay in L2, too
 constexpr int64_t PANEL = 4;    // tiles that stay in L2 while all rows pass
 constexpr int64_t UNITS = 512;  // of inputs that are multiplied at once where there are many rows
+constexpr int64_t PLAIN_UNITS = 1024;  // the same, of plain numbers
 constexpr int64_t GROUP_UNITS = CL_GROUP / 4;
-constexpr int64_t PANEL_BYTES = PANEL * UNITS * 64;
+constexpr int64_t PANEL_BYTES = PANEL * PLAIN_UNITS * 64;
 
 // A unit of inputs is four bytes: one float32, two bfloat16, four int8. A unit of 16 outputs' weights has 64
 // bytes.
 enum class Form { FLOAT32, BFLOAT16, GROUPS, ROW };  // the last two are int8
 
-// Rows of inputs as the kernels read them: block after block of rows, in each unit after unit, in each row after
-// row. One row alone is so as it is.
+// Rows of inputs as the kernels read them: so many units at once, of these block after block of rows, in each unit
+// after unit, in each row after row. One row alone is so as it is.
 struct Inputs {
   Form form;
   int32_t offset;  // of the codes that these inputs meet
   const int32_t *order;
   int64_t rows, units, groups;
-  const int32_t *codes;   // [block][units][rows of block]
-  const float *scales;    // [block][groups][rows of block]
+  int64_t at_once;        // units
+  const int32_t *codes;   // [units / at_once][block][at_once][rows of block]
+  const float *scales;    // the same of groups
   const int32_t *starts;  // the same: sum of a group's codes times -offset
   const float *totals;    // the same: sum of a group's codes times its scale
   const int32_t *sums;    // of one row as it is, that has neither of these; else NULL
@@ -54,6 +57,16 @@ inline RowBlock row_block(Form form, int64_t rows, int64_t at) {
   return {first, rows * (at + 1) / blocks - first};
 }
 
+// Where unit or group `at` of `count` of a block of rows lies, of which `at_once` are together.
+inline int64_t place_in_rows(int64_t rows, RowBlock block, int64_t count, int64_t at_once, int64_t at) {
+  const int64_t first = at / at_once * at_once, left = count - first;
+  return first * rows + block.first * (left < at_once ? left : at_once) + (at - first) * block.rows;
+}
+
+inline int64_t units_at_once(Form form) {
+  return form == Form::FLOAT32 || form == Form::BFLOAT16 ? PLAIN_UNITS : UNITS;
+}
+
 // What one kernel multiplies: the rows of a block by TILES tiles, over `units` units.
 struct Block {
   const uint8_t *weights[TILES];             // of the first unit
@@ -64,6 +77,8 @@ struct Block {
   bool streams;          // weights come from memory, not from a panel that many rows pass
   int64_t next;          // then: tiles from the end of one to the one in its place that this thread reads next
   int64_t ahead, lines;  // else: bytes from here to what this block asks memory for, cache lines of it in each tile
+  const char *next_x;    // inputs that these kernels ask for, `x_step` bytes a unit
+  int64_t x_step;
   int64_t scales_ahead;  // bytes from scales to those that it asks for; 0: another block does
   const int32_t *x;      // of the first unit, as the next three
   const float *scale, *total;
@@ -81,6 +96,19 @@ __attribute__((always_inline)) inline void fetch_unit(const Block &b, int64_t un
   constexpr int64_t AHEAD = 32;
   const int64_t skip = unit + AHEAD < b.units ? 0 : b.next * b.units * 64;
   for (int t = 0; t < TILES; ++t) __builtin_prefetch(b.weights[t] + (unit + AHEAD) * 64 + skip);
+}
+
+// The same of weights that come behind a panel's, by lines. A burst of them would fill the queues that the block's
+// own loads need.
+__attribute__((always_inline)) inline void fetch_lines(const Block &b, int64_t first, int64_t count) {
+  for (int64_t line = first; line < first + count && line < b.lines; ++line)
+#pragma GCC unroll 2
+    for (int t = 0; t < TILES; ++t) __builtin_prefetch(b.weights[t] + b.ahead + line * 64, 0, 2);
+}
+
+// The same of the next rows' inputs, with `unit`.
+__attribute__((always_inline)) inline void fetch_inputs(const Block &b, int64_t unit) {
+  __builtin_prefetch(b.next_x + unit * b.x_step, 0, 2);
 }
 
 // Bytes of a tile; units of its inputs (as they are when decoded).

@@ -89,14 +89,24 @@ Row made(const ClRows &x, const ClMatrix &m, int64_t at, char *own) {
   return {reinterpret_cast<const int32_t *>(own), one.scales, one.sums};
 }
 
-// Puts a row in its column of a block of `rows`.
-void lay_row(const Inputs &to, RowBlock block, int64_t column, const Row &row) {
-  int32_t *codes = const_cast<int32_t *>(to.codes) + block.first * to.units + column;
-  for (int64_t u = 0; u < to.units; ++u) codes[u * block.rows] = row.codes[u];
+// Puts rows in the columns of a block from `column` on; so many units of each by turns that both sides stay in
+// cache.
+void lay_codes(const Inputs &to, RowBlock block, int64_t column, int64_t count, const Row *rows) {
+  constexpr int64_t TOGETHER = 16;
+  for (int64_t u = 0; u < to.units; u += TOGETHER) {
+    int32_t *codes = const_cast<int32_t *>(to.codes) +
+                     place_in_rows(to.rows, block, to.units, to.at_once, u) + column;
+    const int64_t some = to.units - u < TOGETHER ? to.units - u : TOGETHER;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < some; ++k) codes[k * block.rows + i] = rows[i].codes[u + k];
+  }
+}
+
+void lay_scales(const Inputs &to, RowBlock block, int64_t column, const Row &row) {
   float *scales = const_cast<float *>(to.scales), *totals = const_cast<float *>(to.totals);
   int32_t *starts = const_cast<int32_t *>(to.starts);
   for (int64_t g = 0; g < to.groups; ++g) {
-    const int64_t at = block.first * to.groups + g * block.rows + column;
+    const int64_t at = place_in_rows(to.rows, block, to.groups, to.at_once / GROUP_UNITS, g) + column;
     scales[at] = row.scales[g];
     totals[at] = row.scales[g] * (float)row.sums[g];
     starts[at] = -to.offset * row.sums[g];
@@ -105,8 +115,14 @@ void lay_row(const Inputs &to, RowBlock block, int64_t column, const Row &row) {
 
 void lay_block(const ClRows &x, const ClMatrix &m, const Inputs &to, int64_t block_at, char *own) {
   const RowBlock block = row_block(to.form, to.rows, block_at);
-  for (int64_t i = 0; i < block.rows; ++i)
-    lay_row(to, block, i, has(x, m) ? given(x, to.form, block.first + i) : made(x, m, block.first + i, own));
+  Row rows[ROWS];
+  const bool ready = has(x, m);
+  for (int64_t i = 0; i < block.rows; ++i) {
+    rows[i] = ready ? given(x, to.form, block.first + i) : made(x, m, block.first + i, own);
+    if (!ready) lay_codes(to, block, i, 1, rows + i);  // the next is made in its place
+    lay_scales(to, block, i, rows[i]);
+  }
+  if (ready) lay_codes(to, block, 0, block.rows, rows);
 }
 
 // Whether a part's inputs are to be laid out in scratch, and by it, not by an earlier part.
@@ -126,6 +142,7 @@ Inputs inputs_of(const ClRows &x, int64_t rows, const ClLinear &weight, int64_t 
   to.rows = rows;
   to.units = units_of(to.form, m.in);
   to.groups = groups_of(to.form, m.in);
+  to.at_once = rows > FEW ? units_at_once(to.form) : (to.units + GROUP_UNITS - 1) / GROUP_UNITS * GROUP_UNITS;
   if (rows == 1 && has(x, m)) {
     const Row row = given(x, to.form, 0);
     to.codes = row.codes, to.scales = row.scales, to.sums = row.sums;

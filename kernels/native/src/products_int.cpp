@@ -92,13 +92,6 @@ inline void add_unit(const I16 (&codes)[TILES], const int32_t *x, I16 (&dots)[TI
   }
 }
 
-// A burst of them would fill the queues that the block's own loads need.
-inline void fetch_lines(const Block &b, int64_t first, int64_t count) {
-  for (int64_t line = first; line < first + count && line < b.lines; ++line)
-#pragma GCC unroll 2
-    for (int t = 0; t < TILES; ++t) __builtin_prefetch(b.weights[t] + b.ahead + line * 64, 0, 2);
-}
-
 // A scale for each group of inputs: whole numbers are added up to it, and then
 // sums += (codes * x) * (scale of weights * scale of x), and the zeros' part.
 template <int M, Codes CODES, bool ZEROS>
@@ -186,7 +179,7 @@ struct Row {
       if (b.streams)
         fetch_unit(b, u);
       else
-        fetch_lines(b, u, 1);
+        fetch_lines(b, u, 1), fetch_inputs(b, u);
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)

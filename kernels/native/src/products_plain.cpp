@@ -31,7 +31,10 @@ struct Plain {
 #pragma GCC unroll 2
         for (int t = 0; t < TILES; ++t) total[t][m] = add_products<BF16>(total[t][m], weights[t], x);
       }
-      if (b.streams) fetch_unit(b, u);
+      if (b.streams)
+        fetch_unit(b, u);
+      else
+        fetch_lines(b, u, 1), fetch_inputs(b, u);
     }
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
