@@ -25,9 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +53,32 @@ class Builder(KernelCache):
         super().__init__(folder, may_compile=True)
         self._folder = folder
 
+    def kernel(self, key: str, name: str) -> dict[str, Path]:
+        """The files of a kernel, in this cache, too."""
+        found = super().kernel(key, name)
+        return {
+            file: self._copied(path, self._folder / cache.KERNELS / key / file) for file, path in found.items()
+        }
+
     def library(self, name: str, source: str, folder: str, *places: list[str]) -> str:
         """Build a C module, unless that was done, and keep it under the digest of its source."""
         path = self._folder / cache.LIBRARIES / cache.digest_of(Path(source)) / f"{name}.so"
-        if not path.exists():
-            built = super().library(name, source, folder, *places)
+        return str(path if path.exists() else self._copied(super().library(name, source, folder, *places), path))
+
+    def has_library(self, name: str, source: Path) -> bool:
+        """Keep a C module that is known, without loading it."""
+        if cache.digest_of(source) not in self._libraries:
+            return False
+        self.library(name, str(source), "")
+        return True
+
+    def _copied(self, file: Path | str, path: Path) -> Path:
+        if Path(file) != path:
             path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = path.with_name(f"{path.name}.{os.getpid()}{_UNFINISHED}")
-            shutil.copyfile(built, unfinished)
+            shutil.copyfile(file, unfinished)
             unfinished.replace(path)
-        return str(path)
+        return path
 
 
 def build(
@@ -80,11 +94,11 @@ def build(
         folder: a new or empty one.
         starts: of kernels.
         capability: compute capability of the device, 90 for 9.0.
-        known: caches that were checked, whose C modules are taken over.
+        known: caches, from which everything is taken that they have.
         processes: that compile side by side.
 
     Raises:
-        CacheError: LIBRARY_NOT_BUILT, or KERNEL_NOT_COMPILED where Triton refuses a kernel.
+        CacheError: LIBRARY_NOT_BUILT; KERNEL_NOT_COMPILED, Triton refuses a kernel; as `check` of those known.
     """
     from kernels.triton.offline import key
 
@@ -106,13 +120,15 @@ def build(
 def _prepare(folder: Path, known: Sequence[Path]) -> None:
     """Let Triton put everything into `folder`, and build the C module that every start needs."""
     from triton import knobs
-    from triton.backends.nvidia.driver import CudaUtils
+    from triton.backends.nvidia import driver
 
+    builder = Builder(folder)
     for place in known:
-        shutil.copytree(place / cache.LIBRARIES, folder / cache.LIBRARIES, dirs_exist_ok=True)
-    cache.use(Builder(folder))
+        builder.add(cache.check(place), place)
+    cache.use(builder)
     knobs.compilation.store_binary_only = True
-    CudaUtils()
+    if not builder.has_library("cuda_utils", Path(driver.__file__).with_name("driver.c")):
+        driver.CudaUtils()
 
 
 _asked: Sequence[Launch] = ()  # of this process and those forked from it: a start cannot be sent
@@ -121,7 +137,9 @@ _asked: Sequence[Launch] = ()  # of this process and those forked from it: a sta
 def _compile_all(folder: Path, starts: Sequence[Launch], capability: int, processes: int) -> list[dict[str, Any]]:
     global _asked  # noqa: PLW0603  # see there
     _asked = starts
-    with ProcessPoolExecutor(max(1, processes), get_context("fork")) as pool:
+    from kernels.triton.offline import forked
+
+    with forked(processes) as pool:
         return list(pool.map(_compile_one, range(len(starts)), [capability] * len(starts)))
 
 

@@ -8,12 +8,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 from engine.memory_plan import Model
 from engine.options import EngineOptions
 from kernels.native.location import find_library
+from kernels.triton.cache import digest_of, made_for
 
 _FORMAT = 1  # of the files
 _ROOT = Path(__file__).parents[2]
@@ -56,6 +58,31 @@ def layout_name(options: EngineOptions, cpuinfo: Path = _CPUINFO) -> str:
         "native": _native(),
         "processor": _processor(cpuinfo),
         "choices": {name: os.environ.get(name, "") for name in _CHOICES},
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return f"{options.backend}-{options.dtype}-{digest[:16]}"
+
+
+def kernels_layout_name(options: EngineOptions, device: str, capability: str) -> str:
+    """The name of the layout of a cache of compiled kernels: BACKEND-DTYPE-16 hexadecimal digits.
+
+    The digits follow from the format of the files, the program and its tables of configurations, Triton, the kind
+    of device, and the options that sizes of steps follow from. Two devices of one kind have the same.
+
+    Args:
+        options: with every default filled in.
+        device: its name, as its driver tells it.
+        capability: its compute capability, "9.0".
+    """
+    shaping = {name: value for name, value in asdict(options).items() if name not in ("device", "threads")}
+    tables = {path.name: digest_of(path) for path in sorted((_ROOT / "kernels" / "configs").glob("*.json"))}
+    facts = {
+        "format": _FORMAT,
+        "sources": sources(),
+        "tables": tables,
+        "triton": made_for(),
+        "device": (device, capability),
+        "options": shaping,
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return f"{options.backend}-{options.dtype}-{digest[:16]}"

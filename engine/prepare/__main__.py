@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 from engine.errors import EngineError, is_out_of_memory
-from engine.prepare.question import Packing, Question, read_question
+from engine.prepare.question import Compiling, Packing, Question, read_question
 
 _CONVERTING_BYTES = 16 << 30  # of address space; GGUF comes from strangers, and converting needs far less
 _LIMITS = ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 256))
@@ -79,16 +79,18 @@ def main() -> int:
     return 0
 
 
-def _prepare(question: Question | Packing) -> dict[str, Any]:
-    """Each way imports what it needs: numpy to convert, torch to quantise and to pack."""
+def _prepare(question: Question | Packing | Compiling) -> dict[str, Any]:
+    """Each way imports what it needs: numpy to convert, torch to quantise and to pack, Triton to compile."""
     if isinstance(question, Packing):
-        _limit(resource.RLIMIT_FSIZE, question.most_bytes)
-        from engine.launch import given_cores, keep_to
-
-        keep_to(given_cores())
+        _take_cores(question)
         from engine.prepare.packing import pack
 
         return pack(question)
+    if isinstance(question, Compiling):
+        _take_cores(question.packing)
+        from engine.prepare.kernels import compile_kernels
+
+        return compile_kernels(question)
     if question.settings is None:
         _limit(resource.RLIMIT_AS, _CONVERTING_BYTES)
         from engine.prepare.converting import convert_gguf
@@ -97,6 +99,14 @@ def _prepare(question: Question | Packing) -> dict[str, Any]:
     from engine.prepare.quantising import quantise_folder
 
     return quantise_folder(question.source, question.out, question.settings, _Progress())
+
+
+def _take_cores(packing: Packing) -> None:
+    """Keep to the cores and the disk that engine-host gives."""
+    _limit(resource.RLIMIT_FSIZE, packing.most_bytes)
+    from engine.launch import given_cores, keep_to
+
+    keep_to(given_cores())
 
 
 def _limit(which: int, wanted: int) -> None:

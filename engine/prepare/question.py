@@ -5,12 +5,14 @@ true} or {"do": "quantise", "source":
 "/models/m", "out": "/tmp/y", "bits": 4, "group": 32, "symmetric": false, "calibration": "/texts.jsonl", "tokens":
 32768, "threads": 2, "embeddings": 8}; `calibration` may be null. Or of engine-host: {"do": "pack", "model_digest":
 "ab..", "files": [["config.json", 712, "cd.."], ..], "store": "/home/store", "out": "/home/derived", "layout":
-"cpu-bfloat16-0123456789abcdef", "backend": "cpu", "dtype": "bfloat16", "threads": 2, "most_bytes": 1000000}.
+"cpu-bfloat16-0123456789abcdef", "backend": "cpu", "dtype": "bfloat16", "threads": 2, "most_bytes": 1000000}. Of a
+deployment on a CUDA device: {"do": "kernels", .. as above but for "backend" and "dtype", "options": {"backend":
+"triton", ..}, all of them and all filled in, "device": "NVIDIA H200", "capability": "9.0"}.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -85,7 +87,22 @@ class Packing:
     most_bytes: int
 
 
-def read_question(source: BinaryIO) -> Question | Packing:
+@dataclass(frozen=True)
+class Compiling:
+    """Kernels that a deployment will start, which are to be compiled for its device.
+
+    Attributes:
+        packing: files, store, out, layout, options and most_bytes as there; every option matters.
+        device: its name, as its driver tells it.
+        capability: its compute capability, 90 for 9.0.
+    """
+
+    packing: Packing
+    device: str
+    capability: int
+
+
+def read_question(source: BinaryIO) -> Question | Packing | Compiling:
     """The question on standard input.
 
     Raises:
@@ -99,7 +116,11 @@ def read_question(source: BinaryIO) -> Question | Packing:
             case "quantise":
                 settings = _settings(asked)
             case "pack":
-                return _packing(asked)
+                options = EngineOptions(str(asked["backend"]), str(asked["dtype"]), threads=int(asked["threads"]))
+                return _packing(asked, options)
+            case "kernels":
+                packing = _packing(asked, _options(asked))
+                return Compiling(packing, str(asked["device"]), read_capability(str(asked["capability"])))
             case other:
                 raise ValueError(other)
         keep, tables = (settings is None and bool(asked[key]) for key in ("keep", "embeddings"))
@@ -108,14 +129,28 @@ def read_question(source: BinaryIO) -> Question | Packing:
         raise EngineError("INVALID_QUESTION", "standard input is no question to engine-prepare") from error
 
 
-def _packing(asked: dict[str, Any]) -> Packing:
+def read_capability(text: str) -> int:
+    """A compute capability: "9.0" is 90.
+
+    Raises:
+        ValueError: it is none.
+    """
+    major, minor = map(int, text.split("."))
+    return 10 * major + minor
+
+
+def _options(asked: dict[str, Any]) -> EngineOptions:
+    return replace(EngineOptions(**asked["options"]), threads=int(asked["threads"]))
+
+
+def _packing(asked: dict[str, Any], options: EngineOptions) -> Packing:
     files = tuple(File(str(path), int(size), str(sha256)) for path, size, sha256 in asked["files"])
     return Packing(
         files=FileSet(str(asked["model_digest"]), files),
         store=Path(asked["store"]),
         out=Path(asked["out"]),
         layout=str(asked["layout"]),
-        options=EngineOptions(str(asked["backend"]), str(asked["dtype"]), threads=int(asked["threads"])),
+        options=options,
         most_bytes=int(asked["most_bytes"]),
     )
 

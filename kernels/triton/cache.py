@@ -71,9 +71,13 @@ class KernelNotCompiled(CacheError):  # noqa: N818  # a state of the cache
 
 def made_for() -> dict[str, Any]:
     """What must be the same where a cache is built and where it is used; needs neither Triton nor torch loaded."""
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = ""
     return {
         "format": _FORMAT,
-        "triton": metadata.version("triton"),
+        "triton": triton,
         "python": sysconfig.get_config_var("EXT_SUFFIX"),
         "machine": platform.machine(),
     }

@@ -13,15 +13,17 @@ A family may promise more of its kernels than that they spill nothing and fit: M
 name without its underscore to some of PROMISES.
 
 Source: NVIDIA, "CUDA Binary Utilities" (cuobjdump); "CUDA C++ Programming Guide", table of compute capabilities
-(shared memory of a block).
+(shared memory of a block); prctl(2), PR_SET_PDEATHSIG.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,7 @@ by one."""
 
 _WGMMA_ROWS = 64
 _HOPPER = 90
+_PR_SET_PDEATHSIG = 1
 
 
 class OfflineDriver:
@@ -300,8 +303,17 @@ def _examined(target: int, starts: Sequence[Launch], processes: int) -> Iterator
     """Each start compiled, in several processes, as Triton's own part of the work holds Python's lock."""
     global _asked  # noqa: PLW0603  # see there
     _asked = starts
-    with ProcessPoolExecutor(max(1, processes), get_context("fork")) as pool:
+    with forked(processes) as pool:
         yield from pool.map(_examine_one, range(len(starts)), [target] * len(starts))
+
+
+def forked(processes: int) -> ProcessPoolExecutor:
+    """Processes that have what this one has, and end with it."""
+    return ProcessPoolExecutor(max(1, processes), get_context("fork"), _end_with_parent)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _examine_one(place: int, target: int) -> Compiled:
