@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from engine import native_footprint
+from engine import native_footprint, triton_footprint
 from engine.footprint import ITEM
 from engine.models.encoders.spec import EncoderConfig
 from engine.models.tensors import Shapes
@@ -58,6 +58,11 @@ class EncoderSizes:
         return self.options.backend == "native"
 
     @property
+    def is_triton(self) -> bool:
+        """Triton's kernels compute; all but products, gates and tables is torch's."""
+        return self.options.backend == "triton"
+
+    @property
     def wide(self) -> int:
         """Bytes of a number of activations."""
         return _FLOAT if self.is_native else self.item
@@ -96,6 +101,8 @@ def _prepared(of: EncoderSizes) -> dict[str, int]:
     """Each tensor as a backend keeps it."""
     if of.is_native:
         return native_footprint.prepared_bytes(of)
+    if of.is_triton:
+        return triton_footprint.prepared_bytes(of)
     return {name: prod(shape) * of.item for name, shape in of.shapes.items()} | {
         name: prepared_bytes(found, of.shapes[name], of.is_cpu, of.item) for name, found in of.formats.items()
     }
@@ -114,6 +121,8 @@ def loading_peak(of: EncoderSizes, stored: Mapping[str, int]) -> int:
         stored: bytes of each tensor in its file; of those that are not needed, one at a time is held.
     """
     prepared = _prepared(of)
+    if of.options.is_cuda:
+        return sum(prepared.values()) + triton_footprint.packing_bytes(of) + _turns_bytes(of)
     between = sum(max(stored.get(name, size), size) for name, size in prepared.items())
     spare = max((size for name, size in stored.items() if name not in prepared), default=0)
     stack = max(3 * of.config.hidden_size, of.inner, of.config.vocab_size) * of.config.hidden_size
@@ -123,6 +132,8 @@ def loading_peak(of: EncoderSizes, stored: Mapping[str, int]) -> int:
     moment = max(stack * of.item + copies, preparing_bytes(of.formats, of.shapes, of.is_cpu, of.item))
     if of.is_native:
         moment = native_footprint.packing_bytes(of)
+    if of.is_triton:
+        moment = triton_footprint.packing_bytes(of)
     angles = of.options.max_context_tokens * of.config.head_dim // 2 * (_FLOAT + 6 * 8)
     return between + spare + moment + _turns_bytes(of) + (angles if of.config.thetas else 0)
 
@@ -135,7 +146,8 @@ def activation_bytes(of: EncoderSizes) -> int:
     """
     numbers = 3 * of.step * _INT
     stream = 5 * of.step * of.config.hidden_size * of.wide
-    return numbers + stream + max(_attention(of), _mlp(of)) + _products(of) + _SCRATCH
+    needed = numbers + stream + max(_attention(of), _mlp(of)) + _products(of)
+    return triton_footprint.allocated_bytes(needed) if of.is_triton else needed + _SCRATCH
 
 
 def _products(of: EncoderSizes) -> int:
@@ -145,6 +157,8 @@ def _products(of: EncoderSizes) -> int:
     """
     if of.is_native:
         return native_footprint.products_bytes(of)
+    if of.is_triton:
+        return triton_footprint.scratch_bytes(of)
     if not of.formats or not of.is_cpu:
         return 0
     longest = max(max(of.shapes[name]) for name in of.formats)

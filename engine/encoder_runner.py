@@ -34,6 +34,21 @@ class EncoderRunner:
             values = self._values(self._model(self._ops, batch), spans_of(passages.counts))
             return StepResult(plan.step, tuple(to_rows([row.handle for row in plan.rows], values)))
 
+    def warm_up(self, step_tokens: int, context: int) -> None:
+        """Compute steps of every size that kernels are chosen by, so that no request waits for one to be loaded.
+
+        Args:
+            step_tokens: of the largest step.
+            context: tokens of the longest prompt.
+        """
+        counts = {min(2**i, step_tokens) for i in range(step_tokens.bit_length() + 1)}
+        for tokens in sorted(counts, reverse=True):
+            lengths = [context] * (tokens // context) + [tokens % context] * (tokens % context > 0)
+            passages = self._model.passages([(0,) * length for length in lengths], [()] * len(lengths))
+            with torch.inference_mode():
+                batch = self._ops.begin_passages(passages)
+                self._values(self._model(self._ops, batch), spans_of(passages.counts))
+
     def _values(self, hidden: object, spans: list[Span]) -> torch.Tensor:
         """A row for each span of what the step came to."""
         if self._model.head is not None:

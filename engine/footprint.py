@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 
-from engine import native_footprint
+from engine import native_footprint, triton_footprint
 from engine.models.spec import Mixture, ModelConfig
 from engine.models.tensors import Shapes
 from engine.options import EngineOptions
@@ -108,6 +108,11 @@ class Sizes:
         return self.options.backend == "native"
 
     @property
+    def is_triton(self) -> bool:
+        """Triton's kernels compute."""
+        return self.options.backend == "triton"
+
+    @property
     def positions(self) -> int:
         """Positions that the rotary tables hold."""
         return positions(self.options)
@@ -132,6 +137,8 @@ def _prepared(of: Sizes) -> dict[str, int]:
     """Each tensor as a backend keeps it; a norm whose weight has an offset stays in float32."""
     if of.is_native:
         return native_footprint.prepared_bytes(of)
+    if of.is_triton:
+        return triton_footprint.prepared_bytes(of)
     wide = max(of.item, _FLOAT) if of.config.norm_offset else of.item
     plain = {
         name: prod(shape) * (wide if len(shape) == 1 and name.endswith(".weight") else of.item)
@@ -147,6 +154,8 @@ def _rope_bytes(of: Sizes) -> int:
     """cpu: float32 [positions, 2, 1, rotated]; reference: two [positions, rotated / 2]; of each embedding."""
     if of.is_native:
         return native_footprint.rope_bytes(of, _rotated(of))
+    if of.is_triton:
+        return triton_footprint.rope_bytes(of, _rotated(of))
     return of.positions * _rotated(of) * (2 * _FLOAT if of.is_cpu else of.item)
 
 
@@ -159,6 +168,8 @@ def block_bytes(of: Sizes) -> int:
     """One KV page over all layers."""
     if of.is_native:
         return native_footprint.block_bytes(of)
+    if of.is_triton:
+        return triton_footprint.block_bytes(of)
     return of.config.num_layers * 2 * of.kv * of.options.block_size * of.item
 
 
@@ -178,11 +189,15 @@ def loading_peak(of: Sizes, stored: Mapping[str, int]) -> int:
         stored: bytes of each tensor in its file; those that are missing count as they will be prepared.
     """
     prepared = _prepared(of)
+    if of.options.is_cuda:
+        return sum(prepared.values()) + triton_footprint.packing_bytes(of) + _rope_bytes(of)
     held = {name: stored.get(name, size) for name, size in prepared.items()}
     between = sum(max(held[name], size) for name, size in prepared.items())
     rest = _experts(of, held) + _rope_bytes(of) + _rope_angles(of)
     if of.is_native:
         return between + native_footprint.packing_bytes(of) + rest
+    if of.is_triton:
+        return between + triton_footprint.packing_bytes(of) + rest
     config = of.config
     is_table_plain = any(of.shapes[name][0] == config.vocab_size for name in of.shapes.keys() - of.formats.keys())
     stacks = [2 * of.intermediate, of.query + 2 * of.kv, config.vocab_size * is_table_plain]
@@ -220,6 +235,8 @@ def activation_bytes(of: Sizes) -> int:
     """
     if of.is_native:
         return _native_activations(of)
+    if of.is_triton:
+        return triton_footprint.activation_bytes(of)
     stream = 4 * of.step * of.config.hidden_size * of.item
     rows = of.step * 4 * _INT + of.options.max_running * (of.context // of.options.block_size + 1) * _INT
     masks = _masks(of) if of.is_cpu else of.options.max_running * of.context * _INT

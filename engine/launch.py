@@ -33,6 +33,10 @@ STEP_WITHIN_VARIABLE = "CLOISTER_STEP_WITHIN_S"
 CORES_VARIABLE = "CLOISTER_CORES"
 """Names the hardware threads, with commas, that a worker's threads have to themselves, one for each, if any."""
 
+DEVICES_VARIABLE = "CUDA_VISIBLE_DEVICES"
+"""CUDA's own: the ids of the devices that a process sees. A worker sees the one it computes on, by its UUID, and
+every other process none (NVIDIA, "CUDA C++ Programming Guide", CUDA environment variables)."""
+
 DERIVED_REFUSED = "DERIVED_REFUSED"
 """The fact by which a worker tells why it did not use the derived file it was given."""
 

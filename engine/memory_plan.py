@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from engine import encoder_footprint, footprint
+from engine import encoder_footprint, footprint, triton_footprint
 from engine.cores import engine_cores, usable_cores
 from engine.encoder_footprint import EncoderSizes
 from engine.errors import EngineError
@@ -18,7 +18,7 @@ from engine.models.encoders.spec import EncoderConfig
 from engine.models.served import Layout, Served, layout, read_served
 from engine.models.spec import ModelConfig
 from engine.models.tensors import Shapes
-from engine.options import EngineOptions
+from engine.options import CPU, EngineOptions
 from engine.request import Task
 from engine.weights.files import FileSet, OpenFile, read_verified
 from engine.weights.formats import Format
@@ -27,16 +27,37 @@ from engine.weights.safetensors import TensorEntry, read_stored_header
 from kernels.native.layout import MOST_HEAD_DIM
 from kernels.native.location import find_library
 
+CUDA_PROCESS_BYTES = 1536 * 2**20
+"""Of the host's memory, what a worker on a CUDA device takes beside the files it reads: CUDA's own libraries keep
+copies of their kernels there, and pinned buffers. A bound that no device has confirmed yet."""
 PROCESS_BYTES = 192 * 2**20
 """What a worker takes beside its tensors and its vocabulary. With everything imported, 150 MiB that no file backs
 (torch 2.13, measured); the rest is for gRPC and its threads."""
 _TOKENIZER_TIMES = 12
 """Bytes for each byte of tokenizer.json while its vocabulary is kept; measured 10 with 128,000 tokens."""
 
-CPU = "cpu"
 _WIDE = ("F32", "F64")
 _GIB = 2**30
 _MIB = 2**20
+
+
+class HostMemory(NamedTuple):
+    """What a deployment takes of the host's memory where its device has memory of its own.
+
+    Attributes:
+        process: the worker itself and its vocabulary.
+        loading: the files it reads, and what it makes of them before that is on the device.
+        available: what the host has for it now.
+    """
+
+    process: int
+    loading: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        """At its highest point."""
+        return self.process + self.loading
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +66,7 @@ class MemoryPlan:
 
     Attributes:
         device: where it would run.
-        process: the worker itself and its vocabulary.
+        process: the worker itself and its vocabulary; of a device's own memory, its context, kernels and graphs.
         weights: in the layout of the backend; exact.
         kv: KV pages; exact.
         activations: most that one step takes, logits included.
@@ -54,6 +75,7 @@ class MemoryPlan:
         kv_block: one KV page over all layers.
         options: with every default filled in.
         parameters: numbers of the model's weights.
+        host: what it takes beside all this, of the host; None where the device is the host.
     """
 
     device: str
@@ -66,6 +88,7 @@ class MemoryPlan:
     kv_block: int
     options: EngineOptions
     parameters: int
+    host: HostMemory | None = None
 
     @property
     def total(self) -> int:
@@ -74,8 +97,12 @@ class MemoryPlan:
 
     @property
     def fits(self) -> bool:
-        """The device has as much."""
-        return self.total <= self.available
+        """The device has as much, and so has the host."""
+        return self.total <= self.available and self._fits_host
+
+    @property
+    def _fits_host(self) -> bool:
+        return self.host is None or self.host.total <= self.host.available
 
     @property
     def full_contexts(self) -> int:
@@ -87,6 +114,8 @@ class MemoryPlan:
         """What to change; empty when it fits."""
         if self.fits:
             return ""
+        if self.total <= self.available:
+            return "free memory of the host: unload a deployment that runs on the CPU"
         ways = []
         if self.kv >= self.activations:
             ways.append(f"lower kv_blocks (now {self.options.kv_blocks})")
@@ -110,7 +139,13 @@ class MemoryPlan:
         }
         unit, name = (_GIB, "GiB") if self.total >= _GIB else (_MIB, "MiB")
         named = ", ".join(f"{part} {count / unit:,.2f}" for part, count in parts.items())
-        return f"needs {self.total / unit:,.2f} {name}: {named}; available {self.available / unit:,.2f} {name}"
+        line = f"needs {self.total / unit:,.2f} {name}: {named}; available {self.available / unit:,.2f} {name}"
+        if self.host is None:
+            return line
+        return (
+            f"{line} on {self.device}; of the host {self.host.total / unit:,.2f} {name}, "
+            f"available {self.host.available / unit:,.2f} {name}"
+        )
 
     def require_fit(self) -> None:
         """Refuse a deployment that does not fit.
@@ -200,6 +235,7 @@ def plan_memory(
     available: int,
     cores: int | None = None,
     has_native: bool | None = None,
+    host_available: int = 0,
 ) -> MemoryPlan:
     """What `model` takes with `options`, their defaults filled in for a device with `available` bytes.
 
@@ -209,6 +245,7 @@ def plan_memory(
         available: bytes that this deployment may take.
         cores: for its threads by default; those of `engine.cores.engine_cores` when None.
         has_native: the native library serves where options do not say otherwise; when None, where it is installed.
+        host_available: bytes of the host, where the device has memory of its own.
 
     Raises:
         EngineError: OPTIONS_INVALID names the option.
@@ -220,17 +257,23 @@ def plan_memory(
     # A spinning thread that shares its core slows a step tenfold: one core is for the other processes.
     cores = engine_cores(usable_cores()) if cores is None else cores
     config = model.config
+    sizes: Sizes | EncoderSizes
     if isinstance(config, EncoderConfig):
         options = encoder_footprint.resolve(config, options, cores)
-        parts = _encoder_parts(EncoderSizes(config, model.shapes, options, model.formats), model.stored)
+        sizes = EncoderSizes(config, model.shapes, options, model.formats)
+        parts = _encoder_parts(sizes, model.stored)
     else:
         options = _resolve(model, config, options, available, cores)
-        parts = _decoder_parts(
-            Sizes(config, model.shapes, options, model.formats, model.layout.embeddings), model.stored
-        )
+        sizes = Sizes(config, model.shapes, options, model.formats, model.layout.embeddings)
+        parts = _decoder_parts(sizes, model.stored)
+    host = HostMemory(
+        CUDA_PROCESS_BYTES + model.process,
+        triton_footprint.host_loading_bytes(sizes, model.stored),
+        host_available,
+    )
     return MemoryPlan(
-        device=CPU,
-        process=model.process,
+        device=options.device or CPU,
+        process=_process(model, sizes),
         weights=parts.weights,
         kv=parts.kv,
         activations=parts.activations,
@@ -239,7 +282,15 @@ def plan_memory(
         kv_block=parts.kv_block,
         options=options,
         parameters=footprint.parameters(model.shapes),
+        host=host if options.is_cuda else None,
     )
+
+
+def _process(model: Model, of: Sizes | EncoderSizes) -> int:
+    """Of the device's memory what is no tensor."""
+    if not of.options.is_cuda:
+        return model.process
+    return triton_footprint.context_bytes(of.options, of.config, triton_footprint.large_tensors(of))
 
 
 class _Parts(NamedTuple):
@@ -278,7 +329,7 @@ def _resolve(
     """`options` completed: KV pages by default get half of what the weights leave, or what activations leave."""
     first = options.resolve(config.max_context_tokens, 1, 0, cores)
     sizes = Sizes(config, model.shapes, first, model.formats, model.layout.embeddings)
-    left = available - model.process - footprint.weights_bytes(sizes)
+    left = available - _process(model, sizes) - footprint.weights_bytes(sizes)
     return options.resolve(
         model_context=config.max_context_tokens,
         block_bytes_per_token=footprint.block_bytes(sizes) // first.block_size,

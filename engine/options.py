@@ -1,12 +1,17 @@
 """How a deployment runs: the engine's own copy of cloister.engine.v1.DeploymentOptions, checked and completed."""
 
+import os
 from dataclasses import dataclass, replace
 
 from engine.errors import EngineError
 
-BACKENDS = ("reference", "cpu", "native", "torch")
+CPU = "cpu"
+"""The device that models run on where options name none."""
+
+BACKENDS = ("reference", "cpu", "native", "torch", "triton")
 DTYPES = ("float32", "bfloat16")
-KV_DTYPES = (*DTYPES, "int8")
+KV_DTYPES = (*DTYPES, "int8", "float8")
+_KV_DTYPES_OF = {"cpu": KV_DTYPES[:3], "native": KV_DTYPES[:3], "triton": KV_DTYPES}  # others: as dtype says
 _FULL_CONTEXTS = 32
 _SHARE_OF_MEMORY = 2  # KV pages take a half unless the options say otherwise; activations need memory too
 _AT_MOST = {
@@ -17,6 +22,11 @@ _AT_MOST = {
     "threads": 1024,
 }
 _DEFAULT_RUNNING = 64
+_DEFAULT_STEP = 512
+_PAGE = 16
+_CUDA_RUNNING = 256  # so many rows read weights once, and still no more than their products take to compute
+_CUDA_STEP = 2048
+_CUDA_THREADS = 4  # which load weights; the device computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +34,8 @@ class EngineOptions:
     """Options of one deployment; 0 or empty takes the default that `resolve` fills in.
 
     Attributes:
-        backend: native, torch or reference; cpu is native where its library is there, else torch.
+        backend: native, torch or reference; cpu is native where its library is there, else torch; triton on CUDA
+            devices, and on these alone.
         dtype: float32 or bfloat16.
         deterministic: same output bit for bit whatever shares the batch.
         kv_blocks: KV pages.
@@ -33,7 +44,9 @@ class EngineOptions:
         max_running: most requests in one step.
         max_context_tokens: prompt and answer together.
         threads: threads of the worker.
-        kv_dtype: float32, bfloat16 or int8, of keys and values; native alone has another than dtype.
+        kv_dtype: of keys and values: float32, bfloat16 or int8, or with triton float8; only it and native have
+            another than dtype.
+        device: id of the device; empty is the CPU.
     """
 
     backend: str = ""
@@ -46,6 +59,12 @@ class EngineOptions:
     max_context_tokens: int = 0
     threads: int = 0
     kv_dtype: str = ""
+    device: str = ""
+
+    @property
+    def is_cuda(self) -> bool:
+        """It runs on a CUDA device."""
+        return self.device not in ("", CPU)
 
     def choose(self, stored: str, has_native: bool) -> "EngineOptions":
         """These options with backend and number types filled in.
@@ -54,11 +73,12 @@ class EngineOptions:
             stored: number type that the model is stored in.
             has_native: the native library is there.
         """
-        found = "native" if has_native else "torch"
         dtype = self.dtype or stored
+        found = "triton" if self.is_cuda else "native" if has_native else "torch"
+        chosen = ("",) if self.is_cuda else ("", "cpu")
         return replace(
             self,
-            backend=found if self.backend in ("", "cpu") else self.backend,
+            backend=found if self.backend in chosen else self.backend,
             dtype=dtype,
             kv_dtype=self.kv_dtype or dtype,
         )
@@ -80,8 +100,9 @@ class EngineOptions:
             EngineError: OPTIONS_INVALID names the option.
         """
         self._check_sizes()
-        block_size = self.block_size or 16
-        max_step_tokens = self.max_step_tokens or 512
+        block_size = self.block_size or _PAGE
+        max_step_tokens = self.max_step_tokens or (_CUDA_STEP if self.is_cuda else _DEFAULT_STEP)
+        most = _CUDA_RUNNING if self.is_cuda else _DEFAULT_RUNNING
         context = self.max_context_tokens or model_context
         resolved = replace(
             self,
@@ -90,10 +111,10 @@ class EngineOptions:
             kv_dtype=self.kv_dtype or self.dtype or "float32",
             block_size=block_size,
             max_step_tokens=max_step_tokens,
-            max_running=self.max_running or max(1, min(_DEFAULT_RUNNING, max_step_tokens - block_size)),
+            max_running=self.max_running or max(1, min(most, max_step_tokens - block_size)),
             max_context_tokens=context,
             kv_blocks=self.kv_blocks or _default_blocks(context, block_size, block_bytes_per_token, memory_bytes),
-            threads=self.threads or max(1, cores),
+            threads=self.threads or max(1, min(cores, _CUDA_THREADS) if self.is_cuda else cores),
         )
         resolved._check(model_context)
         return resolved
@@ -108,8 +129,15 @@ class EngineOptions:
             f"backend {self.backend!r} is not one of {', '.join(BACKENDS)}": self.backend not in BACKENDS,
             f"dtype {self.dtype!r} is not one of {', '.join(DTYPES)}": self.dtype not in DTYPES,
             f"kv_dtype {self.kv_dtype!r} is not one of {', '.join(KV_DTYPES)}": self.kv_dtype not in KV_DTYPES,
-            f"kv_dtype {self.kv_dtype} is not dtype {self.dtype}, and backend {self.backend} has no other: only "
-            "native has": self.backend in ("reference", "torch") and self.kv_dtype != self.dtype,
+            f"kv_dtype {self.kv_dtype} is not dtype {self.dtype}, and backend {self.backend} has no such: "
+            "native has others, and triton float8 too": (
+                self.kv_dtype not in (self.dtype, *_KV_DTYPES_OF.get(self.backend, ()))
+            ),
+            f"backend {self.backend} computes on the CPU, not on device {self.device}: leave backend out, or "
+            "device": self.is_cuda and self.backend != "triton",
+            "backend triton computes on CUDA devices: name one as device, as `cloister gpu list` shows them": (
+                self.backend == "triton" and not self.is_cuda and not _is_interpreted()
+            ),
             f"max_context_tokens {self.max_context_tokens} is beyond the model's {model_context}": (
                 self.max_context_tokens > model_context
             ),
@@ -122,6 +150,11 @@ class EngineOptions:
         for message, holds in wrong.items():
             if holds:
                 raise EngineError("OPTIONS_INVALID", message)
+
+
+def _is_interpreted() -> bool:
+    """Triton's kernels run in its interpreter, on the CPU: for tests, as it is slow."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _default_blocks(context: int, block_size: int, bytes_per_token: int, memory_bytes: int) -> int:

@@ -286,8 +286,9 @@ class DeploymentOptions(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     backend: _builtins.str
-    """reference, cpu or torch; empty lets the host choose."""
+    """reference, cpu, native, torch or triton; empty lets the host choose."""
     dtype: _builtins.str
     """float32 or bfloat16."""
     deterministic: _builtins.bool
@@ -305,7 +306,9 @@ class DeploymentOptions(_message.Message):
     threads: _builtins.int
     """Threads of the worker."""
     kv_dtype: _builtins.str
-    """Of keys and values: float32, bfloat16 or int8."""
+    """Of keys and values: float32, bfloat16, int8 or float8."""
+    device: _builtins.str
+    """Id of the device that it runs on; empty is the CPU."""
     def __init__(
         self,
         *,
@@ -319,10 +322,11 @@ class DeploymentOptions(_message.Message):
         max_context_tokens: _builtins.int = ...,
         threads: _builtins.int = ...,
         kv_dtype: _builtins.str = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "deterministic", b"deterministic", "dtype", b"dtype", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "max_context_tokens", b"max_context_tokens", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "deterministic", b"deterministic", "device", b"device", "dtype", b"dtype", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "max_context_tokens", b"max_context_tokens", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2195,7 +2199,7 @@ class PlanModelRequest(_message.Message):
     model_version: _builtins.str
     """name@version, a name for its newest, or a digest."""
     device: _builtins.str
-    """Id of the device; empty takes the CPU."""
+    """Id of the device; empty takes that of the options."""
     @_builtins.property
     def options(self) -> Global___DeploymentOptions:
         """How it should run."""
@@ -2269,6 +2273,8 @@ class MemoryPlan(_message.Message):
     PROCESS_BYTES_FIELD_NUMBER: _builtins.int
     RECORDED_FROM_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    HOST_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """Where it would run."""
     weights_bytes: _builtins.int
@@ -2294,11 +2300,17 @@ class MemoryPlan(_message.Message):
     parameters: _builtins.int
     """Numbers of the model's weights."""
     process_bytes: _builtins.int
-    """The worker itself, before any tensor: interpreter and libraries."""
+    """The worker itself, before any tensor: interpreter and libraries; of a device's own memory, its context, its
+    kernels and the graphs of its steps.
+    """
     recorded_from: _builtins.str
     """Path of the recorded inventory that available_bytes comes from; empty when it was measured now."""
     summary: _builtins.str
     """All of it in one line."""
+    host_total_bytes: _builtins.int
+    """Of the host's memory, where the device has its own: what the deployment needs of it at its highest point."""
+    host_available_bytes: _builtins.int
+    """What the host has for it now."""
     @_builtins.property
     def options(self) -> Global___DeploymentOptions:
         """Options with every default filled in."""
@@ -2322,10 +2334,12 @@ class MemoryPlan(_message.Message):
         process_bytes: _builtins.int = ...,
         recorded_from: _builtins.str = ...,
         summary: _builtins.str = ...,
+        host_total_bytes: _builtins.int = ...,
+        host_available_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "process_bytes", b"process_bytes", "recorded_from", b"recorded_from", "summary", b"summary", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "host_available_bytes", b"host_available_bytes", "host_total_bytes", b"host_total_bytes", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "process_bytes", b"process_bytes", "recorded_from", b"recorded_from", "summary", b"summary", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

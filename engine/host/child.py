@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.launch import CORES_VARIABLE, REFUSED_STATUS, STEP_WITHIN_VARIABLE
+from engine.launch import CORES_VARIABLE, DEVICES_VARIABLE, REFUSED_STATUS, STEP_WITHIN_VARIABLE
 from engine.process import Silence, child_environment
 
 _UCRED = struct.Struct("3i")  # pid, uid, gid; unix(7), SCM_CREDENTIALS
@@ -39,6 +39,7 @@ class ChildSpec:
         step_within_s: how long one turn of a worker's engine may take.
         cores: hardware threads that a worker's threads have to themselves.
         derived: directory of derived files; None: there is none.
+        device: id of the CUDA device that a worker computes on; no other process sees any.
     """
 
     role: str
@@ -50,6 +51,7 @@ class ChildSpec:
     step_within_s: float
     cores: tuple[int, ...] = ()
     derived: Path | None = None
+    device: str = ""
 
     @property
     def socket(self) -> Path:
@@ -75,6 +77,7 @@ class ChildSpec:
             **child_environment(self.notify, self.heard_within_s),
             STEP_WITHIN_VARIABLE: f"{self.step_within_s:g}",
             CORES_VARIABLE: ",".join(map(str, self.cores)),
+            DEVICES_VARIABLE: self.device if self.role == "worker" else "",
         }
 
 

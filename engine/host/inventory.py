@@ -22,10 +22,10 @@ from engine.cores import usable_cores
 from engine.errors import EngineError
 from engine.host import nvml
 from engine.memory import available_bytes, total_bytes
+from engine.options import CPU
 from engine.protos import engine_pb2
 from engine.strict_json import load_object
 
-CPU = "cpu"
 _KINDS = (CPU, nvml.CUDA)
 _TEXTS = ("id", "kind", "name", "compute_capability", "driver", "slice_of")
 _NUMBERS = {
@@ -56,7 +56,7 @@ class Inventory:
 
     @property
     def cpu(self) -> engine_pb2.Device:
-        """The device that models run on today."""
+        """The device that models run on where nobody names another."""
         return self.devices[0]
 
 

@@ -2,21 +2,31 @@
 
 The kernel's figure of available memory is too high while a deployment loads, and stays so afterwards, as KV pages
 cost nothing until they are written. So what a deployment was planned to take and does not hold yet is taken off.
+
+A CUDA device tells how much of it is taken, and not for certain by which process: what is taken there counts as
+held by the deployments on it, up to what they were promised.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from engine.cores import engine_cores
 from engine.errors import EngineError
-from engine.host.inventory import CPU, Inventory, cpu_device, measure
+from engine.host.inventory import Inventory, cpu_device, measure
+from engine.host.nvml import CUDA
 from engine.launch import Launch
 from engine.memory import own_bytes
 from engine.memory_plan import MemoryPlan, plan_memory, read_model
-from engine.options import EngineOptions
+from engine.options import CPU, EngineOptions
 from engine.protos import engine_pb2
+
+
+_CAPABILITY = re.compile(r"\d{1,3}\.\d{1,3}")
+_LEAST_CAPABILITY = (8, 0)
+_FLOAT8_CAPABILITY = (8, 9)
 
 
 class _Promise(NamedTuple):
@@ -42,13 +52,30 @@ class Planner:
         self._promised: dict[str, _Promise] = {}
 
     def inventory(self, workers: Mapping[str, int]) -> Inventory:
-        """The devices; what the CPU has left is what a new deployment could take.
+        """The devices; what each has left is what a new deployment could take.
 
         Args:
             workers: process ids by the names of deployments.
         """
         now = self._recorded or measure()
-        return dataclasses.replace(now, devices=(self._left(now.cpu, workers), *now.devices[1:]))
+        return dataclasses.replace(now, devices=tuple(self._left(device, workers) for device in now.devices))
+
+    def device(self, wanted: str) -> engine_pb2.Device:
+        """The device with this id, as it is now; empty is the CPU, and for it alone no other is asked.
+
+        Raises:
+            EngineError: DEVICE_NOT_FOUND.
+        """
+        if wanted in ("", CPU):
+            return self._recorded.cpu if self._recorded else cpu_device()
+        now = self._recorded or measure()
+        found = next((device for device in now.devices if device.id == wanted), None)
+        if found is None:
+            why = f" ({now.nvml})" if now.nvml else ""
+            raise EngineError(
+                "DEVICE_NOT_FOUND", f"there is no device {wanted}{why}; `cloister gpu list` names them"
+            )
+        return found
 
     def plan(
         self, deployment: engine_pb2.Deployment, workers: Mapping[str, int], device: str = ""
@@ -58,13 +85,21 @@ class Planner:
         Raises:
             EngineError: DEVICE_NOT_FOUND, DEVICE_UNSUPPORTED, OPTIONS_INVALID, or why its files tell nothing.
         """
+        asked = device or deployment.options.device
         others = {name: pid for name, pid in workers.items() if name != deployment.name}
-        if device not in ("", CPU):
-            raise self._unsupported(device)
-        cpu = self._left(self._recorded.cpu if self._recorded else cpu_device(), others)
+        host = self._left(self.device(CPU), others)
         replaced = workers.get(deployment.name, 0)
-        available = cpu.memory_available_bytes + (self._held(str(replaced)) if replaced else 0)
-        made = self._plan(deployment, available, cpu.cores)
+        of_host = host.memory_available_bytes + (self._held(str(replaced)) if replaced else 0)
+        if asked in ("", CPU):
+            made = self._plan(deployment, "", of_host, of_host, host.cores)
+        else:
+            found = engine_pb2.Device()
+            found.CopyFrom(self.device(asked))
+            _require_usable(found, deployment.options)
+            if replaced:
+                found.memory_available_bytes += min(_taken(found), self._promised_on(asked, {deployment.name}))
+            left = self._left(found, others).memory_available_bytes
+            made = self._plan(deployment, asked, left, of_host, host.cores)
         return plan_message(made, self._recorded.recorded_from if self._recorded else "")
 
     def promise(self, deployments: Mapping[str, engine_pb2.Deployment], workers: Mapping[str, int]) -> None:
@@ -99,39 +134,74 @@ class Planner:
             done.options.threads = deployment.options.threads or promise.plan.options.threads
         return done
 
-    def _left(self, cpu: engine_pb2.Device, workers: Mapping[str, int]) -> engine_pb2.Device:
-        """The CPU without what is promised of it."""
+    def _left(self, device: engine_pb2.Device, workers: Mapping[str, int]) -> engine_pb2.Device:
+        """A device without what is promised of it."""
         left = engine_pb2.Device()
-        left.CopyFrom(cpu)
-        left.memory_available_bytes = max(0, cpu.memory_available_bytes - self._owed(workers))
+        left.CopyFrom(device)
+        if device.kind == CUDA:
+            left.memory_available_bytes = _left_of_cuda(device, self._promised_on(device.id, workers))
+        else:
+            left.memory_available_bytes = max(0, device.memory_available_bytes - self._owed(workers))
         return left
 
     def _owed(self, workers: Mapping[str, int]) -> int:
-        """Bytes promised to deployments that they do not hold yet."""
+        """Bytes of the host promised to deployments that they do not hold yet."""
         return sum(
-            max(0, promise.plan.total_bytes - (self._held(str(workers[name])) if workers[name] else 0))
+            max(0, _of_host(promise.plan) - (self._held(str(workers[name])) if workers[name] else 0))
             for name, promise in tuple(self._promised.items())  # another thread may be promising
             if name in workers
         )
 
-    def _plan(self, deployment: engine_pb2.Deployment, available: int, cores: int) -> MemoryPlan:
+    def _promised_on(self, device: str, names: Container[str]) -> int:
+        """Bytes of a CUDA device promised to these deployments."""
+        plans = [promise.plan for name, promise in tuple(self._promised.items()) if name in names]
+        return sum(plan.total_bytes for plan in plans if plan.device == device)
+
+    def _plan(
+        self, deployment: engine_pb2.Deployment, device: str, available: int, of_host: int, cores: int
+    ) -> MemoryPlan:
         launch = Launch(deployment, self._store, Path())
         try:
             model = read_model(launch.files, launch.open_file)
         except OSError as error:
             raise EngineError("FILE_MISSING", f"the model's files cannot be read: {error.strerror}") from error
-        return plan_memory(model, engine_options(deployment.options), available, engine_cores(cores))
+        options = dataclasses.replace(engine_options(deployment.options), device=device)
+        return plan_memory(model, options, available, engine_cores(cores), host_available=of_host)
 
-    def _unsupported(self, wanted: str) -> EngineError:
-        """Why nothing can be planned on a device that is not the CPU."""
-        now = self._recorded or measure()
-        known = {device.id: device for device in now.devices}
-        if wanted not in known:
-            return EngineError("DEVICE_NOT_FOUND", f"there is no device {wanted}; `cloister gpu list` names them")
-        return EngineError(
-            "DEVICE_UNSUPPORTED",
-            f"{known[wanted].name} is listed and not used: this engine has no backend for CUDA devices yet; "
-            "nothing can be planned or loaded there, models run on cpu",
+
+def _left_of_cuda(device: engine_pb2.Device, promised: int) -> int:
+    """What of a device neither is taken nor was promised to deployments that do not hold it yet."""
+    return max(0, device.memory_available_bytes - max(0, promised - _taken(device)))
+
+
+def _taken(device: engine_pb2.Device) -> int:
+    """What processes hold of a device."""
+    return max(0, device.memory_bytes - device.memory_available_bytes)
+
+
+def _of_host(plan: engine_pb2.MemoryPlan) -> int:
+    """What a deployment takes of the host's memory."""
+    return plan.total_bytes if plan.device in ("", CPU) else plan.host_total_bytes
+
+
+def _require_usable(device: engine_pb2.Device, options: engine_pb2.DeploymentOptions) -> None:
+    """Refuse a device that the kernels do not run on.
+
+    Raises:
+        EngineError: DEVICE_UNSUPPORTED.
+    """
+    told = device.compute_capability or "0.0"
+    capability = tuple(int(part) for part in told.split(".")) if _CAPABILITY.fullmatch(told) else (0, 0)
+    name, least = f"{device.name} ({device.id})", ".".join(map(str, _LEAST_CAPABILITY))
+    if device.memory_available_bytes == 0 and not device.slice_of:
+        raise EngineError("DEVICE_UNSUPPORTED", f"{name} has no memory left, or belongs to its slices: name one")
+    if (0, 0) < capability < _LEAST_CAPABILITY:
+        raise EngineError(
+            "DEVICE_UNSUPPORTED", f"{name} has compute capability {told}; the kernels need {least} or later"
+        )
+    if options.kv_dtype == "float8" and (0, 0) < capability < _FLOAT8_CAPABILITY:
+        raise EngineError(
+            "DEVICE_UNSUPPORTED", f"{name} has compute capability {told}, which has no float8; take int8"
         )
 
 
@@ -160,4 +230,6 @@ def plan_message(plan: MemoryPlan, recorded_from: str) -> engine_pb2.MemoryPlan:
         process_bytes=plan.process,
         recorded_from=recorded_from,
         summary=plan.summary,
+        host_total_bytes=plan.host.total if plan.host else 0,
+        host_available_bytes=max(0, plan.host.available) if plan.host else 0,
     )

@@ -8,6 +8,7 @@ from engine.host.child import ChildSpec, Ending
 from engine.host.keeper import Keeper, RestartPolicy
 from engine.host.packing import Packed, Packer, derived_message
 from engine.launch import DERIVED_REFUSED
+from engine.options import CPU
 from engine.protos import engine_pb2
 
 _ROLES = ("worker", "text")
@@ -169,9 +170,10 @@ class DeploymentSlot:
         cores, deployment = self._cores(complete), complete.SerializeToString(deterministic=True)
         limits = self._policy.heard_within_s, self._policy.step_within_s
         derived = self._packer.folder if self._packer else None
+        device = "" if complete.options.device == CPU else complete.options.device
         worker, text = (
             Keeper(
-                ChildSpec(role, self._name, self._run, self._store, deployment, *limits, cores, derived),
+                ChildSpec(role, self._name, self._run, self._store, deployment, *limits, cores, derived, device),
                 self._changed,
                 self._policy,
             )

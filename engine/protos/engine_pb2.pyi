@@ -242,7 +242,7 @@ class PlanDeploymentRequest(_message.Message):
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     device: _builtins.str
-    """Id of the device; empty takes the CPU."""
+    """Id of the device; empty takes that of the deployment's options."""
     @_builtins.property
     def deployment(self) -> Global___Deployment:
         """As Reconcile would be given it; its name may be empty while it has none."""
@@ -283,6 +283,8 @@ class MemoryPlan(_message.Message):
     PROCESS_BYTES_FIELD_NUMBER: _builtins.int
     RECORDED_FROM_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    HOST_TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    HOST_AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
     device: _builtins.str
     """Where it would run."""
     weights_bytes: _builtins.int
@@ -308,11 +310,17 @@ class MemoryPlan(_message.Message):
     parameters: _builtins.int
     """Numbers of the model's weights."""
     process_bytes: _builtins.int
-    """The worker itself, before any tensor: interpreter and libraries."""
+    """The worker itself, before any tensor: interpreter and libraries; of a device's own memory, its context, its
+    kernels and the graphs of its steps.
+    """
     recorded_from: _builtins.str
     """Path of the recorded inventory that available_bytes comes from; empty when it was measured now."""
     summary: _builtins.str
     """All of it in one line."""
+    host_total_bytes: _builtins.int
+    """Of the host's memory, where the device has its own: what the deployment needs of it at its highest point."""
+    host_available_bytes: _builtins.int
+    """What the host has for it now."""
     @_builtins.property
     def options(self) -> Global___DeploymentOptions:
         """Options with every default filled in."""
@@ -336,10 +344,12 @@ class MemoryPlan(_message.Message):
         process_bytes: _builtins.int = ...,
         recorded_from: _builtins.str = ...,
         summary: _builtins.str = ...,
+        host_total_bytes: _builtins.int = ...,
+        host_available_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "process_bytes", b"process_bytes", "recorded_from", b"recorded_from", "summary", b"summary", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "advice", b"advice", "available_bytes", b"available_bytes", "device", b"device", "fits", b"fits", "full_contexts", b"full_contexts", "host_available_bytes", b"host_available_bytes", "host_total_bytes", b"host_total_bytes", "kv_block_bytes", b"kv_block_bytes", "kv_bytes", b"kv_bytes", "loading_bytes", b"loading_bytes", "options", b"options", "parameters", b"parameters", "process_bytes", b"process_bytes", "recorded_from", b"recorded_from", "summary", b"summary", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -443,8 +453,11 @@ class DeploymentOptions(_message.Message):
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     THREADS_FIELD_NUMBER: _builtins.int
     KV_DTYPE_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     backend: _builtins.str
-    """reference, cpu (native kernels where they are, else torch's) or torch; empty is cpu."""
+    """reference, cpu (native kernels where they are, else torch's), native, torch or triton; empty is cpu, or triton on
+    a CUDA device.
+    """
     dtype: _builtins.str
     """float32 or bfloat16; empty takes float32 for a model stored in it, else bfloat16."""
     deterministic: _builtins.bool
@@ -462,7 +475,9 @@ class DeploymentOptions(_message.Message):
     threads: _builtins.int
     """Threads of the worker; 0 takes all cores but one, which the other processes need."""
     kv_dtype: _builtins.str
-    """Of keys and values: float32, bfloat16 or int8; empty takes dtype."""
+    """Of keys and values: float32, bfloat16, int8 or float8; empty takes dtype."""
+    device: _builtins.str
+    """Id of the device that it runs on, as GetInventory tells it; empty is the CPU."""
     def __init__(
         self,
         *,
@@ -476,10 +491,11 @@ class DeploymentOptions(_message.Message):
         max_context_tokens: _builtins.int = ...,
         threads: _builtins.int = ...,
         kv_dtype: _builtins.str = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "deterministic", b"deterministic", "dtype", b"dtype", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "max_context_tokens", b"max_context_tokens", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backend", b"backend", "block_size", b"block_size", "deterministic", b"deterministic", "device", b"device", "dtype", b"dtype", "kv_blocks", b"kv_blocks", "kv_dtype", b"kv_dtype", "max_context_tokens", b"max_context_tokens", "max_running", b"max_running", "max_step_tokens", b"max_step_tokens", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

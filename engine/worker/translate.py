@@ -42,6 +42,7 @@ def to_options(options: engine_pb2.DeploymentOptions) -> EngineOptions:
         max_context_tokens=options.max_context_tokens,
         threads=options.threads,
         kv_dtype=options.kv_dtype,
+        device=options.device,
     )
 
 

@@ -13,6 +13,7 @@ from google.protobuf.json_format import MessageToDict
 
 from engine.errors import EngineError
 from engine.host import nvml, planning
+from engine.host.child import ChildSpec
 from engine.host.inventory import Inventory, cpu_device, measure, read_recorded
 from engine.host.planning import Planner
 from engine.host.service import HostService
@@ -191,6 +192,13 @@ def deployment(files: engine_pb2.FileSet, name: str = "notes", **options: int) -
     return made
 
 
+def on_gpu(files: engine_pb2.FileSet, name: str = "notes", **options: Any) -> engine_pb2.Deployment:
+    made = deployment(files, name)
+    made.options.backend = ""
+    made.options.MergeFrom(engine_pb2.DeploymentOptions(**{"device": "GPU-a"} | options))
+    return made
+
+
 def test_two_deployments_that_load_at_once_are_not_promised_the_same_bytes(
     cpu: Inventory, tiny_store: tuple[Path, engine_pb2.FileSet]
 ) -> None:
@@ -240,19 +248,92 @@ def test_a_worker_is_told_as_many_pages_as_were_planned(tiny_store: tuple[Path, 
     assert planner.complete(other) == other
 
 
-@pytest.mark.parametrize(
-    ("device", "code"), [("GPU-a", "DEVICE_UNSUPPORTED"), ("GPU-none", "DEVICE_NOT_FOUND"), ("cpu", "")]
-)
-def test_nothing_is_planned_on_a_device_without_a_backend(
-    cpu: Inventory, tiny_store: tuple[Path, engine_pb2.FileSet], device: str, code: str
+def test_a_plan_on_a_cuda_device_counts_its_memory_and_the_hosts_apart(
+    cpu: Inventory, tiny_store: tuple[Path, engine_pb2.FileSet]
 ) -> None:
+    cpu.cpu.memory_available_bytes = 8 * GIB
     planner = Planner(tiny_store[0], cpu)
-    if not code:
-        assert planner.plan(deployment(tiny_store[1]), {}, device).device == "cpu"
-        return
-    with pytest.raises(EngineError) as error:
-        planner.plan(deployment(tiny_store[1]), {}, device)
+    for asked, named in ((deployment(tiny_store[1]), "GPU-a"), (on_gpu(tiny_store[1]), "")):
+        plan = planner.plan(asked, {}, named)
+        assert (plan.device, plan.options.device, plan.options.backend) == ("GPU-a", "GPU-a", "triton")
+        assert (plan.fits, plan.recorded_from) == (True, cpu.recorded_from)
+        assert plan.available_bytes == 4 * GIB
+        parts = (
+            plan.weights_bytes + plan.kv_bytes + plan.activation_bytes + plan.loading_bytes + plan.process_bytes
+        )
+        assert plan.total_bytes == parts
+        assert plan.host_available_bytes == planner.plan(deployment(tiny_store[1]), {}, "cpu").available_bytes
+        assert 0 < plan.host_total_bytes
+        assert "on GPU-a; of the host" in plan.summary
+
+
+def test_what_does_not_fit_on_the_device_or_on_the_host_is_told_which(
+    cpu: Inventory, tiny_store: tuple[Path, engine_pb2.FileSet]
+) -> None:
+    cpu.cpu.memory_available_bytes = 8 * GIB
+    planner = Planner(tiny_store[0], cpu)
+    large = planner.plan(on_gpu(tiny_store[1], kv_blocks=2**22), {})
+    assert (large.fits, "lower kv_blocks" in large.advice) == (False, True)
+    cpu.cpu.memory_available_bytes = 1
+    short = planner.plan(on_gpu(tiny_store[1]), {})
+    assert (short.fits, "memory of the host" in short.advice) == (False, True)
+
+
+def test_deployments_on_a_device_are_promised_its_memory_and_of_the_hosts_what_they_load_with(
+    cpu: Inventory, tiny_store: tuple[Path, engine_pb2.FileSet]
+) -> None:
+    store, files = tiny_store
+    cpu.cpu.memory_available_bytes = 8 * GIB
+    planner = Planner(store, cpu, lambda pid: 0)
+    first = on_gpu(files)
+    alone = planner.plan(first, {})
+    planner.promise({"notes": first}, {})
+    beside = planner.plan(on_gpu(files, "second"), {"notes": 0})
+    assert beside.available_bytes == alone.available_bytes - alone.total_bytes
+    assert beside.host_available_bytes == alone.host_available_bytes - alone.host_total_bytes
+    shown = {device.id: device.memory_available_bytes for device in planner.inventory({"notes": 0}).devices}
+    assert shown["GPU-a"] == beside.available_bytes
+    on_cpu = planner.plan(deployment(files, "other"), {"notes": 0})
+    assert on_cpu.available_bytes == beside.host_available_bytes
+    gpu = cpu.devices[1]
+    gpu.memory_available_bytes -= alone.total_bytes  # its worker holds all of it now
+    assert planner.plan(on_gpu(files, "second"), {"notes": 7}).available_bytes == gpu.memory_available_bytes
+    assert planner.plan(first, {"notes": 7}).available_bytes == alone.available_bytes  # it makes room for itself
+
+
+@pytest.mark.parametrize(
+    ("changed", "asked", "code", "named"),
+    [
+        ({}, {"device": "GPU-none"}, "DEVICE_NOT_FOUND", "there is no device GPU-none"),
+        ({"compute_capability": "7.5"}, {}, "DEVICE_UNSUPPORTED", "compute capability 7.5; the kernels need 8.0"),
+        ({"compute_capability": "8.6"}, {"kv_dtype": "float8"}, "DEVICE_UNSUPPORTED", "no float8"),
+        ({"memory_available_bytes": 0}, {}, "DEVICE_UNSUPPORTED", "belongs to its slices"),
+        ({}, {"backend": "native"}, "OPTIONS_INVALID", "computes on the CPU"),
+    ],
+)
+def test_a_device_that_cannot_serve_is_refused_by_name(
+    cpu: Inventory,
+    tiny_store: tuple[Path, engine_pb2.FileSet],
+    changed: dict[str, Any],
+    asked: dict[str, Any],
+    code: str,
+    named: str,
+) -> None:
+    cpu.devices[1].MergeFrom(engine_pb2.Device(**changed))
+    cpu.devices[1].memory_available_bytes = changed.get("memory_available_bytes", 4 * GIB)
+    with pytest.raises(EngineError, match=named) as error:
+        Planner(tiny_store[0], cpu).plan(on_gpu(tiny_store[1], **asked), {})
     assert error.value.code == code
+
+
+def test_only_a_worker_of_a_cuda_device_sees_it(tmp_path: Path) -> None:
+    places = tmp_path, tmp_path, b"", 1.0, 1.0, (), None
+    seen = {
+        (role, device): ChildSpec(role, "notes", *places, device).environment["CUDA_VISIBLE_DEVICES"]
+        for role in ("worker", "text")
+        for device in ("GPU-a", "")
+    }
+    assert seen == {("worker", "GPU-a"): "GPU-a", ("worker", ""): "", ("text", "GPU-a"): "", ("text", ""): ""}
 
 
 def test_files_that_tell_nothing_are_promised_nothing(cpu: Inventory, tmp_path: Path) -> None:

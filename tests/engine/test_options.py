@@ -38,6 +38,24 @@ def test_a_model_is_served_as_it_is_stored_by_native_kernels_where_they_are() ->
     assert EngineOptions("reference").choose("float32", has_native=True).backend == "reference"
 
 
+def test_on_a_cuda_device_triton_serves_with_larger_steps() -> None:
+    chosen = EngineOptions(device="GPU-a").choose("bfloat16", has_native=True)
+    assert (chosen.backend, chosen.dtype, chosen.kv_dtype) == ("triton", "bfloat16", "bfloat16")
+    found = chosen.resolve(1000, 1024, GIB, 16)
+    assert (found.max_step_tokens, found.max_running, found.threads) == (2048, 256, 4)
+    assert EngineOptions(device="cpu").choose("bfloat16", has_native=True).backend == "native"
+    float8 = EngineOptions(device="GPU-a", kv_dtype="float8").choose("bfloat16", has_native=True)
+    assert float8.resolve(1000, 1024, GIB, 16).kv_dtype == "float8"
+
+
+def test_triton_without_a_device_is_refused_but_where_it_interprets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve(backend="triton").backend == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(EngineError, match="name one as device"):
+        resolve(backend="triton")
+
+
 def test_pages_stay_within_memory_but_hold_one_context() -> None:
     options = EngineOptions()
     page = 16 * 1024
@@ -60,8 +78,11 @@ def test_a_small_step_takes_fewer_requests() -> None:
         ({"backend": "cuda"}, "cuda"),
         ({"dtype": "float16"}, "float16"),
         ({"kv_dtype": "int4"}, "int4"),
-        ({"kv_dtype": "int8", "backend": "torch"}, "only native has"),
-        ({"kv_dtype": "bfloat16", "backend": "reference"}, "only native has"),
+        ({"kv_dtype": "int8", "backend": "torch"}, "native has others"),
+        ({"kv_dtype": "bfloat16", "backend": "reference"}, "native has others"),
+        ({"kv_dtype": "float8", "backend": "native"}, "triton float8 too"),
+        ({"backend": "native", "device": "GPU-a"}, "computes on the CPU"),
+        ({"backend": "cpu", "device": "GPU-a"}, "computes on the CPU"),
         ({"max_context_tokens": 1001}, "max_context_tokens"),
         ({"max_step_tokens": 64, "max_running": 64}, "max_step_tokens"),
         ({"max_step_tokens": 16}, "max_step_tokens"),
