@@ -70,7 +70,8 @@ class ModelRunner:
     def compute(self, plan: StepPlan) -> tuple[Any, Any]:
         """Write keys and values; what the plan's tokens come to before the head, and the logits of its samples.
 
-        Logits [rows that sample, vocabulary] are those of each row's last token. Both hold until the next step.
+        The first may be None where no row is pooled or scored. Logits [rows that sample, vocabulary] are those of
+        each row's last token. Both hold until the next step.
         """
         ends = accumulate(len(row.token_ids) for row in plan.rows)
         sampled = [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sampling_slot is not None]
@@ -80,7 +81,7 @@ class ModelRunner:
             counts=[len(row.token_ids) for row in plan.rows],
             block_tables=[_table(row) for row in plan.rows],
         )
-        return self._step(rows, sampled)
+        return self._step(rows, sampled, whole=any(row.pooled or row.targets for row in plan.rows))
 
     def _pool(self, plan: StepPlan, hidden: Any) -> dict[int, ResultRow]:
         """The vectors of rows that are pooled: what their last tokens came to."""

@@ -38,16 +38,19 @@ class StepModel(Protocol):
 class Step(Protocol):
     """A whole step of one model over one KV cache."""
 
-    def __call__(self, rows: Rows, picked: Sequence[int]) -> tuple[Hidden, Tensor | None]:
+    def __call__(
+        self, rows: Rows, picked: Sequence[int], *, whole: bool = True
+    ) -> tuple[Hidden | None, Tensor | None]:
         """Write keys and values, and compute what is wanted.
 
         Args:
             rows: of the step.
             picked: tokens, at most one of each row.
+            whole: what all tokens come to is wanted, not the logits of `picked` alone.
 
         Returns:
-            What the tokens come to before the head, as the ops have it, and the logits of `picked`, which may be
-            None where none are; both until the next step.
+            What the tokens come to before the head, as the ops have it, or perhaps None where that is not wanted;
+            and the logits of `picked`, which may be None where none are; both until the next step.
 
         Raises:
             ValueError: the step is larger than the limits.
@@ -74,6 +77,8 @@ class _OpByOp(NamedTuple):
     ops: Backend
     kv: KvCache
 
-    def __call__(self, rows: Rows, picked: Sequence[int]) -> tuple[Hidden, Tensor | None]:
+    def __call__(
+        self, rows: Rows, picked: Sequence[int], *, whole: bool = True
+    ) -> tuple[Hidden | None, Tensor | None]:
         hidden = self.model(self.ops, self.kv, self.ops.begin(rows, self.kv))
         return hidden, self.model.logits(self.ops, hidden, picked) if picked else None

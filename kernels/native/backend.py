@@ -130,7 +130,8 @@ class NativeBackend(StepOps[Tensor], EncoderOps):
 
     def compile(self, model: StepModel, kv: KvPages, limits: StepLimits) -> NativeStep:
         """See `kernels.steps.Compiler`."""
-        return NativeStep(self.library, record(model, kv, self.weights_dtype), kv, limits)
+        whole, picked = (record(model, kv, self.weights_dtype, whole=all_tokens) for all_tokens in (True, False))
+        return NativeStep(self.library, whole, picked, kv, limits)
 
     def embed_passages(self, batch: Any, words: Table, places: Table | None, types: Table | None) -> Tensor:
         """See `kernels.encoder_ops.EncoderBackend`."""

@@ -3,6 +3,9 @@
 While a model's ops are recorded its activations are values without numbers. Every producer then writes the forms
 that its readers multiply with, so that none makes a pass of its own to round them, and no float32 that nobody
 reads; and values whose lives do not overlap share memory. The numbers are those of the ops run one by one.
+
+Behind the last layer's attention a token's row matters to nobody but itself: where logits alone are wanted, the
+ops there run over the picked rows. Of a prompt that is most of a layer saved.
 """
 
 from __future__ import annotations
@@ -21,11 +24,11 @@ from torch import Tensor
 from kernels.native import layout, nodes
 from kernels.native.kv import KvPages, StepRows, fresh_blocks, lay_out
 from kernels.native.layout import RowForm
-from kernels.native.library import ClLimits, ClOp, ClRows, ClStep, Library, threads
+from kernels.native.library import CL_OP_PICK, ClLimits, ClOp, ClRows, ClStep, Library, threads
 from kernels.native.memory import aligned_empty
 from kernels.native.nodes import F32, PLAIN, Forms, Node
 from kernels.native.recording import StepOps
-from kernels.ops import Heads, Rows
+from kernels.ops import Attending, Heads, Rows
 from kernels.steps import StepLimits, StepModel
 
 _LINE = 64
@@ -52,13 +55,47 @@ class Recording(NamedTuple):
     hidden: Value
     logits: Value
 
+    @property
+    def tail(self) -> int:
+        """From which op on all rows are picked ones."""
+        return next(
+            (i for i, node in enumerate(self.nodes) if any(value.picked for value, _ in node.reads)),
+            len(self.nodes),
+        )
+
 
 class _Recorder(StepOps[Value]):
-    """Ops that are written down."""
+    """Ops that are written down.
 
-    def __init__(self, weights_dtype: torch.dtype) -> None:
+    Args:
+        weights_dtype: of plain weights.
+        last: the layer behind whose attention the picked rows go on alone; -1: none.
+    """
+
+    def __init__(self, weights_dtype: torch.dtype, last: int) -> None:
         super().__init__(weights_dtype)
         self.nodes: list[Node[Value]] = []
+        self._last = last
+
+    def paged_attention(
+        self, q: Value, heads: Heads, attending: Attending, kv: KvPages, layer: int, batch: None
+    ) -> Value:
+        """Of the last layer, the picked rows."""
+        out = super().paged_attention(q, heads, attending, kv, layer, batch)
+        return self._pick(out, ()) if layer == self._last else out
+
+    def add(self, x: Value, residual: Value, scale: float = 1.0) -> Value:
+        """Of the rows of x."""
+        return super().add(x, self._beside(x, residual), scale)
+
+    def add_rms_norm(
+        self, x: Value, residual: Value, weight: Tensor, eps: float, scale: float = 1.0
+    ) -> tuple[Value, Value]:
+        """Of the rows of x."""
+        return super().add_rms_norm(x, self._beside(x, residual), weight, eps, scale)
+
+    def _beside(self, x: Value, other: Value) -> Value:
+        return self._pick(other, ()) if x.picked else other
 
     def _width(self, x: Value) -> int:
         return x.width
@@ -67,6 +104,8 @@ class _Recorder(StepOps[Value]):
         return x.picked
 
     def _pick(self, x: Value, tokens: Sequence[int]) -> Value:
+        if x.picked:
+            return x
         out = Value(x.width, picked=True)
         self._emit(nodes.pick(x, out))
         return out
@@ -90,12 +129,23 @@ class _Recorder(StepOps[Value]):
         self.nodes.append(node)
 
 
-def record(model: StepModel, kv: KvPages, weights_dtype: torch.dtype) -> Recording:
-    """The ops of one run of `model`."""
-    ops: Any = _Recorder(weights_dtype)
+def record(model: StepModel, kv: KvPages, weights_dtype: torch.dtype, *, whole: bool = True) -> Recording:
+    """The ops of one run of `model`.
+
+    Args:
+        model: whose ops.
+        kv: pages of all of its layers.
+        weights_dtype: of plain weights.
+        whole: what all tokens come to is wanted, and not only of the picked ones.
+    """
+    ops: Any = _Recorder(weights_dtype, -1 if whole else kv.spec.num_layers - 1)
     hidden: Any = model(ops, kv, None)
     logits: Any = model.logits(ops, hidden, ())
-    return Recording(ops.nodes, hidden, logits)
+    found = Recording(ops.nodes, hidden, logits)
+    behind = (
+        value.picked or node.code == CL_OP_PICK for node in ops.nodes[found.tail :] for value, _ in node.reads
+    )
+    return found if all(behind) else record(model, kv, weights_dtype)  # attention has something beside it
 
 
 def forms_of(recording: Recording) -> dict[Value, Forms]:
@@ -264,48 +314,84 @@ class _Places:
         return None if part is None else self._arena + self.planned.places[value] + part
 
 
-class NativeStep:
-    """A program, its arena and its scratch; a `kernels.steps.Step`.
+class _Program:
+    """A recording as ops over an arena.
 
     Args:
-        library: runs it.
-        recording: of the model, whose weights it keeps.
-        kv: the pages that it reads and writes.
+        recording: whose weights it keeps.
+        planned: where its values lie.
+        arena: they lie in it.
+    """
+
+    def __init__(self, recording: Recording, planned: Plan, arena: Tensor) -> None:
+        places = _Places(planned, arena.data_ptr())
+        ops = [ClOp(node.code, places.keep(node.struct(places))) for node in recording.nodes]
+        self.ops = (ClOp * len(ops))(*ops)
+        self.tail = recording.tail
+        self.recording, self._kept = recording, places.kept
+        self.hidden, self.logits = (
+            arena[planned.places[value] :][: planned.parts[value].size].view(torch.float32)
+            for value in (recording.hidden, recording.logits)
+        )
+
+    def run(self, library: Library, step: ClStep) -> None:
+        """All ops; those of the tail over the picked rows alone."""
+        address = ctypes.addressof(self.ops)
+        library.run(address, self.tail, ctypes.addressof(step))
+        if not step.picks:
+            return
+        picked = ClStep.from_buffer_copy(step)
+        picked.tokens = step.picks
+        if step.nanoseconds:
+            picked.nanoseconds = step.nanoseconds + self.tail * ctypes.sizeof(ctypes.c_int64)
+        behind = address + self.tail * ctypes.sizeof(ClOp)
+        library.run(behind, len(self.ops) - self.tail, ctypes.addressof(picked))
+
+
+class NativeStep:
+    """Two programs over one arena, and their scratch; a `kernels.steps.Step`.
+
+    Args:
+        library: runs them.
+        whole: the model, with what all tokens come to.
+        picked: the model for logits alone.
+        kv: the pages that both read and write.
         limits: the largest step.
     """
 
-    def __init__(self, library: Library, recording: Recording, kv: KvPages, limits: StepLimits) -> None:
-        self._library, self._recording, self._kv, self._limits = library, recording, kv, limits
-        planned = plan(recording, limits)
-        self._arena = aligned_empty(planned.size)
-        places = _Places(planned, self._arena.data_ptr())
-        ops = [ClOp(node.code, places.keep(node.struct(places))) for node in recording.nodes]
-        self._ops = (ClOp * len(ops))(*ops)
-        self._kept = places.kept
-        self._hidden, self._logits = (
-            self._arena[planned.places[value] :][: planned.parts[value].size].view(torch.float32)
-            for value in (recording.hidden, recording.logits)
+    def __init__(
+        self, library: Library, whole: Recording, picked: Recording, kv: KvPages, limits: StepLimits
+    ) -> None:
+        self._library, self._kv, self._limits = library, kv, limits
+        planned = [plan(recording, limits) for recording in (whole, picked)]
+        self._arena = aligned_empty(max(each.size for each in planned))
+        self.whole, self.picked = (
+            _Program(recording, each, self._arena)
+            for recording, each in zip((whole, picked), planned, strict=True)
         )
         self._step = ClStep()
         self._threads = 0
         self._scratch = self._arena[:0]
         self._rows: StepRows | None = None
-        self._picked = array("i")
+        self._tokens = array("i")
 
-    def __call__(self, rows: Rows, picked: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def __call__(self, rows: Rows, picked: Sequence[int], *, whole: bool = True) -> tuple[Tensor | None, Tensor]:
         """See `kernels.steps.Step`."""
         self._check(rows, picked)
         self._kv.scrub(fresh_blocks(rows, self._kv.spec.block_size))
-        step = self._step
-        self._rows, self._picked = lay_out(rows), array("i", picked)  # kept while the program reads them
+        step, program = self._step, self.whole if whole else self.picked
+        self._rows, self._tokens = lay_out(rows), array("i", picked)  # kept while the program reads them
         self._rows.fill(step)
-        step.picked, step.picks = self._picked.buffer_info()[0], len(picked)
+        step.picked, step.picks = self._tokens.buffer_info()[0], len(picked)
         if threads() != self._threads:
             self._resize(threads())
-        self._library.run(ctypes.addressof(self._ops), len(self._ops), ctypes.addressof(step))
-        return _rows(self._hidden, step.tokens, self._recording.hidden), _rows(
-            self._logits, step.picks, self._recording.logits
-        )
+        program.run(self._library, step)
+        hidden = _rows(program.hidden, step.tokens, program.recording.hidden) if whole else None
+        return hidden, _rows(program.logits, step.picks, program.recording.logits)
+
+    def clock(self, nanoseconds: int) -> None:
+        """Add what each op takes to the int64 at this address, from now on; of whichever program."""
+        self._step.nanoseconds = nanoseconds
 
     @property
     def arena_bytes(self) -> int:
@@ -322,7 +408,10 @@ class NativeStep:
             context=self._limits.context,
             threads=threads(),
         )
-        return self._library.scratch_bytes(ctypes.addressof(self._ops), len(self._ops), limits)
+        return max(
+            self._library.scratch_bytes(ctypes.addressof(program.ops), len(program.ops), limits)
+            for program in (self.whole, self.picked)
+        )
 
     def _check(self, rows: Rows, picked: Sequence[int]) -> None:
         longest = max(map(add, rows.starts, rows.counts), default=0)

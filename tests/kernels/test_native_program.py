@@ -13,7 +13,7 @@ from kernels.native.backend import NativeBackend
 from kernels.native.library import ClKv
 from kernels.native.location import find_library
 from kernels.native.nodes import BF16, F32
-from kernels.native.program import forms_of, plan, record
+from kernels.native.program import forms_of, names, plan, record
 from kernels.native.weights import PackedMatrix
 from kernels.ops import Attending, Heads, KvSpec, Rows
 from kernels.packed import Packed, dequantise
@@ -187,7 +187,8 @@ def test_a_step_at_once_has_the_bits_of_its_ops_one_by_one(
     torch.set_num_threads(threads)
     ops = NativeBackend(dtype, kv_dtype)
     model, spec = toy(ops), KvSpec(2, 9, 8, HEADS.kv, HEADS.dim)
-    own, other = ops.allocate_kv(spec), ops.allocate_kv(spec)
+    own, other, third = ops.allocate_kv(spec), ops.allocate_kv(spec), ops.allocate_kv(spec)
+    picking = ops.compile(model, third, LIMITS)
     step = ops.compile(model, own, LIMITS)
     steps = [
         (Rows(list(range(33)), [0, 0], [20, 13], [(3, 1, 8), (2, 7)]), [19, 32]),
@@ -200,10 +201,44 @@ def test_a_step_at_once_has_the_bits_of_its_ops_one_by_one(
         assert torch.equal(hidden, expected)
         assert torch.equal(logits, model.logits(ops, expected, picked))
         assert torch.equal(own.pages, other.pages)
+        assert torch.equal(picking(rows, picked, whole=False)[1], logits)
+        assert torch.equal(third.pages, other.pages)
     with pytest.raises(ValueError, match="41 tokens in 1 rows"):
         step(Rows([1] * 41, [0], [41], [(0, 1, 2, 3, 4, 5)]), [])
     with pytest.raises(ValueError, match="of which the longest holds 65"):
         step(Rows([1], [64], [1], [tuple(range(9))]), [])
+
+
+class SideBySide(NamedTuple):
+    """A layer whose MLP reads what its attention reads."""
+
+    toy: Toy
+
+    def __call__(self, ops: Any, kv: Any, batch: Any) -> Any:
+        layer, residual = self.toy.layers[0], ops.embed(batch, self.toy.table, 3.0)
+        x = ops.rms_norm(residual, self.toy.norm, 1e-5)
+        q = ops.rope_and_write_kv(ops.linear(x, layer["qkv"]), HEADS, self.toy.rope, kv, 0, batch)
+        attended = ops.linear(ops.paged_attention(q, HEADS, Attending(0.3), kv, 0, batch), layer["out"])
+        inner = ops.linear(ops.gated(ops.linear(x, layer["up"]), "silu"), layer["down"])
+        return ops.add(ops.add(attended, inner), residual)
+
+    def logits(self, ops: Any, hidden: Any, tokens: Sequence[int]) -> Any:
+        return ops.logits(hidden, self.toy.head, tokens)
+
+
+def test_rows_that_nobody_picks_end_with_the_last_attention() -> None:
+    ops = NativeBackend()
+    deep, flat = (ops.allocate_kv(KvSpec(layers, 9, 8, HEADS.kv, HEADS.dim)) for layers in (2, 1))
+    found = record(toy(ops), deep, torch.float32, whole=False)
+    assert names(node.code for node in found.nodes[found.tail :]) == [
+        *("linear", "pick", "norm", "linear", "gated", "linear", "norm", "linear", "cap"),
+    ]
+    model, rows = SideBySide(toy(ops)), Rows(list(range(30)), [0, 0], [20, 10], [(3, 1, 8), (2, 7)])
+    side = record(model, flat, torch.float32, whole=False)
+    assert names(node.code for node in side.nodes[side.tail :]) == ["linear"]
+    _, logits = ops.compile(model, flat, LIMITS)(rows, [19, 29], whole=False)
+    expected = model.logits(ops, model(ops, flat, ops.begin(rows, flat)), [19, 29])
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize("token", [VOCABULARY, -1, 2**31 - 1])
