@@ -87,7 +87,7 @@ def _build_on_device(
     device.hold_to(plan)
     configs.select(device.name, device.capability)
     try:
-        cache = open_kernels(derived, files.model_digest, refused)
+        cache = open_kernels(derived, refused)
         loop = _build(known, files, open_file, plan.options, make_backend(plan.options), None, None)
         cache.seal()
     except CacheError as error:

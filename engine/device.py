@@ -1,4 +1,4 @@
-"""The CUDA device that this process computes on: opened, measured, and no more of its memory taken than was planned.
+"""The CUDA device that this process computes on: opened, measured, and its memory held to the plan.
 
 engine-host lets a worker see one device, by its UUID, so that to CUDA it is always the first.
 
@@ -62,6 +62,6 @@ def open_device(options: EngineOptions) -> Device:
 def _unavailable(options: EngineOptions, why: str) -> EngineError:
     return EngineError(
         "DEVICE_UNAVAILABLE",
-        f"the worker is to run on {options.device}, and {why}; see `cloister gpu list`, and that torch was built for "
-        "CUDA and the driver is loaded",
+        f"the worker is to run on {options.device}, and {why}; see `cloister gpu list`, and that torch was built "
+        "for CUDA and the driver is loaded",
     )

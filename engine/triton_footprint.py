@@ -28,7 +28,7 @@ _FLOAT = 4
 _INT = 8
 _MIB = 2**20
 CONTEXT_BYTES = 640 * _MIB
-"""Of a device, for CUDA's context, cuBLAS and its workspaces, and kernels: a bound that no device has confirmed yet."""
+"""Of a device, for CUDA's context, cuBLAS and its workspaces, and kernels: a bound that no device confirmed yet."""
 _GRAPH_NODE = 16 * 2**10  # of a graph, for each kernel it starts; likewise
 _LAYER_NODES = 16  # kernels of one layer
 _SEGMENT = 2 * _MIB  # torch takes memory of a device in such pieces, and no large tensor shares one
@@ -100,7 +100,7 @@ def packing_bytes(of: Sizes | EncoderSizes) -> int:
 
 
 def host_loading_bytes(of: Sizes | EncoderSizes, stored: Mapping[str, int]) -> int:
-    """Most that the host holds while the files are read and their tensors go to the device, one stack after another.
+    """Most that the host holds while the files are read and their tensors go to the device, stack by stack.
 
     Args:
         of: the sizes.
@@ -135,12 +135,10 @@ def _step(of: Sizes, tokens: int) -> int:
     """The residual stream, an op's input and output, and at one moment attention, an MLP or a mixture."""
     hidden, query, config = of.config.hidden_size, of.query, of.config
     moments = [2 * query + 2 * of.kv + hidden]
-    for mlp in {layer.mlp for layer in config.layers}:
-        if not isinstance(mlp, Mixture):
-            moments.append(3 * mlp.intermediate + hidden)
+    mlps = {layer.mlp for layer in config.layers}
+    moments += [3 * mlp.intermediate + hidden for mlp in mlps if not isinstance(mlp, Mixture)]
     numbers = tokens * (4 * hidden + max(moments)) * of.item
-    mixtures = [layer.mlp for layer in config.layers if isinstance(layer.mlp, Mixture)]
-    return numbers + max((_mixture(of, mlp, tokens) for mlp in mixtures), default=0)
+    return numbers + max((_mixture(of, mlp, tokens) for mlp in mlps if isinstance(mlp, Mixture)), default=0)
 
 
 def _mixture(of: Sizes, mlp: Mixture, tokens: int) -> int:

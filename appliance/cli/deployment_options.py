@@ -18,14 +18,22 @@ _SIZES = {
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """A flag for each option of a deployment."""
-    parser.add_argument("--backend", default="", metavar="NAME", help="cpu, torch or reference; cpu when absent")
+    parser.add_argument(
+        "--device", default="", metavar="ID", help="where it runs, as `gpu list` names it; the CPU when absent"
+    )
+    parser.add_argument(
+        "--backend",
+        default="",
+        metavar="NAME",
+        help="cpu, native, torch or reference; triton on a CUDA device, where it is the default",
+    )
     parser.add_argument("--dtype", default="", choices=("", "float32", "bfloat16"), metavar="float32|bfloat16")
     parser.add_argument(
         "--kv-dtype",
         default="",
-        choices=("", "float32", "bfloat16", "int8"),
-        metavar="float32|bfloat16|int8",
-        help="of keys and values; as --dtype when absent",
+        choices=("", "float32", "bfloat16", "int8", "float8"),
+        metavar="float32|bfloat16|int8|float8",
+        help="of keys and values; as --dtype when absent; float8 on CUDA devices alone",
     )
     parser.add_argument(
         "--deterministic", action="store_true", help="same output bit for bit, whatever shares the batch; slower"
@@ -42,6 +50,7 @@ def options(args: argparse.Namespace) -> admin_pb2.DeploymentOptions:
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
         deterministic=args.deterministic,
+        device=args.device,
         **{name: getattr(args, name) for name in _SIZES},
     )
 

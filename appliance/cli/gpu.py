@@ -21,7 +21,6 @@ def register(parser: argparse.ArgumentParser) -> None:
         "Exit status 3 when it does not fit.",
     )
     plan.add_argument("version", metavar="MODEL", help="name@version, a name for its newest version, or a digest")
-    plan.add_argument("--device", default="", metavar="ID", help="as `gpu list` names it (default: cpu)")
     add_options(plan)
     plan.set_defaults(run=_plan)
 
@@ -54,8 +53,7 @@ def _device(device: admin_pb2.Device) -> list[str]:
         "compute": device.compute_capability,
         "driver": device.driver,
         "state": _state(device),
-        "runs": ", ".join(device.deployments)
-        or ("" if device.kind == "cpu" else "nothing: no backend for it yet"),
+        "runs": ", ".join(device.deployments),
     }
     lines = [f"  {name:<9} {printable(fact)}" for name, fact in facts.items() if fact]
     return [printable(device.id), *lines]
@@ -71,7 +69,7 @@ def _state(device: admin_pb2.Device) -> str:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    request = admin_pb2.PlanModelRequest(model_version=args.version, options=options(args), device=args.device)
+    request = admin_pb2.PlanModelRequest(model_version=args.version, options=options(args))
     with AdminClient(args.home) as admin:
         answer = admin.devices.PlanModel(request)
     plan = answer.plan
@@ -92,12 +90,18 @@ def _plan_shown(answer: admin_pb2.PlanModelResponse) -> str:
         ("KV cache", plan.kv_bytes, pages),
         ("activations", plan.activation_bytes, f"at most, {chosen.max_running} requests a step"),
         ("loading", plan.loading_bytes, "at most, beyond the rest"),
-        ("process", plan.process_bytes, "interpreter and libraries"),
+        (
+            "process",
+            plan.process_bytes,
+            "CUDA and graphs" if plan.host_total_bytes else "interpreter and libraries",
+        ),
         ("total", plan.total_bytes, "at the highest point"),
-        ("available", plan.available_bytes, f"on {plan.device}"),
+        ("available", plan.available_bytes, f"on {printable(plan.device)}"),
+        *_of_host(plan),
     )
     rows = [(name, f"{count:,}", size(count), what) for name, count, what in parts]
-    runs = f"{chosen.backend} {chosen.dtype}{mode}, context {chosen.max_context_tokens:,}"
+    kv = f", {chosen.kv_dtype} KV" if chosen.kv_dtype not in ("", chosen.dtype) else ""
+    runs = f"{chosen.backend} {chosen.dtype}{mode}{kv}, context {chosen.max_context_tokens:,}"
     lines = [
         f"{printable(answer.model_version)}  {runs}",
         table(("part", "bytes", "", "of"), rows),
@@ -106,3 +110,13 @@ def _plan_shown(answer: admin_pb2.PlanModelResponse) -> str:
     if plan.recorded_from:
         lines.append(f"against devices recorded from {printable(plan.recorded_from)}")
     return "\n".join(lines)
+
+
+def _of_host(plan: admin_pb2.MemoryPlan) -> tuple[tuple[str, int, str], ...]:
+    """What the host gives beside, where the device has memory of its own."""
+    if not plan.host_total_bytes:
+        return ()
+    return (
+        ("of the host", plan.host_total_bytes, "libraries, and files while they load"),
+        ("available", plan.host_available_bytes, "on the host"),
+    )

@@ -66,6 +66,22 @@ def measure(library: str = nvml.LIBRARY) -> Inventory:
     return Inventory((cpu_device(), *found.devices), nvml=found.problem)
 
 
+def find_device(wanted: str, recorded: Inventory | None = None) -> engine_pb2.Device:
+    """The device with this id, as it is now or was recorded; empty is the CPU, and for it alone no other is asked.
+
+    Raises:
+        EngineError: DEVICE_NOT_FOUND.
+    """
+    if wanted in ("", CPU):
+        return recorded.cpu if recorded else cpu_device()
+    now = recorded or measure()
+    found = next((device for device in now.devices if device.id == wanted), None)
+    if found is None:
+        why = f" ({now.nvml})" if now.nvml else ""
+        raise EngineError("DEVICE_NOT_FOUND", f"there is no device {wanted}{why}; `cloister gpu list` names them")
+    return found
+
+
 def cpu_device(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> engine_pb2.Device:
     """The CPU, with the cores and the memory this process may use."""
     return engine_pb2.Device(

@@ -1,5 +1,7 @@
 """Has engine-prepare pack the weights of a deployment before its worker starts, unless that was done before.
 
+For a deployment on a CUDA device it compiles the kernels instead: their weights are packed on the device.
+
 A derived file is used only under the digest that control has on record for it, or that engine-prepare told this
 very process; whatever else lies in the folder is not looked at, and removed. engine-prepare is a process of its
 own under limits, ended when its deployment is not wanted any more; whatever becomes of it, the worker starts, and
@@ -14,17 +16,19 @@ import os
 import shutil
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engine.derived.layout import layout_name, pays
+from engine.derived.layout import kernels_layout_name, layout_name, pays
 from engine.derived.location import UNFINISHED, Derived, Location
 from engine.errors import EngineError
+from engine.host.inventory import find_device
 from engine.host.planning import engine_options
-from engine.launch import CORES_VARIABLE, Launch, derived_of
-from engine.memory_plan import MemoryPlan, plan_memory, read_model
+from engine.launch import CORES_VARIABLE, DEVICES_VARIABLE, Launch, derived_of
+from engine.memory_plan import plan_memory, read_model
+from engine.options import EngineOptions
 from engine.protos import engine_pb2
 
 LEAST_BYTES = 256 << 20
@@ -32,6 +36,7 @@ LEAST_BYTES = 256 << 20
 
 _LEFT_FREE = 2 << 30  # of the disk, for logs and databases
 _MARGIN = 64 << 20  # more than planned, for what says what is in a file
+_KERNELS_BYTES = 512 << 20  # compiled kernels of one deployment, at most
 _ANSWER_BYTES = 1 << 16
 _NOT_PASSED_ON = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
 
@@ -56,8 +61,11 @@ class _Job:
     """One derived file that a deployment wants."""
 
     deployment: engine_pb2.Deployment
-    plan: MemoryPlan
+    options: EngineOptions  # with every default filled in
     location: Location  # whose digest and size are not known yet
+    nbytes: int  # that the file will have, about or at most
+    most_bytes: int
+    asked: Mapping[str, Any]  # what is done, and what that takes beside
     cores: tuple[int, ...] = ()
 
 
@@ -69,15 +77,22 @@ class Packer:
         folder: of derived files, made with the first; None: nothing is packed ahead.
         limit_s: that engine-prepare may take.
         least_bytes: of weights that are packed ahead.
+        device: finds a device by its id.
     """
 
     def __init__(
-        self, store: Path, folder: Path | None, limit_s: float = 1800.0, least_bytes: int = LEAST_BYTES
+        self,
+        store: Path,
+        folder: Path | None,
+        limit_s: float = 1800.0,
+        least_bytes: int = LEAST_BYTES,
+        device: Callable[[str], engine_pb2.Device] = find_device,
     ) -> None:
         self._store = store
         self._folder = folder
         self._limit_s = limit_s
         self._least_bytes = least_bytes
+        self._device = device
         self._made: dict[str, Derived] = {}
         self._on_record: dict[str, Derived] = {}
         self._refused: set[Derived] = set()
@@ -162,10 +177,21 @@ class Packer:
         launch = Launch(deployment, self._store, Path())
         model = read_model(launch.files, launch.open_file)
         plan = plan_memory(model, engine_options(deployment.options), available=0)
-        derived = Derived(deployment.files.model_digest, layout_name(plan.options), "0" * 64, 1)
-        if not pays(model, plan.options) or plan.weights < self._least_bytes or not derived.is_sound:
+        options, size, most = plan.options, plan.weights, 2 * plan.weights + _MARGIN
+        if options.is_cuda:
+            device = self._device(options.device)
+            told = device.name, device.compute_capability
+            layout, size, most = kernels_layout_name(options, *told), _KERNELS_BYTES, _KERNELS_BYTES
+            asked = {"do": "kernels", "options": asdict(options), "device": told[0], "capability": told[1]}
+        elif not pays(model, options) or plan.weights < self._least_bytes:
             return None
-        return _Job(deployment, plan, Location(self._folder, derived))
+        else:
+            layout = layout_name(options)
+            chosen = deployment.options.backend or "cpu"  # as its worker will choose
+            asked = {"do": "pack", "backend": chosen, "dtype": options.dtype}
+        derived = Derived(deployment.files.model_digest, layout, "0" * 64, 1)
+        location = Location(self._folder, derived)
+        return _Job(deployment, options, location, size, most, asked) if derived.is_sound else None
 
     async def _make(self, job: _Job) -> Derived:
         """Have the file made.
@@ -177,8 +203,8 @@ class Packer:
         try:
             job.location.folder.mkdir(mode=0o700, exist_ok=True)
             free = shutil.disk_usage(job.location.folder).free
-            if free < job.plan.weights + _MARGIN + _LEFT_FREE:
-                raise EngineError("DISK_FULL", f"{free} bytes are free and {job.plan.weights} are to be written")
+            if free < job.nbytes + _MARGIN + _LEFT_FREE:
+                raise EngineError("DISK_FULL", f"{free} bytes are free and {job.nbytes} are to be written")
             async with asyncio.timeout(self._limit_s):
                 report = await self._ask(job)
             made = Derived(wanted.model_digest, wanted.layout, str(report["sha256"]), int(report["size"]))
@@ -222,18 +248,16 @@ class Packer:
         raise EngineError("PREPARE_FAILED", "engine-prepare answered in an unknown form")
 
     def _question(self, job: _Job) -> Mapping[str, Any]:
-        options, files = job.plan.options, job.deployment.files
+        files = job.deployment.files
         return {
-            "do": "pack",
+            **job.asked,
             "model_digest": files.model_digest,
             "files": [(file.path, file.size, file.sha256) for file in files.files],
             "store": str(self._store),
             "out": str(job.location.folder),
             "layout": job.location.derived.layout,
-            "backend": job.deployment.options.backend or "cpu",  # as its worker will choose
-            "dtype": options.dtype,
-            "threads": len(job.cores) or min(options.threads, len(os.sched_getaffinity(0))),
-            "most_bytes": 2 * job.plan.weights + _MARGIN,
+            "threads": len(job.cores) or min(job.options.threads, len(os.sched_getaffinity(0))),
+            "most_bytes": job.most_bytes,
         }
 
 
@@ -260,4 +284,4 @@ def _remove(path: Path) -> None:
 def _environment(cores: tuple[int, ...]) -> Mapping[str, str]:
     """Variables of engine-prepare: this process's, as a worker's are, but not whom to tell that it is ready."""
     inherited = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
-    return inherited | {CORES_VARIABLE: ",".join(map(str, cores))}
+    return inherited | {CORES_VARIABLE: ",".join(map(str, cores)), DEVICES_VARIABLE: ""}

@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 from engine.cores import engine_cores
 from engine.errors import EngineError
-from engine.host.inventory import Inventory, cpu_device, measure
+from engine.host.inventory import Inventory, find_device, measure
 from engine.host.nvml import CUDA
 from engine.launch import Launch
 from engine.memory import own_bytes
 from engine.memory_plan import MemoryPlan, plan_memory, read_model
 from engine.options import CPU, EngineOptions
 from engine.protos import engine_pb2
-
 
 _CAPABILITY = re.compile(r"\d{1,3}\.\d{1,3}")
 _LEAST_CAPABILITY = (8, 0)
@@ -60,23 +59,6 @@ class Planner:
         now = self._recorded or measure()
         return dataclasses.replace(now, devices=tuple(self._left(device, workers) for device in now.devices))
 
-    def device(self, wanted: str) -> engine_pb2.Device:
-        """The device with this id, as it is now; empty is the CPU, and for it alone no other is asked.
-
-        Raises:
-            EngineError: DEVICE_NOT_FOUND.
-        """
-        if wanted in ("", CPU):
-            return self._recorded.cpu if self._recorded else cpu_device()
-        now = self._recorded or measure()
-        found = next((device for device in now.devices if device.id == wanted), None)
-        if found is None:
-            why = f" ({now.nvml})" if now.nvml else ""
-            raise EngineError(
-                "DEVICE_NOT_FOUND", f"there is no device {wanted}{why}; `cloister gpu list` names them"
-            )
-        return found
-
     def plan(
         self, deployment: engine_pb2.Deployment, workers: Mapping[str, int], device: str = ""
     ) -> engine_pb2.MemoryPlan:
@@ -87,14 +69,14 @@ class Planner:
         """
         asked = device or deployment.options.device
         others = {name: pid for name, pid in workers.items() if name != deployment.name}
-        host = self._left(self.device(CPU), others)
+        host = self._left(find_device(CPU, self._recorded), others)
         replaced = workers.get(deployment.name, 0)
         of_host = host.memory_available_bytes + (self._held(str(replaced)) if replaced else 0)
         if asked in ("", CPU):
             made = self._plan(deployment, "", of_host, of_host, host.cores)
         else:
             found = engine_pb2.Device()
-            found.CopyFrom(self.device(asked))
+            found.CopyFrom(find_device(asked, self._recorded))
             _require_usable(found, deployment.options)
             if replaced:
                 found.memory_available_bytes += min(_taken(found), self._promised_on(asked, {deployment.name}))

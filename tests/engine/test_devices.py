@@ -12,7 +12,7 @@ import pytest
 from google.protobuf.json_format import MessageToDict
 
 from engine.errors import EngineError
-from engine.host import nvml, planning
+from engine.host import inventory, nvml, planning
 from engine.host.child import ChildSpec
 from engine.host.inventory import Inventory, cpu_device, measure, read_recorded
 from engine.host.planning import Planner
@@ -116,7 +116,8 @@ def test_a_plan_for_the_cpu_wakes_no_other_device(
     def asked() -> Inventory:
         raise AssertionError("the other devices were asked")
 
-    monkeypatch.setattr(planning, "measure", asked)
+    for module in (planning, inventory):
+        monkeypatch.setattr(module, "measure", asked)
     planner, wanted = Planner(tiny_store[0]), deployment(tiny_store[1])
     planner.promise({"notes": wanted}, {})
     assert planner.plan(wanted, {}, "cpu").available_bytes > 0
@@ -263,7 +264,7 @@ def test_a_plan_on_a_cuda_device_counts_its_memory_and_the_hosts_apart(
         )
         assert plan.total_bytes == parts
         assert plan.host_available_bytes == planner.plan(deployment(tiny_store[1]), {}, "cpu").available_bytes
-        assert 0 < plan.host_total_bytes
+        assert plan.host_total_bytes > 0
         assert "on GPU-a; of the host" in plan.summary
 
 

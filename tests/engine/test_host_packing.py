@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import AsyncIterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from engine.derived.location import UNFINISHED, Derived
 from engine.host import packing
 from engine.host.packing import Packer, derived_message
+from engine.prepare.question import Compiling, read_question
 from engine.protos import engine_pb2, engine_pb2_grpc
 from tests.engine.processes import running
 from tests.engine.quantised import FORMATS
@@ -172,6 +174,23 @@ async def test_a_small_model_a_plain_one_and_one_that_is_broken_are_left_to_thei
     for one, files in cases:
         assert await one.packed(deployment(files)) == packing.Packed()
     assert not folder.exists()
+
+
+def test_of_a_deployment_on_a_cuda_device_the_kernels_are_asked_for_with_all_its_options(
+    tiny_store: tuple[Path, engine_pb2.FileSet], tmp_path: Path
+) -> None:
+    device = engine_pb2.Device(id="GPU-a", kind="cuda", name="Example H200", compute_capability="9.0")
+    one = packer(tiny_store[0], tmp_path, least_bytes=1 << 40, device={"GPU-a": device}.__getitem__)
+    wanted = deployment(tiny_store[1])
+    wanted.options.CopyFrom(engine_pb2.DeploymentOptions(device="GPU-a", kv_blocks=64, threads=1))
+    job = one._job(wanted)
+    assert job is not None
+    question = read_question(BytesIO(json.dumps(one._question(job)).encode()))
+    assert isinstance(question, Compiling)
+    assert (question.device, question.capability) == ("Example H200", 90)
+    assert (question.packing.options.backend, question.packing.options.kv_blocks) == ("triton", 64)
+    assert question.packing.layout == job.location.derived.layout
+    assert packing._environment(())["CUDA_VISIBLE_DEVICES"] == ""
 
 
 async def test_a_folder_that_cannot_be_made_is_said_and_one_that_went_away_is_made_again(

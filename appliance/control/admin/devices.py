@@ -4,18 +4,16 @@ from typing import Any
 
 from sqlalchemy import select
 
-from appliance.control.admin.models import check_options
+from appliance.control.admin.models import check_device, check_options
 from appliance.control.admin.views import device_view, engine_options, plan_view
 from appliance.control.db.database import Database
 from appliance.control.db.models import Deployment
 from appliance.control.deployments import Deployments, files_of
 from appliance.control.versions import Versions
-from appliance.errors import CloisterError
 from appliance.protos import admin_pb2, admin_pb2_grpc
 from engine.protos import engine_pb2
 
 _CPU = "cpu"
-_LONGEST_ID = 128
 
 # grpc.aio gives servicers a context whose type the generated stubs keep private.
 Context = Any
@@ -38,13 +36,14 @@ class DeviceService(admin_pb2_grpc.DeviceServiceServicer):
     async def ListDevices(  # noqa: N802  # gRPC's name
         self, request: admin_pb2.ListDevicesRequest, context: Context
     ) -> admin_pb2.ListDevicesResponse:
-        """The CPU first; every deployment runs there, for nothing else has a backend yet."""
+        """The CPU first, each with the deployments that are to run on it."""
         found = await self._deployments.inventory()
-        names = await self._database.run(
-            lambda s: list(s.scalars(select(Deployment.name).order_by(Deployment.name)))
+        rows = await self._database.run(
+            lambda s: s.execute(select(Deployment.name, Deployment.options).order_by(Deployment.name)).all()
         )
+        places = [(name, _device_of(options)) for name, options in rows]
         return admin_pb2.ListDevicesResponse(
-            devices=[device_view(d, names if d.id == _CPU else []) for d in found.devices],
+            devices=[device_view(d, [name for name, place in places if place == d.id]) for d in found.devices],
             recorded_from=found.recorded_from,
             nvml=found.nvml,
         )
@@ -54,8 +53,7 @@ class DeviceService(admin_pb2_grpc.DeviceServiceServicer):
     ) -> admin_pb2.PlanModelResponse:
         """What loading a version so would take; nothing is loaded."""
         check_options(request.options)
-        if len(request.device) > _LONGEST_ID:
-            raise CloisterError("INVALID_DEVICE", "name a device by its id", field="device")
+        check_device(request.device, "device")
         version = await self._versions.model(request.model_version)
         deployment = engine_pb2.Deployment(files=files_of(version), options=engine_options(request.options))
         plan = await self._deployments.plan(deployment, request.device)
@@ -64,3 +62,8 @@ class DeviceService(admin_pb2_grpc.DeviceServiceServicer):
             model_digest=version.model_digest,
             plan=plan_view(plan),
         )
+
+
+def _device_of(options: bytes) -> str:
+    """The id of the device that a deployment with these stored options runs on."""
+    return engine_pb2.DeploymentOptions.FromString(options).device or _CPU

@@ -1,5 +1,6 @@
 """ModelService: bundles imported, versions approved, deployed and activated, the store cared for."""
 
+import re
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -32,11 +33,12 @@ from appliance.protos import admin_pb2, admin_pb2_grpc
 from bundles.protos import importer_pb2
 
 _CHOICES = {
-    "backend": ("", "cpu", "native", "torch", "reference"),
+    "backend": ("", "cpu", "native", "torch", "triton", "reference"),
     "dtype": ("", "float32", "bfloat16"),
-    "kv_dtype": ("", "float32", "bfloat16", "int8"),
+    "kv_dtype": ("", "float32", "bfloat16", "int8", "float8"),
 }
 _LONGEST_PATH = 4096
+_DEVICE = re.compile(r"[A-Za-z0-9/._-]{0,128}")
 _LONGEST_ID = 128
 _FINAL = {"committed", "rejected"}
 
@@ -271,17 +273,30 @@ class ModelService(admin_pb2_grpc.ModelServiceServicer):
 
 
 def check_options(options: admin_pb2.DeploymentOptions) -> None:
-    """Refuse a backend or a number type that there is not.
+    """Refuse a backend or a number type that there is not, and what cannot be the id of a device.
 
     Raises:
-        CloisterError: INVALID_OPTION.
+        CloisterError: INVALID_OPTION, INVALID_DEVICE.
     """
+    check_device(options.device, "options.device")
     for field, known in _CHOICES.items():
         if getattr(options, field) not in known:
             choices = ", ".join(filter(None, known))
             raise CloisterError(
                 "INVALID_OPTION", f"{field} is one of {choices}, or left out", field=f"options.{field}"
             )
+
+
+def check_device(device: str, field: str) -> None:
+    """Refuse what cannot be the id of a device.
+
+    Raises:
+        CloisterError: INVALID_DEVICE.
+    """
+    if not _DEVICE.fullmatch(device):
+        raise CloisterError(
+            "INVALID_DEVICE", "name a device by its id, as `cloister gpu list` shows it", field=field
+        )
 
 
 def _check_path(path: str, what: str) -> None:
