@@ -28,7 +28,7 @@ _FLOAT = 4
 _INT = 8
 _MIB = 2**20
 CONTEXT_BYTES = 640 * _MIB
-"""Of a device, for CUDA's context, cuBLAS and its workspaces, and kernels: a bound that no device confirmed yet."""
+"""Of a device, for CUDA's context, cuBLAS and its workspaces, and kernels; a bound not confirmed on one yet."""
 _GRAPH_NODE = 16 * 2**10  # of a graph, for each kernel it starts; likewise
 _LAYER_NODES = 16  # kernels of one layer
 _SEGMENT = 2 * _MIB  # torch takes memory of a device in such pieces, and no large tensor shares one
