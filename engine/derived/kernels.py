@@ -9,6 +9,7 @@ compiler comes with its package; only C modules need a cache that was installed,
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import torch
@@ -19,6 +20,9 @@ from engine.derived.loading import Refused
 from engine.derived.location import Derived, Location
 from engine.errors import EngineError
 from kernels.triton.cache import CacheError, KernelCache, activate, check, check_content, installed_folder
+
+ALLOW_COMPILE = "CLOISTER_ALLOW_COMPILE"
+"""Set to 1, a worker compiles a kernel that is in no cache, with a warning, though a request waits."""
 
 log = logging.getLogger(__name__)
 
@@ -49,20 +53,17 @@ def keep_kernels(cache: Path, folder: Path, model_digest: str, layout: str) -> D
     return Derived(model_digest, layout, sha256, size)
 
 
-def open_kernels(
-    location: Location | None, refused: Refused | None = None, may_compile: bool = False
-) -> KernelCache:
+def open_kernels(location: Location | None, refused: Refused | None = None) -> KernelCache:
     """Have Triton look for kernels in the derived file, or else in the installed cache, where there is either.
 
     Args:
         location: of the derived file, if there is one on record.
         refused: told why that was not used; DERIVED_MISSING, DERIVED_CHANGED or DERIVED_MISMATCH.
-        may_compile: for developers, as `kernels.triton.cache.activate`.
 
     Raises:
         EngineError: the installed cache cannot be used, with a code of `CacheError`.
     """
-    content = _read(location, refused)
+    content, may_compile = _read(location, refused), os.environ.get(ALLOW_COMPILE, "") not in ("", "0")
     installed = installed_folder()
     try:
         if content is not None:

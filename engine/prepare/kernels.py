@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.build import make_runner
+from engine.build import make_backend, make_runner
 from engine.derived.kernels import keep_kernels
 from engine.derived.loading import build_model
 from engine.errors import EngineError
@@ -109,9 +109,7 @@ def deployment_starts(known: Model, options: EngineOptions) -> list[Launch]:
     Raises:
         EngineError: DEVICE_UNSUPPORTED, the device cannot do what the deployment needs.
     """
-    from kernels.triton.backend import TritonBackend
-
-    ops: Any = TritonBackend(_DTYPES[options.dtype], options.kv_dtype, options.deterministic, device="meta")
+    ops = make_backend(options, "meta")
     with recording() as starts, torch.inference_mode():
         try:
             model = build_model(

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ ROOT = Path(__file__).resolve().parents[2]
 TABLES = sorted(path.stem for path in (ROOT / "kernels" / "configs").glob("*.json") if path.stem != DEFAULT)
 
 
-def compile_all(cache: Path, *words: str, python: Sequence[str] = (sys.executable,)) -> list[dict[str, Any]]:
+def compile_all(cache: Path, *words: str, **more: str) -> list[dict[str, Any]]:
     """What each kernel came to; compiled in processes that do not interpret, into a cache of their own."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*python, "-m", "kernels.triton.offline", *words],
-        env=environment | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "kernels.triton.offline", *words],
+        env=environment | {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"} | more,
         cwd=ROOT,
         capture_output=True,
         text=True,
