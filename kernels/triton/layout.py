@@ -1,5 +1,9 @@
 """Bytes of what the Triton kernels keep in memory, for plans made where there is no torch."""
 
+from __future__ import annotations
+
+from kernels.packed import Layout
+
 _CODES = ("int8", "float8")
 _ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "float8": 1}
 _FLOAT = 4
@@ -29,3 +33,109 @@ def decode_workspace_bytes(rows: int, most_tokens: int, query_heads: int, kv_hea
     """Of the answers of splits and the logarithms of their sums; none where there is one split."""
     splits = decode_splits(rows, kv_heads, most_tokens)
     return _FLOAT * rows * splits * query_heads * (head_dim + 1) if splits > 1 else 0
+
+
+ALIGNMENT = 256
+"""Bytes between the starts of tensors in scratch memory, or a multiple."""
+
+PROGRAMS = 132
+"""Programs below which the columns of a product are split among more: the multiprocessors of an H200."""
+
+PLAIN_BYTES = 2**26
+"""Of the rows of a quantised matrix that are made plain at once, about."""
+
+_TILE = 128 * 128  # answers of one program at most
+_BLOCK_ROWS = 128
+_PLANES = 8
+
+
+def form_of(layout: Layout | None, shape: tuple[int, int]) -> str:
+    """How the Triton backend keeps a matrix: "plain", "int4", "int8" or "fp8"; see `kernels/triton/weights.py`.
+
+    Args:
+        layout: None: it is plain.
+        shape: [out, in].
+    """
+    if layout is None:
+        return "plain"
+    if layout.bits == 4 and layout.kind != "float8":
+        return "int4" if int4_width(shape[1], layout.columns) else "plain"
+    fits = layout.kind != "table" and byte_columns(shape[1], layout.columns) > 0
+    return {"int": "int8", "float8": "fp8"}[layout.kind] if fits else "plain"
+
+
+def int4_width(inner: int, group: int) -> int:
+    """Words of a span of columns; 0: columns that share a scale are no whole number of planes."""
+    if group < inner and group % 16:
+        return 0
+    return 32 if inner % (32 * _PLANES) == 0 and (group >= inner or group % 32 == 0) else 16
+
+
+def byte_columns(inner: int, group: int) -> int:
+    """Columns of codes of a byte that are multiplied at once, which share a scale; 0: too few do."""
+    return next((size for size in (128, 64, 32) if group >= inner or group % size == 0), 0)
+
+
+def fp8_rows(layout: Layout, shape: tuple[int, int]) -> int:
+    """Rows that share a scale in the form "fp8"."""
+    return _BLOCK_ROWS if layout.rows == _BLOCK_ROWS and shape[0] % _BLOCK_ROWS == 0 else 1
+
+
+def matrix_bytes(layout: Layout | None, shape: tuple[int, int], item: int) -> int:
+    """Bytes of a matrix, or of a table of embeddings, as the Triton backend keeps it; a tied matrix adds none.
+
+    Args:
+        layout: None: it is plain.
+        shape: [out, in].
+        item: bytes of the number type that the backend computes in.
+    """
+    form, (out, inner) = form_of(layout, shape), shape
+    if layout is None or form == "plain":
+        return out * inner * item
+    groups = -(-inner // layout.columns)
+    scales = _FLOAT * groups * (out // fp8_rows(layout, shape) if form == "fp8" else out * (1 + layout.zeros))
+    rest = scales + (8 * inner if layout.order else 0)
+    if form != "int4":
+        return out * inner + rest
+    width = int4_width(inner, layout.columns)
+    words = -(-inner // (width * _PLANES)) * width
+    return 4 * out * words + rest + (_FLOAT * 16 if layout.kind == "table" else 0)
+
+
+def linear_scratch_bytes(layout: Layout | None, shape: tuple[int, int], most_rows: int, item: int) -> int:
+    """Scratch memory for products of at most so many rows: at least what any way of computing them takes.
+
+    Inputs in the matrix's order, or as codes with scales; rows of the matrix that are made plain; and the sums of
+    splits, which at most PROGRAMS programs write.
+
+    Args:
+        layout: None: it is plain.
+        shape: [out, in].
+        most_rows: of inputs.
+        item: bytes of the number type that the backend computes in.
+    """
+    out, inner = shape
+    form = form_of(layout, shape)
+    if layout is None or form == "plain":
+        return 0
+    inputs = most_rows * inner * item * layout.order
+    codes = most_rows * (inner + _FLOAT * -(-inner // _BLOCK_ROWS)) if form != "int4" else 0
+    plain = plain_rows(out, inner * item) * inner * item
+    return inputs + codes + plain + _FLOAT * PROGRAMS * _TILE + 8 * ALIGNMENT
+
+
+def plain_rows(out: int, row_bytes: int) -> int:
+    """Rows of a quantised matrix that are made plain at once."""
+    return min(out, max(1, PLAIN_BYTES // row_bytes // _BLOCK_ROWS) * _BLOCK_ROWS)
+
+
+def split_size(blocks: int, steps: int, least: int) -> int:
+    """Steps along the columns that each program takes, where `blocks` programs share the answers.
+
+    Args:
+        blocks: of answers.
+        steps: to take along all columns.
+        least: that are worth a program.
+    """
+    splits = max(1, min(PROGRAMS // max(1, blocks), steps // least))
+    return -(-steps // splits)

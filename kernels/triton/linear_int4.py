@@ -1,0 +1,433 @@
+"""Products with matrices of four bits and inputs as they are (W4A16): of few rows, more, and made plain for many.
+
+    y[m, n] = Σ over groups g of scale[g, n] · Σ over k in g of (q[n, k] - zero[g, n]) · x[m, k]
+
+Weights are the left factor: they go from memory through registers, where they are decoded, into the tensor cores;
+the rows of x are the columns of the tile, of which 16 are enough. A code less a whole zero is exact, the
+scale multiplies the float32 sum of a group, and so does what a zero is beside a whole number, times the sum of the
+inputs: nothing is rounded but the answer. Of few rows each warp of a program takes every WAYS-th span of columns,
+and the warps' sums are added at the end, in their order.
+
+Source: Frantar et al., "MARLIN: Mixed-Precision Auto-Regressive Parallel Inference on Large Language Models", 2024
+(4-bit products at the speed of memory to batches of 16 to 32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import gcd
+from typing import cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.packed import Packed, dequantise
+from kernels.triton.case import MODEL, Case, Draw, Expected, expect
+from kernels.triton.configs import config
+from kernels.triton.decode import code, less, plane, whole_part
+from kernels.triton.lang import dot, round_to
+from kernels.triton.launch import is_recording, launch
+from kernels.triton.layout import split_size
+from kernels.triton.scratch import Scratch
+from kernels.triton.split import add_parts
+from kernels.triton.weights import PLANES, Int4, prepare_matrix
+
+FEW = 8
+"""Rows up to which a program's warps share the columns: more would be read more often than the codes."""
+
+
+@triton.jit
+def _weights(words, whole, table_ptr, P: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_TABLE: tl.constexpr, dtype):
+    """One plane, less the whole numbers next to its zeros."""
+    if HAS_TABLE:
+        return round_to(tl.load(table_ptr + code(words, P)), dtype)
+    elif HAS_ZEROS:
+        return less(plane(words, P, dtype), whole)
+    else:
+        return plane(words, P, dtype)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _int4_few(  # noqa: C901  # its branches are compiled away
+    x_ptr,  # [rows, K]
+    codes_ptr,  # int32 [N, SPANS * WIDTH]
+    scales_ptr,  # float32 [G, N]
+    zeros_ptr,  # float32 [G, N], or none
+    table_ptr,  # float32 [16], or none
+    bias_ptr,  # float32 [N], or none
+    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_FRACTIONS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    WAYS: tl.constexpr,
+):
+    """BLOCK_N outputs of BLOCK_M rows over SPLIT spans a program."""
+    SPANS: tl.constexpr = (K + 8 * WIDTH - 1) // (8 * WIDTH)
+    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    split = tl.program_id(1)
+    offs_w = split * SPLIT + tl.arange(0, WAYS)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_i = tl.arange(0, WIDTH)
+    mask_m = offs_m < rows
+    held_n = offs_n if N % BLOCK_N == 0 else tl.minimum(offs_n, N - 1)
+    at_n = held_n.to(tl.int64)[None, :, None] * (SPANS * WIDTH)
+    code_ptrs = codes_ptr + at_n + (offs_w * WIDTH)[:, None, None] + offs_i[None, None, :]
+    at_m = offs_m.to(tl.int64)[None, None, :] * K
+    x_ptrs = x_ptr + at_m + (offs_w * (8 * WIDTH))[:, None, None] + offs_i[None, :, None]
+    acc = tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32)
+    for i in tl.range(0, (SPLIT + WAYS - 1) // WAYS):
+        span = offs_w + i * WAYS
+        if SPLIT % WAYS == 0 and SPANS % SPLIT == 0:
+            words = tl.load(code_ptrs + i * (WAYS * WIDTH), eviction_policy="evict_first")
+        else:
+            real = span < tl.minimum(SPANS, (split + 1) * SPLIT)
+            words = tl.load(code_ptrs + i * (WAYS * WIDTH), mask=real[:, None, None], other=0)
+        for p in tl.static_range(8):
+            k = span * (8 * WIDTH) + p * WIDTH
+            if (p * WIDTH) % STEP == 0:
+                at = tl.minimum(k // GROUP, LAST)[:, None] * N + held_n[None, :]
+                scale = tl.load(scales_ptr + at)
+                whole = scale
+                if HAS_ZEROS:
+                    zero = tl.load(zeros_ptr + at) - 8.0
+                    whole = whole_part(zero) if HAS_FRACTIONS else zero
+                if HAS_FRACTIONS:
+                    rest = tl.zeros([WAYS, WIDTH, BLOCK_M], tl.float32)
+                part = tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32)
+            mask = mask_m[None, None, :]
+            if SPLIT % WAYS != 0 or SPANS % SPLIT != 0:
+                mask = mask & real[:, None, None]
+            if K % (8 * WIDTH) != 0:
+                mask = mask & (k[:, None, None] + offs_i[None, :, None] < K)
+            x = tl.load(x_ptrs + i * (WAYS * 8 * WIDTH) + p * WIDTH, mask=mask, other=0.0)
+            w = _weights(words, whole[:, :, None], table_ptr, p, HAS_ZEROS, HAS_TABLE, dtype)
+            part = dot(w, x, part)
+            if HAS_FRACTIONS:
+                rest += x.to(tl.float32)
+            if ((p + 1) * WIDTH) % STEP == 0:
+                if HAS_FRACTIONS:
+                    part += (whole - zero)[:, :, None] * tl.sum(rest, axis=1)[:, None, :]
+                acc += part * scale[:, :, None]
+    y = tl.sum(acc, axis=0)
+    mask = mask_m[None, :] & (offs_n < N)[:, None]
+    if IN_PARTS:
+        at_row = (split * rows + offs_m).to(tl.int64) * N
+    else:
+        at_row = offs_m.to(tl.int64) * STRIDE
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + held_n)[:, None]
+    tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(y, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _int4_many(  # noqa: C901  # likewise
+    x_ptr,  # [rows, K]
+    codes_ptr,  # int32 [N, SPANS * WIDTH]
+    scales_ptr,  # float32 [G, N]
+    zeros_ptr,  # float32 [G, N], or none
+    table_ptr,  # float32 [16], or none
+    bias_ptr,  # float32 [N], or none
+    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_FRACTIONS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """BLOCK_N outputs of BLOCK_M rows over SPLIT spans a program, span after span."""
+    SPANS: tl.constexpr = (K + 8 * WIDTH - 1) // (8 * WIDTH)
+    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    split = tl.program_id(2)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_i = tl.arange(0, WIDTH)
+    mask_m = offs_m < rows
+    held_n = offs_n if N % BLOCK_N == 0 else tl.minimum(offs_n, N - 1)
+    code_ptrs = codes_ptr + held_n.to(tl.int64)[:, None] * (SPANS * WIDTH) + offs_i[None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + offs_i[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for span in tl.range(split * SPLIT, tl.minimum((split + 1) * SPLIT, SPANS)):
+        words = tl.load(code_ptrs + span * WIDTH)
+        for p in tl.static_range(8):
+            k = span * (8 * WIDTH) + p * WIDTH
+            if (p * WIDTH) % STEP == 0:
+                at = tl.minimum(k // GROUP, LAST) * N + held_n
+                scale = tl.load(scales_ptr + at)
+                whole = scale
+                if HAS_ZEROS:
+                    zero = tl.load(zeros_ptr + at) - 8.0
+                    whole = whole_part(zero) if HAS_FRACTIONS else zero
+                if HAS_FRACTIONS:
+                    rest = tl.zeros([WIDTH, BLOCK_M], tl.float32)
+                part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            mask = mask_m[None, :]
+            if K % (8 * WIDTH) != 0:
+                mask = mask & (k + offs_i[:, None] < K)
+            x = tl.load(x_ptrs + k, mask=mask, other=0.0)
+            part = dot(_weights(words, whole[:, None], table_ptr, p, HAS_ZEROS, HAS_TABLE, dtype), x, part)
+            if HAS_FRACTIONS:
+                rest += x.to(tl.float32)
+            if ((p + 1) * WIDTH) % STEP == 0:
+                if HAS_FRACTIONS:
+                    part += (whole - zero)[:, None] * tl.sum(rest, axis=0)[None, :]
+                acc += part * scale[:, None]
+    mask = mask_m[None, :] & (offs_n < N)[:, None]
+    if IN_PARTS:
+        at_row = (split * rows + offs_m).to(tl.int64) * N
+    else:
+        at_row = offs_m.to(tl.int64) * STRIDE
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + held_n)[:, None]
+    tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def _int4_plain(
+    codes_ptr,  # int32 [N, SPANS * WIDTH]
+    scales_ptr,  # float32 [G, N]
+    zeros_ptr,  # float32 [G, N], or none
+    table_ptr,  # float32 [16], or none
+    out_ptr,  # [last - first, K]
+    first,
+    last,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_TABLE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The plain numbers of one span of BLOCK_N rows, from row `first` on, a program."""
+    SPANS: tl.constexpr = (K + 8 * WIDTH - 1) // (8 * WIDTH)
+    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    span = tl.program_id(1)
+    offs_n = first + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_i = tl.arange(0, WIDTH)
+    real = offs_n < last
+    at_n = offs_n.to(tl.int64)[:, None]
+    words = tl.load(
+        codes_ptr + at_n * (SPANS * WIDTH) + span * WIDTH + offs_i[None, :], mask=real[:, None], other=0
+    )
+    for p in tl.static_range(8):
+        k = span * (8 * WIDTH) + p * WIDTH
+        at = tl.minimum(k // GROUP, LAST) * N + offs_n
+        w = _weights(words, 0.0, table_ptr, p, False, HAS_TABLE, tl.float32)
+        if HAS_ZEROS:
+            w -= tl.load(zeros_ptr + at, mask=real, other=0.0)[:, None] - 8.0
+        w *= tl.load(scales_ptr + at, mask=real, other=0.0)[:, None]
+        mask = real[:, None] & (k + offs_i[None, :] < K)
+        w = round_to(w, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (at_n - first) * K + k + offs_i[None, :], w, mask=mask)
+
+
+def few(x: Tensor, weight: Int4, bias: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+    """x · weightᵀ + bias, in one order of sums whatever the rows: fastest where they are at most FEW.
+
+    Args:
+        x: [rows, K], contiguous.
+        weight: without `order`.
+        bias: float32 [N].
+        out: [rows, N], of any row stride.
+        scratch: for the sums of splits.
+    """
+    settings = config("int4_few" + _suffix(x), len(weight.codes))
+    blocks, steps = triton.cdiv(len(weight.codes), settings["BLOCK_N"]), _spans(weight)
+    split = split_size(blocks, steps, settings["num_warps"])
+    grid = (blocks, triton.cdiv(steps, split), triton.cdiv(len(x), settings["BLOCK_M"]))
+    settings["WAYS"] = settings["num_warps"]
+    _start(_int4_few, grid, grid[1], x, weight, bias, out, scratch, settings | {"SPLIT": split})
+
+
+def many(x: Tensor, weight: Int4, bias: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+    """The same for more rows, in tiles that depend on how many; arguments as of `few`."""
+    settings = config("int4_many" + _suffix(x), len(x))
+    tiles = triton.cdiv(len(x), settings["BLOCK_M"]), triton.cdiv(len(weight.codes), settings["BLOCK_N"])
+    split = split_size(tiles[0] * tiles[1], _spans(weight), 2)
+    grid = (*tiles, triton.cdiv(_spans(weight), split))
+    _start(_int4_many, grid, grid[2], x, weight, bias, out, scratch, settings | {"SPLIT": split})
+
+
+def _suffix(x: Tensor) -> str:
+    return "_float32" if x.dtype is torch.float32 else ""
+
+
+def _spans(weight: Int4) -> int:
+    return weight.codes.shape[1] // weight.width
+
+
+def _start(
+    kernel: object,
+    grid: tuple[int, ...],
+    splits: int,
+    x: Tensor,
+    weight: Int4,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Scratch,
+    settings: dict[str, int],
+) -> None:
+    n = len(weight.codes)
+    parts = scratch.take((splits, len(x), n), torch.float32) if splits > 1 else None
+    if weight.table is not None:
+        settings["num_stages"] = 1  # what is looked up would be fetched ahead as well
+    for fractions in {weight.fractions, is_recording() and weight.zeros is not None}:  # which zeros tell when read
+        launch(
+            kernel,
+            grid,
+            x,
+            weight.codes,
+            weight.scales,
+            weight.zeros,
+            weight.table,
+            bias,
+            out if parts is None else parts,
+            len(x),
+            N=n,
+            K=weight.inner,
+            GROUP=weight.group,
+            WIDTH=weight.width,
+            STEP=_step(weight),
+            STRIDE=out.stride(0),
+            HAS_ZEROS=weight.zeros is not None,
+            HAS_FRACTIONS=fractions,
+            HAS_TABLE=weight.table is not None,
+            HAS_BIAS=bias is not None and parts is None,
+            IN_PARTS=parts is not None,
+            **settings,
+        )
+    if parts is not None:
+        add_parts(parts, bias, out)
+
+
+def _step(weight: Int4) -> int:
+    """Columns of a span between changes of the scale."""
+    return PLANES * weight.width if weight.group >= weight.inner else gcd(weight.group, PLANES * weight.width)
+
+
+def plain(weight: Int4, rows: range, out: Tensor) -> None:
+    """Write the numbers of some rows, whose columns stay in their order.
+
+    Args:
+        weight: of which.
+        rows: which, one after another.
+        out: [len(rows), K], contiguous.
+    """
+    settings = config("int4_plain", len(rows))
+    launch(
+        _int4_plain,
+        (triton.cdiv(len(rows), settings["BLOCK_N"]), _spans(weight)),
+        weight.codes,
+        weight.scales,
+        weight.zeros,
+        weight.table,
+        out,
+        rows.start,
+        rows.stop,
+        N=len(weight.codes),
+        K=weight.inner,
+        GROUP=weight.group,
+        WIDTH=weight.width,
+        HAS_ZEROS=weight.zeros is not None,
+        HAS_TABLE=weight.table is not None,
+        **settings,
+    )
+
+
+def reference(x: Tensor, matrix: Packed, bias: Tensor | None) -> Tensor:
+    """In float64."""
+    y = x.double() @ dequantise(matrix._replace(order=None)).double().T
+    return y if bias is None else y + bias.double()
+
+
+def draw_matrix(draw: Draw, n: int, k: int, group: int, kind: str) -> Packed:
+    """A matrix of four bits: "signed", "zeros", "fractions" or "table"."""
+    groups = -(-k // group)
+    codes = draw.integers(0, 16, n, k, dtype=torch.uint8)
+    scales = draw.uniform(0.5, 1.5, n, groups) / 64
+    zeros = table = None
+    if kind == "signed":
+        codes = draw.integers(-8, 8, n, k)
+    elif kind == "table":
+        table = draw.given(torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]))
+    else:
+        zeros = draw.uniform(4.0, 12.0, n, groups)
+        zeros = zeros.round() if kind == "zeros" else zeros
+    return Packed(codes, scales, 1, group, 4, zeros, table)
+
+
+def cases(draw: Draw, scale: str) -> Iterator[Case]:
+    """Every kind of codes and group; few rows, more, and made plain."""
+    if scale == MODEL:
+        sizes = [(1, 4096, 4096, 128, "signed"), (1, 28672, 4096, 128, "zeros"), (16, 4096, 4096, 128, "signed")]
+        sizes += [(64, 4096, 14336, 128, "signed"), (256, 28672, 4096, 128, "signed")]
+    else:
+        sizes = [(1, 70, 512, 128, "signed"), (3, 33, 256, 32, "zeros"), (4, 64, 384, 384, "fractions")]
+        sizes += [(2, 40, 272, 16, "table"), (17, 32, 2048, 64, "fractions"), (20, 70, 160, 32, "signed")]
+    for rows, n, k, group, kind in sizes:
+        matrix, x = draw_matrix(draw, n, k, group, kind), draw.normal(rows, k)
+        bias = draw.normal(n, dtype=torch.float32) if rows % 2 else None
+        yield _product(few if rows <= FEW else many, x, matrix, bias, kind)
+    yield _product(
+        few, draw.normal(2, 256, dtype=torch.float32), draw_matrix(draw, 32, 256, 64, "fractions"), None, ""
+    )
+    yield _made_plain(draw, *((8192, 4096) if scale == MODEL else (33, 272)))
+
+
+def _product(launcher: Callable[..., None], x: Tensor, matrix: Packed, bias: Tensor | None, kind: str) -> Case:
+    weight, (n, k) = cast(Int4, prepare_matrix(matrix, x.dtype, x.device)), matrix.shape
+
+    def run() -> tuple[Tensor, ...]:
+        out = x.new_empty(len(x), n)
+        launcher(x, weight, bias, out, Scratch(x.new_empty(2**25, dtype=torch.uint8)))
+        return (out,)
+
+    def expected() -> tuple[Expected, ...]:
+        return (expect(reference(x, matrix, bias), x.dtype),)
+
+    name = f"{launcher.__name__} {len(x)} x {n} x {k} groups of {matrix.columns} {kind} {x.dtype}"
+    return Case(
+        name, run, expected, x.nbytes + weight.codes.nbytes + 2 * len(x) * n, 2 * len(x) * n * k, "bfloat16"
+    )
+
+
+def _made_plain(draw: Draw, n: int, k: int) -> Case:
+    matrix = draw_matrix(draw, n, k, 16 if k < 4096 else 128, "fractions")
+    weight, rows = cast(Int4, prepare_matrix(matrix, torch.bfloat16, draw.device)), range(1, n)
+
+    def run() -> tuple[Tensor, ...]:
+        out = torch.empty(len(rows), k, dtype=torch.bfloat16, device=draw.device)
+        plain(weight, rows, out)
+        return (out,)
+
+    def expected() -> tuple[Expected, ...]:
+        return (expect(dequantise(matrix)[rows.start : rows.stop], torch.bfloat16),)
+
+    return Case(f"plain {n} x {k}", run, expected, weight.codes.nbytes + 2 * len(rows) * k)
