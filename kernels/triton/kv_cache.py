@@ -1,7 +1,7 @@
 """KV pages on a device: keys and values of all layers by page and head, as numbers or as codes with scales.
 
-A page of a head is `block_size` vectors one after another, so that a tile of keys is read in long pieces. The slot of
-a token is page · block_size + its place there; slot -1 is nowhere.
+A page of a head is `block_size` vectors one after another, so that a tile of keys is read in long pieces. The slot
+of a token is page · block_size + its place there; slot -1 is nowhere.
 
 Source: Kwon et al., "PagedAttention", SOSP 2023.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from kernels.ops import KvSpec
 from kernels.triton.case import MODEL, Case, Draw, Expected
-from kernels.triton.configs import config
-from kernels.triton.launch import launch
+from kernels.triton.configs import capability, config
+from kernels.triton.launch import Unsupported, launch
 
 KV_TYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -59,6 +59,21 @@ def allocate(spec: KvSpec, kv_dtype: str, device: torch.device | str) -> KvPages
     # zeros of every type are zero bytes; not every type can be filled on every device
     keys, values = (torch.zeros(shape, dtype=_bits(dtype), device=device).view(dtype) for _ in range(2))
     return KvPages(keys, values, *scales, spec)
+
+
+def check_type(kv: KvPages) -> None:
+    """What every kernel that reads or writes codes asks first.
+
+    Raises:
+        Unsupported: the device has no numbers of this type.
+    """
+    if kv.keys.dtype is torch.float8_e4m3fn and capability() < 89:
+        raise Unsupported("float8 pages want compute capability 8.9; int8 pages go everywhere")
+
+
+def pointers(kv: KvPages, layer: int) -> tuple[Tensor | None, ...]:
+    """Keys, values and their scales of a layer."""
+    return tuple(None if pages is None else pages[layer] for pages in kv[:4])
 
 
 def scrub(kv: KvPages, blocks: Sequence[int]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.ops import Heads, KvSpec, QkNorm
 from kernels.triton.case import MODEL, Case, Draw, Expected, expect
 from kernels.triton.configs import config
-from kernels.triton.kv_cache import KvPages, random_pages
+from kernels.triton.kv_cache import KvPages, check_type, pointers, random_pages
 from kernels.triton.lang import round_to
 from kernels.triton.launch import launch
 from kernels.triton.quantise import expect_codes, row_scale
@@ -171,6 +171,7 @@ def rope_and_write(
         layer: of these.
         norms: before the rotation, with float32 weights; None: none.
     """
+    check_type(kv)
     whole = norms is not None and norms.whole
     width = triton.next_power_of_2(heads.dim)
     query_block, key_block = (
@@ -188,7 +189,7 @@ def rope_and_write(
         sin,
         norms.query if norms else None,
         norms.key if norms else None,
-        *(pages[layer] if pages is not None else None for pages in kv[:4]),
+        *pointers(kv, layer),
         norms.eps if norms else 0.0,
         HQ=heads.query,
         HKV=heads.kv,
