@@ -216,7 +216,7 @@ class _Tensors:
         return handle.data_ptr()
 
     def rows(self, handle: Tensor, forms: Forms | None = None, /) -> int:
-        return self.keep(ClRows(f32=self.f32(handle), width=handle.shape[1], group=layout.GROUP))
+        return self.keep(ClRows(f32=self.f32(handle), width=handle.shape[1]))
 
     def keep(self, struct: Structure | ctypes.Array[Any], /) -> int:
         self._kept.append(struct)

@@ -14,7 +14,7 @@ FLOAT32, BFLOAT16, INT8, FLOAT16 = range(4)
 """ClType."""
 F32, BF16, W8A8, W4A8, DECODED = range(5)
 """ClKind."""
-GROUP, TILE, STRIDE = 32, 16, 64
+GROUP, SCALED, TILE, STRIDE = 32, 128, 16, 64
 MOST_HEAD_DIM = 512
 """Numbers of a head that the attention kernels have room for."""
 _MOST_SUMMED = 2**16
@@ -102,15 +102,20 @@ def needed(form: Form) -> RowForm:
         return RowForm(form.decoded)
     if form.kind == BF16:
         return RowForm(BFLOAT16)
-    return RowForm(INT8, 0 if form.kind == W8A8 and not form.group else GROUP)
+    return RowForm(INT8, 0 if form.kind == W8A8 and not form.group else SCALED)
+
+
+def scales_and_sums(form: RowForm, width: int) -> tuple[int, int]:
+    """Of a row in int8."""
+    return (-(-width // form.group), -(-width // GROUP)) if form.group else (1, 1)
 
 
 def row_bytes(forms: Iterable[RowForm], width: int) -> dict[RowForm, int]:
     """Of a row in each of these forms, with scales and sums."""
     padded, sizes = _up(width, STRIDE), {}
     for form in forms:
-        groups = -(-width // form.group) if form.group else 1
-        sizes[form] = {FLOAT32: 4 * width, BFLOAT16: 2 * padded, INT8: padded + 8 * groups}[form.item]
+        more = 4 * sum(scales_and_sums(form, width))
+        sizes[form] = {FLOAT32: 4 * width, BFLOAT16: 2 * padded, INT8: padded + more}[form.item]
     return sizes
 
 

@@ -17,12 +17,12 @@ import torch  # first of all: its libgomp is the one that the library must share
 
 from kernels.native.location import find_library, missing
 
-ABI = 1
+ABI = 2
 """CL_ABI of the header that this file mirrors."""
 
 CL_FLOAT32, CL_BFLOAT16, CL_INT8, CL_FLOAT16 = range(4)
 CL_F32, CL_BF16, CL_W8A8, CL_W4A8, CL_DECODED = range(5)
-CL_GROUP, CL_TILE, CL_STRIDE = 32, 16, 64
+CL_GROUP, CL_SCALED, CL_TILE, CL_STRIDE = 32, 128, 16, 64
 (
     CL_OP_EMBED,
     CL_OP_NORM,

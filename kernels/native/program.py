@@ -23,7 +23,6 @@ from torch import Tensor
 
 from kernels.native import layout, nodes
 from kernels.native.kv import KvPages, StepRows, fresh_blocks, lay_out
-from kernels.native.layout import RowForm
 from kernels.native.library import CL_OP_PICK, ClLimits, ClOp, ClRows, ClStep, Library, threads
 from kernels.native.memory import aligned_empty
 from kernels.native.nodes import F32, PLAIN, Forms, Node
@@ -189,25 +188,20 @@ class Buffers(NamedTuple):
 def buffers(forms: Forms, width: int, rows: int) -> Buffers:
     """The parts of a value [rows, width] that is written in `forms`."""
     padded = _up(width, layout.STRIDE)
-    group = next((_group(form, width) for form in forms if form.item == layout.INT8), 0)
-    groups = -(-width // group) if group else 0
+    whole = next((form for form in forms if form.item == layout.INT8), None)
+    scales, sums = (0, 0) if whole is None else layout.scales_and_sums(whole, width)
     sizes = {
         "f32": 4 * rows * width if F32 in forms else 0,
         "bf16": 2 * rows * padded if nodes.BF16 in forms else 0,
-        "int8": rows * padded if groups else 0,
-        "scales": 4 * rows * groups,
-        "sums": 4 * rows * groups,
+        "int8": rows * padded if whole else 0,
+        "scales": 4 * rows * scales,
+        "sums": 4 * rows * sums,
     }
     at, places = 0, {}
     for name, size in sizes.items():
         places[name] = at if size else None
         at += _up(size, _LINE)
     return Buffers(**places, size=at)
-
-
-def _group(form: RowForm, width: int) -> int:
-    """As ClRows has it."""
-    return form.group or _up(width, layout.STRIDE)
 
 
 def _up(count: int, unit: int) -> int:
@@ -295,13 +289,13 @@ class _Places:
         shown = there if forms is None else forms & there
         if forms is not None and forms - there:
             shown |= PLAIN
-        group = next((_group(form, value.width) for form in shown if form.item == layout.INT8), 0)
-        rows = ClRows(width=value.width, group=group or layout.GROUP)
+        whole = next((form for form in shown if form.item == layout.INT8), None)
+        rows = ClRows(width=value.width, group=whole.group if whole else 0)
         if F32 in shown:
             rows.f32 = self._at(value, parts.f32)
         if nodes.BF16 in shown:
             rows.bf16 = self._at(value, parts.bf16)
-        if group:
+        if whole:
             for name in ("int8", "scales", "sums"):
                 setattr(rows, name, self._at(value, getattr(parts, name)))
         return self.keep(rows)

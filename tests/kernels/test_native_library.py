@@ -46,8 +46,9 @@ def test_numbers_of_the_header_are_those_of_the_mirror() -> None:
         for number, name in enumerate(names):
             assert name == "CL_OPS" or getattr(library, name) == number
     defined = dict(re.findall(r"#define CL_(\w+) (\d+)", text))
-    assert defined == {"ABI": "1", "GROUP": "32", "TILE": "16", "STRIDE": "64"}
-    assert (library.ABI, library.CL_GROUP, library.CL_TILE, library.CL_STRIDE) == (1, 32, 16, 64)
+    assert defined == {"ABI": "2", "GROUP": "32", "SCALED": "128", "TILE": "16", "STRIDE": "64"}
+    assert (library.ABI, library.CL_GROUP, library.CL_SCALED) == (2, 32, 128)
+    assert (library.CL_TILE, library.CL_STRIDE) == (16, 64)
     assert ACTIVATIONS.index("clamped_swiglu") == 3
 
 

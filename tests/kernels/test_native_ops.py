@@ -115,16 +115,16 @@ def test_a_row_has_the_same_bits_wherever_it_lies(width: int) -> None:
             assert all(torch.equal(make(x)[at], make(row)[0]) for at in (0, 21, 36))
 
 
-@pytest.mark.parametrize("group", [32, 0], ids=["groups", "rows"])
+@pytest.mark.parametrize("group", [128, 0], ids=["groups", "rows"])
 def test_ops_write_rows_in_every_form_that_is_asked_for(library: Library, group: int) -> None:
-    tokens, width = 3, 75
-    padded, each = 128, group or 128
+    tokens, width = 3, 203
+    padded, each, summed = 256, group or 256, 32 if group else 256
     count = -(-width // each)
     plain, half = torch.zeros(tokens, width), torch.full((tokens, padded), 7, dtype=torch.bfloat16)
     codes = torch.full((tokens, padded), 7, dtype=torch.int8)
-    scales, sums = torch.zeros(tokens, count), torch.zeros(tokens, count, dtype=torch.int32)
+    scales, sums = torch.zeros(tokens, count), torch.zeros(tokens, -(-width // summed), dtype=torch.int32)
     parts = (plain, half, codes, scales, sums)
-    out = ClRows(*(part.data_ptr() for part in parts), width, each)
+    out = ClRows(*(part.data_ptr() for part in parts), width, group)
     x, weight, picked = noise(tokens, 2 * width), noise(width, seed=1), torch.tensor([2, 0, 1], dtype=torch.int32)
     at = ctypes.addressof(out)
     for code, args in (
@@ -139,9 +139,9 @@ def test_ops_write_rows_in_every_form_that_is_asked_for(library: Library, group:
         assert torch.equal(half[:, :width], plain.bfloat16())
         assert not half[:, width:].any()
         assert not codes[:, width:].any()
+        assert torch.equal(sums, codes.unflatten(1, (-1, summed)).sum(2, dtype=torch.int32)[:, : sums.shape[1]])
         for g in range(count):
             some, own = plain[:, g * each : (g + 1) * each], codes[:, g * each : (g + 1) * each]
-            assert torch.equal(sums[:, g], own.sum(1, dtype=torch.int32))
             exact, scale = some.double(), scales[:, g : g + 1].double()
             within(own[:, : some.shape[1]].double() * scale, exact, scale * 0.5001)
             torch.testing.assert_close(scale * 127, exact.abs().amax(1, keepdim=True), rtol=1e-6, atol=0)

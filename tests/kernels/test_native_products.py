@@ -19,6 +19,7 @@ from kernels.native.library import (
     CL_FLOAT32,
     CL_GROUP,
     CL_OP_LINEAR,
+    CL_SCALED,
     CL_STRIDE,
     CL_TILE,
     CL_W4A8,
@@ -199,6 +200,7 @@ def make(library: Library, isa: str, kind: Kind, out: int, inner: int) -> Made:
 def quantise(x: Array, group: int) -> tuple[Array, Array]:
     """Codes and scales [rows, groups] of int8 inputs, rounded as the library does it."""
     rows, width = x.shape
+    group = group or width
     groups = -(-width // group)
     padded = np.zeros((rows, groups * group), np.float32)
     padded[:, :width] = x
@@ -210,13 +212,14 @@ def quantise(x: Array, group: int) -> tuple[Array, Array]:
 
 
 def give(x: Array, group: int, forms: str = "f32 bf16 int8") -> Given:
-    """Inputs in these forms; int8 with a scale for each group."""
+    """Inputs in these forms; int8 with a scale for each group, or with 0 for a row."""
     rows, width = x.shape
     stride = up(width, CL_STRIDE)
     codes, scales = quantise(x, group)
     whole = np.zeros((rows, stride), np.int8)
     whole[:, :width] = codes[:, :width]
-    sums = np.add.reduceat(codes, np.arange(0, codes.shape[1], group), 1, dtype=np.int32)
+    summed = CL_GROUP if group else width
+    sums = np.add.reduceat(codes, np.arange(0, width, summed), 1, dtype=np.int32)
     half = np.zeros((rows, stride), np.uint16)
     half[:, :width] = bf16(x)
     given = ClRows(None, None, None, None, None, width, group)
@@ -257,7 +260,7 @@ def inputs(rows: int, width: int) -> Array:
 def group_of(part: Made) -> int:
     """Of the int8 inputs that a part needs."""
     by_row = part.kind.kind == CL_W8A8 and part.kind.group == ROW
-    return up(part.weights.shape[1], CL_STRIDE) if by_row else CL_GROUP
+    return ROW if by_row else CL_SCALED
 
 
 def expected(part: Made, x: Array) -> tuple[Array, Array]:
@@ -269,8 +272,8 @@ def expected(part: Made, x: Array) -> tuple[Array, Array]:
     elif part.kind.kind in (CL_W4A8, CL_W8A8):
         group = group_of(part)
         codes, scales = quantise(ordered, group)
-        numbers = (codes * scales.astype(np.float64).repeat(group, 1))[:, :terms]
-        terms = 2 * len(scales[0])  # sums of codes are exact
+        numbers = (codes * scales.astype(np.float64).repeat(group or terms, 1))[:, :terms]
+        terms = len(scales[0]) + 2 * CL_SCALED // CL_GROUP  # sums of codes are exact
     else:
         numbers = ordered.astype(np.float64)
     return numbers @ part.weights.T, (terms + 6) * 2.0**-24 * (np.abs(numbers) @ part.sizes.T)
@@ -319,7 +322,7 @@ def test_parts_of_different_kinds_answer_side_by_side_with_their_biases(library:
     bias = np.random.default_rng(1).standard_normal(sum(range(10, 100, 6))).astype(np.float32)
     for rows in (1, 3, 40):
         x = inputs(rows, 200)
-        answer = run(library, parts, give(x, CL_GROUP), bias, threads=2)
+        answer = run(library, parts, give(x, CL_SCALED), bias, threads=2)
         alone = np.concatenate([run(library, [part], give(x, group_of(part))) for part in parts], 1)
         assert (answer == alone + bias).all()
 

@@ -266,7 +266,7 @@ def test_values_that_live_at_once_have_places_of_their_own_and_only_forms_that_a
             spans = sorted((found.places[v], found.places[v] + found.parts[v].size) for v in (one, two))
             assert spans[0][1] <= spans[1][0]
     assert found.size < sum(found.parts[value].size for value in found.places) / 3
-    int8 = layout.RowForm(layout.INT8, layout.GROUP)
+    int8 = layout.RowForm(layout.INT8, layout.SCALED)
     written = [found.forms[node.makes] for node in nodes if node.makes and node.makes in found.forms]
     assert written[1:5] == [{int8, BF16}, {BF16}, {int8, BF16}, {int8}]  # norm, attention, norm, gate
     assert F32 in written[-2]  # what the last norm makes is picked from

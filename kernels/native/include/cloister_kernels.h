@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define CL_ABI 1
+#define CL_ABI 2
 #define CL_EXPORT __attribute__((visibility("default")))
 
 #ifdef __cplusplus
@@ -24,14 +24,15 @@ enum ClType { CL_FLOAT32 = 0, CL_BFLOAT16 = 1, CL_INT8 = 2, CL_FLOAT16 = 3 };
 enum ClKind {
   CL_F32 = 0,    /* float32 weights and inputs */
   CL_BF16 = 1,   /* bfloat16 weights, inputs rounded to bfloat16 */
-  CL_W8A8 = 2,   /* int8 weights with scales, inputs in int8 with a scale per CL_GROUP or per row */
-  CL_W4A8 = 3,   /* int4 weights in groups of inputs, inputs in int8 with a scale per CL_GROUP */
+  CL_W8A8 = 2,   /* int8 weights with scales, inputs in int8 with a scale per CL_SCALED or per row */
+  CL_W4A8 = 3,   /* int4 weights in groups of inputs, inputs in int8 with a scale per CL_SCALED */
   CL_DECODED = 4 /* any codes, decoded panel by panel to the number type `decoded`, then multiplied as plain */
 };
 
-#define CL_GROUP 32  /* inputs that share a scale in int8 activations */
-#define CL_TILE 16   /* outputs of a tile of weights; tokens of a tile of a KV page */
-#define CL_STRIDE 64 /* rows of int8 and bfloat16 activations are padded with zeros to a multiple of this */
+#define CL_GROUP 32   /* inputs whose codes are added up as whole numbers; groups of weights are multiples of it */
+#define CL_SCALED 128 /* inputs that share a scale in int8 activations that meet weights in groups */
+#define CL_TILE 16    /* outputs of a tile of weights; tokens of a tile of a KV page */
+#define CL_STRIDE 64  /* rows of int8 and bfloat16 activations are padded with zeros to a multiple of this */
 
 /* A matrix [out, in] as `cl_pack` made it: tiles of CL_TILE outputs; the last is padded with zeros.
    w = (value - zero) * scale * factor, where the value of a code is table[code], or code - offset. */
@@ -65,10 +66,10 @@ typedef struct {
   float *f32;     /* [T, width] */
   uint16_t *bf16; /* [T, padded width] */
   int8_t *int8;   /* [T, padded width] */
-  float *scales;  /* of int8: [T, ceil(width / group)] */
-  int32_t *sums;  /* of int8: the sum of each group's codes, as scales */
+  float *scales;  /* of int8: [T, ceil(width / group)], or [T] */
+  int32_t *sums;  /* of int8: of each CL_GROUP of codes, [T, ceil(width / CL_GROUP)]; with group 0 of all, [T] */
   int64_t width;
-  int64_t group; /* numbers that share a scale: CL_GROUP, or width rounded up to CL_STRIDE for one per row */
+  int64_t group; /* of int8: numbers that share a scale: CL_SCALED; 0: all of a row */
 } ClRows;
 
 typedef struct {
@@ -137,7 +138,7 @@ typedef struct {
 
 /* out = x * weight^T + bias. */
 typedef struct {
-  /* With the form that each part needs (float32; bfloat16; int8 by CL_GROUP; int8 by row of CL_W8A8 with group 0),
+  /* With the form that each part needs (float32; bfloat16; int8 by CL_SCALED; int8 by row of CL_W8A8 with group 0),
      or else f32; f32 where a part has an order. */
   const ClRows *x;
   const ClLinear *weight;

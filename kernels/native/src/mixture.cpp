@@ -66,14 +66,14 @@ struct Desk {
         inner(room.take<float>(ITEM_ROWS * op.intermediate)),
         answers(room.take<float>(ITEM_ROWS * op.x->width)) {
     const ClRows &x = *op.x;
-    const int64_t stride = padded(x.width), count = x.group ? groups(x) : 0;
+    const int64_t stride = padded(x.width);
     rows = x;
     if (x.f32) rows.f32 = room.take<float>(ITEM_ROWS * x.width);
     if (x.bf16) rows.bf16 = room.take<uint16_t>(ITEM_ROWS * stride);
     if (x.int8) {
       rows.int8 = room.take<int8_t>(ITEM_ROWS * stride);
-      rows.scales = room.take<float>(ITEM_ROWS * count);
-      rows.sums = room.take<int32_t>(ITEM_ROWS * count);
+      rows.scales = room.take<float>(ITEM_ROWS * scales_of(x));
+      rows.sums = room.take<int32_t>(ITEM_ROWS * sums_of(x));
     }
     int64_t most = 0;
     for (int64_t e = 0; e < 2 * op.experts; ++e) {
@@ -94,10 +94,10 @@ void copy_row(const ClRows &from, int64_t at, const ClRows &to, int64_t row) {
   if (from.f32) memcpy(to.f32 + row * width, from.f32 + at * width, sizeof(float) * width);
   if (from.bf16) memcpy(to.bf16 + row * stride, from.bf16 + at * stride, sizeof(uint16_t) * stride);
   if (!from.int8) return;
-  const int64_t count = groups(from);
+  const int64_t scales = scales_of(from), sums = sums_of(from);
   memcpy(to.int8 + row * stride, from.int8 + at * stride, stride);
-  memcpy(to.scales + row * count, from.scales + at * count, sizeof(float) * count);
-  memcpy(to.sums + row * count, from.sums + at * count, sizeof(int32_t) * count);
+  memcpy(to.scales + row * scales, from.scales + at * scales, sizeof(float) * scales);
+  memcpy(to.sums + row * sums, from.sums + at * sums, sizeof(int32_t) * sums);
 }
 
 class Mixture {
@@ -200,7 +200,7 @@ class Mixture {
     const int32_t *slots = shared_.slots + item.first;
     const int64_t inside = op_.intermediate, hidden = op_.x->width;
     ClRows inner = {};
-    inner.f32 = desk.inner, inner.width = inside, inner.group = CL_GROUP;
+    inner.f32 = desk.inner, inner.width = inside;
     for (int64_t i = team.rank; i < item.count; i += team.threads)
       copy_row(*op_.x, slots[i] / op_.top_k, desk.rows, i);
     team.barrier();

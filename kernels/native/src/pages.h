@@ -58,7 +58,7 @@ inline int64_t value_place(int64_t d, int64_t lane, int64_t dim) {
 inline float quantise_head(const float *x, int64_t count, int8_t *codes) {
   float scale;
   int32_t sum;
-  quantise(x, count, count, codes, &scale, &sum);
+  quantise(x, count, count, codes, &scale, &sum, count);
   return scale;
 }
 

@@ -78,8 +78,8 @@ F16 of_row(const ClMatrix &m, int64_t tile, const float *sums, const Block &b, i
   memcpy(&whole, sums, 64);
   const F16 value = to_float(whole) * (scale * broadcast(b.scale[row]));
   if (!m.zeros) return value;
-  const float total = b.sum ? b.scale[row] * (float)b.sum[row] : b.total[row];
-  return value - scale * factors(m, tile, m.zeros) * broadcast(total);
+  const float total = b.sum ? (float)b.sum[row] : b.total[row];
+  return value - scale * factors(m, tile, m.zeros) * broadcast(b.scale[row] * total);
 }
 
 class Panel {
@@ -160,7 +160,8 @@ class Panel {
     const int64_t pairs = up(end - piece_.tiles.first, TILES), pair = (tile - piece_.tiles.first) / TILES;
     b.x_step = up(rows.rows * 4, pairs);
     b.next_x = reinterpret_cast<const char *>(b.x + rows.rows * units) + pair * b.x_step * units;
-    b.scale = inputs_.scales + g;
+    b.scale = inputs_.scales + place_in_rows(inputs_.rows, rows, inputs_.scaled, inputs_.at_once / SCALED_UNITS,
+                                             group * GROUP_UNITS / SCALED_UNITS);
     if (inputs_.sums)
       b.sum = inputs_.sums + g;
     else

@@ -21,7 +21,7 @@ constexpr int64_t MOST = 512;   // rows that pass a panel before the next: their
 constexpr int64_t PANEL = 4;    // tiles that stay in L2 while all rows pass
 constexpr int64_t UNITS = 512;  // of inputs that are multiplied at once where there are many rows
 constexpr int64_t PLAIN_UNITS = 1024;  // the same, of plain numbers
-constexpr int64_t GROUP_UNITS = CL_GROUP / 4;
+constexpr int64_t GROUP_UNITS = CL_GROUP / 4, SCALED_UNITS = CL_SCALED / 4;
 constexpr int64_t PANEL_BYTES = PANEL * PLAIN_UNITS * 64;
 
 // A unit of inputs is four bytes: one float32, two bfloat16, four int8. A unit of 16 outputs' weights has 64
@@ -34,12 +34,12 @@ struct Inputs {
   Form form;
   int32_t offset;  // of the codes that these inputs meet
   const int32_t *order;
-  int64_t rows, units, groups;
+  int64_t rows, units, groups, scaled;
   int64_t at_once;        // units
   const int32_t *codes;   // [units / at_once][block][at_once][rows of block]
-  const float *scales;    // the same of groups
-  const int32_t *starts;  // the same: sum of a group's codes times -offset
-  const float *totals;    // the same: sum of a group's codes times its scale
+  const float *scales;    // the same of scaled
+  const int32_t *starts;  // the same of groups: sum of a group's codes times -offset
+  const float *totals;    // the same: sum of a group's codes
   const int32_t *sums;    // of one row as it is, that has neither of these; else NULL
 };
 
@@ -49,7 +49,7 @@ struct RowBlock {
 
 // Rows are parted evenly in as few blocks as there can be.
 inline int64_t row_blocks(Form form, int64_t rows) {
-  const int64_t most = form != Form::GROUPS ? ROWS : rows > 4 * GROUP_ROWS ? MANY_GROUP_ROWS : GROUP_ROWS;
+  const int64_t most = form != Form::GROUPS ? ROWS : rows > GROUP_ROWS ? MANY_GROUP_ROWS : GROUP_ROWS;
   return (rows + most - 1) / most;
 }
 inline RowBlock row_block(Form form, int64_t rows, int64_t at) {

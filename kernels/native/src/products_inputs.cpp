@@ -32,9 +32,14 @@ int64_t groups_of(Form form, int64_t width) {
   return form == Form::GROUPS ? (width + CL_GROUP - 1) / CL_GROUP : form == Form::ROW ? 1 : 0;
 }
 
+int64_t scales_of(Form form, int64_t width) {
+  return form == Form::GROUPS ? (width + CL_SCALED - 1) / CL_SCALED : form == Form::ROW ? 1 : 0;
+}
+
 int64_t laid_bytes(const ClMatrix &m, int64_t rows) {
   const Form form = form_of(m);
-  return aligned(rows * units_of(form, m.in) * 4) + 3 * aligned(rows * groups_of(form, m.in) * 4);
+  return aligned(rows * units_of(form, m.in) * 4) + aligned(rows * scales_of(form, m.in) * 4) +
+         2 * aligned(rows * groups_of(form, m.in) * 4);
 }
 
 // Whether x has the rows in the form that a part needs.
@@ -43,8 +48,8 @@ bool has(const ClRows &x, const ClMatrix &m) {
   switch (form_of(m)) {
     case Form::FLOAT32: return x.f32;
     case Form::BFLOAT16: return x.bf16;
-    case Form::GROUPS: return x.int8 && x.group == CL_GROUP;
-    default: return x.int8 && groups(x) == 1 && x.group >= x.width && (x.group != CL_GROUP || x.width <= CL_GROUP);
+    case Form::GROUPS: return x.int8 && x.group == CL_SCALED;
+    default: return x.int8 && x.group == 0;
   }
 }
 
@@ -58,9 +63,8 @@ Row given(const ClRows &x, Form form, int64_t at) {
   if (form == Form::FLOAT32) return {reinterpret_cast<const int32_t *>(x.f32 + at * x.width), nullptr, nullptr};
   if (form == Form::BFLOAT16)
     return {reinterpret_cast<const int32_t *>(x.bf16 + at * padded(x.width)), nullptr, nullptr};
-  const int64_t count = groups(x);
-  return {reinterpret_cast<const int32_t *>(x.int8 + at * padded(x.width)), x.scales + at * count,
-          x.sums + at * count};
+  return {reinterpret_cast<const int32_t *>(x.int8 + at * padded(x.width)), x.scales + at * scales_of(x),
+          x.sums + at * sums_of(x)};
 }
 
 // Row `at` made from float32, in a thread's own scratch.
@@ -77,7 +81,7 @@ Row made(const ClRows &x, const ClMatrix &m, int64_t at, char *own) {
   own += stride * 4;
   ClRows one = {};
   one.width = width;
-  one.group = form == Form::ROW ? stride : CL_GROUP;
+  one.group = form == Form::ROW ? 0 : CL_SCALED;
   if (form == Form::BFLOAT16) {
     one.bf16 = reinterpret_cast<uint16_t *>(own);
   } else {
@@ -103,12 +107,13 @@ void lay_codes(const Inputs &to, RowBlock block, int64_t column, int64_t count, 
 }
 
 void lay_scales(const Inputs &to, RowBlock block, int64_t column, const Row &row) {
-  float *scales = const_cast<float *>(to.scales), *totals = const_cast<float *>(to.totals);
-  int32_t *starts = const_cast<int32_t *>(to.starts);
+  float *scales = const_cast<float *>(to.scales) + column, *totals = const_cast<float *>(to.totals) + column;
+  int32_t *starts = const_cast<int32_t *>(to.starts) + column;
+  for (int64_t g = 0; g < to.scaled; ++g)
+    scales[place_in_rows(to.rows, block, to.scaled, to.at_once / SCALED_UNITS, g)] = row.scales[g];
   for (int64_t g = 0; g < to.groups; ++g) {
-    const int64_t at = place_in_rows(to.rows, block, to.groups, to.at_once / GROUP_UNITS, g) + column;
-    scales[at] = row.scales[g];
-    totals[at] = row.scales[g] * (float)row.sums[g];
+    const int64_t at = place_in_rows(to.rows, block, to.groups, to.at_once / GROUP_UNITS, g);
+    totals[at] = (float)row.sums[g];
     starts[at] = -to.offset * row.sums[g];
   }
 }
@@ -142,7 +147,8 @@ Inputs inputs_of(const ClRows &x, int64_t rows, const ClLinear &weight, int64_t 
   to.rows = rows;
   to.units = units_of(to.form, m.in);
   to.groups = groups_of(to.form, m.in);
-  to.at_once = rows > FEW ? units_at_once(to.form) : (to.units + GROUP_UNITS - 1) / GROUP_UNITS * GROUP_UNITS;
+  to.scaled = scales_of(to.form, m.in);
+  to.at_once = rows > FEW ? units_at_once(to.form) : (to.units + SCALED_UNITS - 1) / SCALED_UNITS * SCALED_UNITS;
   if (rows == 1 && has(x, m)) {
     const Row row = given(x, to.form, 0);
     to.codes = row.codes, to.scales = row.scales, to.sums = row.sums;
@@ -151,10 +157,10 @@ Inputs inputs_of(const ClRows &x, int64_t rows, const ClLinear &weight, int64_t 
   for (int64_t p = 0; p < like; ++p)
     if (first_like(weight, p) == p) scratch += laid_bytes(weight.parts[p], rows);
   const int64_t each = aligned(rows * to.groups * 4);
-  to.scales = reinterpret_cast<float *>(scratch);
-  to.totals = reinterpret_cast<float *>(scratch + each);
-  to.starts = reinterpret_cast<int32_t *>(scratch + 2 * each);
-  to.codes = reinterpret_cast<int32_t *>(scratch + 3 * each);
+  to.totals = reinterpret_cast<float *>(scratch);
+  to.starts = reinterpret_cast<int32_t *>(scratch + each);
+  to.scales = reinterpret_cast<float *>(scratch + 2 * each);
+  to.codes = reinterpret_cast<int32_t *>(scratch + 2 * each + aligned(rows * to.scaled * 4));
   return to;
 }
 

@@ -2,8 +2,8 @@
 #include "dot.h"
 #include "products.h"
 
-// Keeps sums of many rows in memory, where the next group finds them: the registers are for whole numbers.
-#define CL_IN_MEMORY \
+// Keeps loads of units in their order where there are many rows: the registers are for sums.
+#define CL_IN_ORDER \
   if (M * TILES > 8) asm volatile("" ::: "memory")
 
 namespace CL_ISA {
@@ -16,7 +16,7 @@ inline F16 numbers(const ClMatrix &matrix, const void *from, int64_t group) {
 
 // The scales of the tiles' current group of weights, which may be of several groups of inputs.
 struct Scales {
-  F16 scale[TILES], low[TILES];  // low: scale times zero
+  F16 scale[TILES], low[TILES];  // low: scale times zero, taken off
   int64_t group, left, ratio;
   static constexpr int64_t LINE = 2;  // groups of float16 in a cache line
 
@@ -32,7 +32,7 @@ struct Scales {
 #pragma GCC unroll 2
     for (int t = 0; t < TILES; ++t) {
       scale[t] = numbers(*b.matrix, b.scales[t], group);
-      low[t] = b.zeros[t] ? scale[t] * numbers(*b.matrix, b.zeros[t], group) : F16{};
+      low[t] = b.zeros[t] ? F16{} - scale[t] * numbers(*b.matrix, b.zeros[t], group) : F16{};
     }
   }
   // Asks memory for those of later groups: they are streams of their own.
@@ -65,7 +65,7 @@ inline int32_t start_of(const Block &b, int64_t at) {
 
 template <int M>
 inline float total_of(const Block &b, int64_t at) {
-  if (M == 1 && b.sum) return b.scale[at] * (float)b.sum[at];
+  if (M == 1 && b.sum) return (float)b.sum[at];
   return b.total[at];
 }
 
@@ -92,8 +92,8 @@ inline void add_unit(const I16 (&codes)[TILES], const int32_t *x, I16 (&dots)[TI
   }
 }
 
-// A scale for each group of inputs: whole numbers are added up to it, and then
-// sums += (codes * x) * (scale of weights * scale of x), and the zeros' part.
+// Scales for groups of inputs: of each CL_GROUP whole numbers are added up, then
+// part += (codes * x) * scale of weights, and the zeros' part; and of each CL_SCALED sums += part * scale of x.
 template <int M, Codes CODES, bool ZEROS>
 struct Groups {
   static constexpr int64_t BYTES = GROUP_UNITS * (CODES == NIBBLES ? 32 : 64);
@@ -102,22 +102,31 @@ struct Groups {
     Scales scales(b);
     Block at = b;
     const int64_t count = b.units / GROUP_UNITS, lines = (b.lines + count - 1) / count;
-    for (int64_t g = 0; g < count; ++g) {
-      I16 dots[TILES][M];
-      dot(at, dots);
-      if (b.streams)
-        fetch_ahead(at, g + AHEAD < count ? 0 : b.next * count * BYTES);
-      else
-        fetch_lines(b, g * lines, lines);
-      scales.next(b);
-      add(at, scales, dots, sums);
-      for (int t = 0; t < TILES; ++t) at.weights[t] += BYTES;
-      at.x += GROUP_UNITS * M, at.scale += M;
-      if (M == 1 && at.sum)
-        at.sum += M;
-      else
-        at.start += M, at.total += M;
+    for (int64_t g = 0; g < count; at.scale += M) {
+      const int64_t end = g + SCALED_UNITS / GROUP_UNITS, last = end < count ? end : count;
+      F16 parts[TILES][M] = {};
+      for (; g < last; ++g) {
+        I16 dots[TILES][M];
+        dot(at, dots);
+        if (b.streams)
+          fetch_ahead(at, g + AHEAD < count ? 0 : b.next * count * BYTES);
+        else
+          fetch_lines(b, g * lines, lines);
+        scales.next(b);
+        add(at, scales, dots, parts);
+        advance(&at);
+      }
+      fold(at, parts, sums);
     }
+  }
+
+  static inline void advance(Block *at) {
+    for (int t = 0; t < TILES; ++t) at->weights[t] += BYTES;
+    at->x += GROUP_UNITS * M;
+    if (M == 1 && at->sum)
+      at->sum += M;
+    else
+      at->start += M, at->total += M;
   }
 
   static constexpr int64_t AHEAD = 2048 / BYTES;
@@ -140,22 +149,29 @@ struct Groups {
       I16 codes[TILES];
       load_codes<CODES>(at.weights, u, codes);
       add_unit<M, CODES == WIDE>(codes, at.x + u * M, dots);
-      CL_IN_MEMORY;  // and loads of units in their order
+      CL_IN_ORDER;
     }
   }
 
-  static inline void add(const Block &at, const Scales &scales, const I16 (&dots)[TILES][M], float *sums) {
+  static inline void add(const Block &at, const Scales &scales, const I16 (&dots)[TILES][M], F16 (&parts)[TILES][M]) {
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int t = 0; t < TILES; ++t) {
+        parts[t][m] = fma(to_float(dots[t][m]), scales.scale[t], parts[t][m]);
+        if (ZEROS) parts[t][m] = fma(scales.low[t], broadcast(total_of<M>(at, m)), parts[t][m]);
+      }
+  }
+
+  static inline void fold(const Block &at, const F16 (&parts)[TILES][M], float *sums) {
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
       const F16 by = broadcast(at.scale[m]);
 #pragma GCC unroll 2
       for (int t = 0; t < TILES; ++t) {
         float *to = sums + (t * M + m) * 16;
-        F16 sum = fma(to_float(dots[t][m]), scales.scale[t] * by, load(to));
-        if (ZEROS) sum = sum - scales.low[t] * broadcast(total_of<M>(at, m));
-        store(to, sum);
+        store(to, fma(parts[t][m], by, load(to)));
       }
-      CL_IN_MEMORY;
     }
   }
 };
