@@ -1,8 +1,8 @@
 """Compiling kernels to cubin without a device, and what the machine code says about its speed.
 
 A driver that only names its target stands in for CUDA's: `warmup` then makes the very binary, under the very cache
-key, that a start with the same arguments would make on the device. `cuobjdump`, which comes with Triton, tells
-registers, spills and shared memory, and whether tensor cores and bulk copies are used.
+key, that a start with the same arguments would make on the device. `cuobjdump`, which comes with Triton, tells its
+registers and spills and, of a kernel that promises something of them, its instructions.
 
     python -m kernels.triton.offline --target 90 [--scale proof] [--only NAME] [--table NAME] [--all-configs]
 
@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from hashlib import sha256
@@ -105,7 +105,7 @@ class Compiled(NamedTuple):
         shared: bytes of a block.
         wgmma: it uses the tensor cores of Hopper.
         bulk: it copies by TMA.
-        converts: instructions in loops that make floats of integers one by one.
+        converts: instructions in loops that make floats of integers one by one, where it promises none.
         refused: why its launcher does not start it on such a device; else "".
         error: why it did not compile; else "".
     """
@@ -190,21 +190,21 @@ def compile_launch(start: Launch, target: int) -> Any:
     return start.kernel.warmup(*start.args, grid=start.grid, **start.options)
 
 
-def examine(start: Launch, target: int) -> Compiled:
+def examine(start: Launch, target: int, promised: Collection[str] = ()) -> Compiled:
     """Compile, and read the machine code."""
     found = Compiled(name(start), key(start), target, {at: _plain(value) for at, value in start.options.items()})
     try:
         kernel = compile_launch(start, target)
     except Exception as error:  # a refusal is what is asked for
         return found._replace(error=f"{type(error).__name__}: {error}"[:2000])
-    usage, code = _dump(kernel.asm["cubin"])
+    usage, code = _dump(kernel.asm["cubin"], "-res-usage"), kernel.asm["ptx"]
     return found._replace(
         registers=_number(r"REG:(\d+)", usage),
         spilled=_number(r"STACK:(\d+)", usage),
         shared=int(kernel.metadata.shared),
-        wgmma="HGMMA" in code or "IGMMA" in code or "QGMMA" in code,
-        bulk="UTMALDG" in code or "UBLKCP" in code,
-        converts=converts_in_loops(code),
+        wgmma="wgmma.mma_async" in code,
+        bulk="cp.async.bulk" in code,
+        converts=converts_in_loops(_dump(kernel.asm["cubin"], "-sass")) if NO_I2F in promised else 0,
     )
 
 
@@ -249,15 +249,13 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _dump(cubin: bytes) -> tuple[str, str]:
-    """Resources, and machine code."""
+def _dump(cubin: bytes, what: str) -> str:
+    """What cuobjdump tells; resources at once, instructions in half a second."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        asked = [subprocess.run([tool, how, file.name], check=True, capture_output=True, text=True).stdout
-                 for how in ("-res-usage", "-sass")]  # fmt: skip
-    return asked[0], asked[1]
+        return subprocess.run([tool, what, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def main(words: list[str] | None = None) -> int:
@@ -317,7 +315,7 @@ def _end_with_parent() -> None:
 
 
 def _examine_one(place: int, target: int) -> Compiled:
-    return examine(_asked[place], target)
+    return examine(_asked[place], target, promises().get(name(_asked[place]), ()))
 
 
 if __name__ == "__main__":
