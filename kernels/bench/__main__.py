@@ -1,6 +1,7 @@
 """`python -m kernels.bench`: each op's time, bytes and operations per second, and its share of the ceiling.
 
     python -m kernels.bench --backend torch --only products --kinds int4,bf16
+    python -m kernels.bench --device cuda [--family NAME] [--tune]
 
 The ceiling of an op is the longer of reading its weights or pages once, as fast as a probe reads memory in this
 run, and computing its products as fast as torch's libraries multiply square matrices. The last line is a JSON
@@ -33,7 +34,12 @@ _LEAST_SECONDS, _LEAST_ROUNDS = 0.1, 3
 
 def main(words: list[str] | None = None) -> int:
     """Measure and print; the exit status."""
-    args = _parser().parse_args(words)
+    parser = _parser()
+    args = parser.parse_args(words)
+    if args.device == "cuda":
+        return _on_device(args)
+    if args.tune:
+        parser.error("--tune is of --device cuda")
     torch.set_num_threads(args.threads)
     backend = _BACKENDS[args.backend](_DTYPES[args.dtype])
     clock = kernel_clock(backend)
@@ -50,6 +56,18 @@ def main(words: list[str] | None = None) -> int:
         print(_line(rows[-1]), flush=True)
     print(json.dumps({"backend": args.backend, "dtype": args.dtype, "threads": args.threads, "ops": rows}))
     return 0
+
+
+def _on_device(args: argparse.Namespace) -> int:
+    """Of a CUDA device, which alone needs Triton; 1 where there is none."""
+    from kernels.bench import cuda, tune
+    from kernels.bench.device import NoDeviceError
+
+    try:
+        return tune.tune(args.family) if args.tune else cuda.run(args.family)
+    except NoDeviceError as error:
+        print(f"error: {error.code}: {error}", file=sys.stderr)
+        return 1
 
 
 def _native(dtype: torch.dtype) -> Any:
@@ -72,6 +90,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", type=_among(_GROUPS), default=_GROUPS, metavar="GROUP,...")
     parser.add_argument("--kinds", type=_among(_KINDS), default=_KINDS, metavar="KIND,...")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--family", default="", metavar="NAME", help="with cuda: families whose name holds this")
+    parser.add_argument("--tune", action="store_true", help="with cuda: try configurations, and write their table")
     return parser
 
 

@@ -23,6 +23,8 @@ Config: TypeAlias = dict[str, int]  # constants, num_warps and num_stages
 _chosen = DEFAULT
 _capability = 90
 _place: int | None = None
+_tried: dict[tuple[str, int], Config] = {}
+_asked: set[tuple[str, int]] = set()
 
 
 def device_key(name: str) -> str:
@@ -61,6 +63,17 @@ def only(place: int) -> Iterator[None]:
         _place = None
 
 
+@contextmanager
+def trying(changed: dict[tuple[str, int], Config]) -> Iterator[set[tuple[str, int]]]:
+    """Kernels and buckets named here have these configurations inside; gives all those that are asked for."""
+    global _tried, _asked  # noqa: PLW0603  # as above
+    _tried, _asked = changed, set()
+    try:
+        yield _asked
+    finally:
+        _tried = {}
+
+
 def config(kernel: str, size: int) -> Config:
     """The configuration of `kernel` for a problem of this size.
 
@@ -74,7 +87,8 @@ def config(kernel: str, size: int) -> Config:
         bucket = next((at for at in sizes if at >= size), sizes[-1])
     else:
         bucket = sizes[min(_place, len(sizes) - 1)]
-    return dict(buckets[str(bucket)])
+    _asked.add((kernel, bucket))
+    return dict(_tried.get((kernel, bucket)) or buckets[str(bucket)])
 
 
 @cache

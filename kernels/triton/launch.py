@@ -35,13 +35,16 @@ class Launch(NamedTuple):
 
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+_noted: ContextVar[list[Launch] | None] = ContextVar("noted", default=None)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Start `kernel` over `grid`, unless one of its dimensions is 0."""
     if 0 in grid:
         return
-    recorded = _recorded.get()
+    noted, recorded = _noted.get(), _recorded.get()
+    if noted is not None:
+        noted.append(Launch(kernel, grid, args, options))
     if recorded is None:
         kernel[grid](*args, **options)
     else:
@@ -62,3 +65,14 @@ def recording() -> Iterator[list[Launch]]:
         yield found
     finally:
         _recorded.reset(token)
+
+
+@contextmanager
+def noting() -> Iterator[list[Launch]]:
+    """The starts inside, which run as ever."""
+    found: list[Launch] = []
+    token = _noted.set(found)
+    try:
+        yield found
+    finally:
+        _noted.reset(token)
