@@ -140,7 +140,8 @@ def scan(logits: Tensor, workspace: Workspace, out: Drawn, again: bool = False) 
     launch(
         settle_rows, (blocks,), work.maxima, work.places, work.sound, work.tops, work.highest, work.pivot,
         out.tokens, out.finite, rows, CHUNKS=size.chunks, TOPS=tops, REACHING=min(_REACHING, tops // 2),
-        AGAIN=again, LISTED=size.listed, ROWS=size.rows, WIDTH=size.width, MANY=triton.next_power_of_2(tops), num_warps=8,
+        AGAIN=again, LISTED=size.listed, ROWS=size.rows, WIDTH=size.width,
+        MANY=triton.next_power_of_2(tops), num_warps=8,
     )  # fmt: skip
 
 
