@@ -17,7 +17,7 @@ constexpr int TILES = 1, ROWS = 6, GROUP_ROWS = 6, MANY_GROUP_ROWS = 6;
 constexpr int TILES = 1, ROWS = 2, GROUP_ROWS = 2, MANY_GROUP_ROWS = 2;
 #endif
 constexpr int64_t FEW = 12;     // rows that pass weights but once
-constexpr int64_t MOST = 512;   // rows that pass a panel before the next: their sums stay in L2, too
+constexpr int64_t MOST = 256;   // rows that pass a panel before the next: their sums stay in L2, too
 constexpr int64_t PANEL = 4;    // tiles that stay in L2 while all rows pass
 constexpr int64_t UNITS = 512;  // of inputs that are multiplied at once where there are many rows
 constexpr int64_t PLAIN_UNITS = 1024;  // the same, of plain numbers

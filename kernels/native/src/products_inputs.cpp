@@ -93,6 +93,26 @@ Row made(const ClRows &x, const ClMatrix &m, int64_t at, char *own) {
   return {reinterpret_cast<const int32_t *>(own), one.scales, one.sums};
 }
 
+typedef int32_t Four __attribute__((vector_size(16)));
+
+inline Four four(const int32_t *from) {
+  Four x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// Four units of each of four rows: a unit's four beside each other.
+inline void turn_four(const Row *rows, int64_t unit, int32_t *to, int64_t stride) {
+  const Four a = four(rows[0].codes + unit), b = four(rows[1].codes + unit), c = four(rows[2].codes + unit),
+             d = four(rows[3].codes + unit);
+  const Four ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Four ab2 = __builtin_shufflevector(a, b, 2, 6, 3, 7), cd2 = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Four turned[4] = {__builtin_shufflevector(ab, cd, 0, 1, 4, 5), __builtin_shufflevector(ab, cd, 2, 3, 6, 7),
+                          __builtin_shufflevector(ab2, cd2, 0, 1, 4, 5),
+                          __builtin_shufflevector(ab2, cd2, 2, 3, 6, 7)};
+  for (int64_t k = 0; k < 4; ++k) memcpy(to + k * stride, turned + k, sizeof(Four));
+}
+
 // Puts rows in the columns of a block from `column` on; so many units of each by turns that both sides stay in
 // cache.
 void lay_codes(const Inputs &to, RowBlock block, int64_t column, int64_t count, const Row *rows) {
@@ -101,8 +121,14 @@ void lay_codes(const Inputs &to, RowBlock block, int64_t column, int64_t count, 
     int32_t *codes = const_cast<int32_t *>(to.codes) +
                      place_in_rows(to.rows, block, to.units, to.at_once, u) + column;
     const int64_t some = to.units - u < TOGETHER ? to.units - u : TOGETHER;
+    const int64_t fours = count < 4 ? 0 : some / 4 * 4;
+    for (int64_t i = 0; fours && i < count; i += 4) {
+      const int64_t row = i + 4 < count ? i : count - 4;  // the last may be there already
+      for (int64_t k = 0; k < fours; k += 4)
+        turn_four(rows + row, u + k, codes + k * block.rows + row, block.rows);
+    }
     for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < some; ++k) codes[k * block.rows + i] = rows[i].codes[u + k];
+      for (int64_t k = fours; k < some; ++k) codes[k * block.rows + i] = rows[i].codes[u + k];
   }
 }
 
