@@ -188,7 +188,7 @@ def cases(draw: Draw, scale: str) -> Iterator[Case]:
     plain = Attending(0.25)
     yield _case(draw, [(130, 1), (0, 0), (0, 70), (3, 5)], Heads(4, 2, 16), plain, 16, "bfloat16", bf16)
     yield _case(draw, [(40, 140), (200, 1)], Heads(3, 1, 24), plain, 7, "bfloat16", bf16, deterministic=True)
-    yield _case(draw, [(150, 90), (0, 3)], Heads(5, 1, 40), _with_all(draw, 5), 128, "float32", f32)
+    yield _case(draw, [(120, 20), (0, 3)], Heads(5, 1, 40), _with_all(draw, 5), 128, "float32", f32)
     yield _case(draw, [(0, 60), (250, 9)], Heads(4, 2, 16), _with_all(draw, 4), 1, "int8", bf16)
     yield _case(draw, [(64, 64)], Heads(2, 1, 64), plain, 1024, "float8", bf16)
 

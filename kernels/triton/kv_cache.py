@@ -50,8 +50,13 @@ class KvPages(NamedTuple):
 
 
 def allocate(spec: KvSpec, kv_dtype: str, device: torch.device | str) -> KvPages:
-    """Zeroed pages of a type of KV_TYPES."""
+    """Zeroed pages of a type of KV_TYPES.
+
+    Raises:
+        Unsupported: the device has no numbers of this type.
+    """
     dtype = KV_TYPES[kv_dtype]
+    check_type(dtype)
     shape = (spec.num_layers, spec.num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
     scales: list[Tensor | None] = [None, None]
     if dtype.itemsize == 1:
@@ -61,13 +66,13 @@ def allocate(spec: KvSpec, kv_dtype: str, device: torch.device | str) -> KvPages
     return KvPages(keys, values, *scales, spec)
 
 
-def check_type(kv: KvPages) -> None:
+def check_type(dtype: torch.dtype) -> None:
     """What every kernel that reads or writes codes asks first.
 
     Raises:
         Unsupported: the device has no numbers of this type.
     """
-    if kv.keys.dtype is torch.float8_e4m3fn and capability() < 89:
+    if dtype is torch.float8_e4m3fn and capability() < 89:
         raise Unsupported("float8 pages want compute capability 8.9; int8 pages go everywhere")
 
 

@@ -171,7 +171,7 @@ def rope_and_write(
         layer: of these.
         norms: before the rotation, with float32 weights; None: none.
     """
-    check_type(kv)
+    check_type(kv.keys.dtype)
     whole = norms is not None and norms.whole
     width = triton.next_power_of_2(heads.dim)
     query_block, key_block = (

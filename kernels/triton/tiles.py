@@ -69,27 +69,33 @@ def pages_of(table_ptr, start, end, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
     if PAGE % BLOCK_N == 0:
         return tl.load(table_ptr + start // PAGE, mask=start < end, other=0)
     else:
-        token = start + tl.arange(0, BLOCK_N)
-        return tl.load(table_ptr + token // PAGE, mask=token < end, other=0)
+        offs = tl.arange(0, BLOCK_N)
+        at = start // PAGE + offs // PAGE if BLOCK_N % PAGE == 0 else (start + offs) // PAGE
+        return tl.load(table_ptr + at, mask=start + offs < end, other=0)
 
 
 @triton.jit
-def vectors(page, head, start, HKV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Where the tokens' vectors are among all of a layer; int64 [BLOCK_N]."""
-    first = (page.to(tl.int64) * HKV + head) * PAGE
+def places(
+    ptr, page, head, start, SIZE: tl.constexpr, HKV: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Pointers [BLOCK_N] to what tokens have in their pages: SIZE numbers each, at `ptr` of all pages."""
+    offs = tl.arange(0, BLOCK_N)
     if PAGE % BLOCK_N == 0:
-        return first + start % PAGE + tl.arange(0, BLOCK_N)
+        within = start % PAGE + offs
+    elif BLOCK_N % PAGE == 0:  # tiles start at multiples of BLOCK_N
+        within = offs % PAGE
     else:
-        return first + (start + tl.arange(0, BLOCK_N)) % PAGE
+        within = (start + offs) % PAGE
+    return (ptr + head * (PAGE * SIZE) + within * SIZE) + page.to(tl.int64) * (HKV * PAGE * SIZE)
 
 
 @triton.jit
-def load_tile(ptr, vector, token, end, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Vectors [BLOCK_N, BLOCK_D]; zeros beyond a row's end, whatever is there."""
+def load_tile(at, is_token, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Vectors [BLOCK_N, BLOCK_D] at pointers [BLOCK_N]; zeros beyond a row's end, whatever is there."""
     offs = tl.arange(0, BLOCK_D)[None, :]
-    at = ptr + vector[:, None] * D + offs
+    at = at[:, None] + offs
     if MASKED:
-        return tl.load(at, mask=(token < end)[:, None] & (offs < D), other=0.0)
+        return tl.load(at, mask=is_token[:, None] & (offs < D), other=0.0)
     elif D < BLOCK_D:
         return tl.load(at, mask=offs < D, other=0.0)
     else:
@@ -108,7 +114,7 @@ def attend(
 
     `scale` and `cap` are as `factors` has them. MASKED: there are queries that do not see all of these keys;
     position [BLOCK_M] is theirs, and `end` the row's length. EXACT: what rounding takes from shares is multiplied
-    with values, too; else shares are summed as they were rounded, so that less of it is left in the mean.
+    with values, too.
 
     Codes fit float16, to which a device takes them at less cost than to bfloat16; what they stand for may not. So
     if DOT is float16, values and o are multiples of `unit`, the largest scale of values so far.
@@ -117,15 +123,19 @@ def attend(
     page = pages_of(table_ptr, low, end, PAGE, BLOCK_N)
     for start in range(low, high, BLOCK_N):
         token = start + tl.arange(0, BLOCK_N)
-        vector = vectors(page, head, start, HKV, PAGE, BLOCK_N)
+        key_at = places(keys_ptr, page, head, start, D, HKV, PAGE, BLOCK_N)
+        value_at = places(values_ptr, page, head, start, D, HKV, PAGE, BLOCK_N)
+        if CODES:
+            key_scale_at = places(key_scales_ptr, page, head, start, 1, HKV, PAGE, BLOCK_N)
+            value_scale_at = places(value_scales_ptr, page, head, start, 1, HKV, PAGE, BLOCK_N)
         page = pages_of(table_ptr, start + BLOCK_N, end, PAGE, BLOCK_N)  # known before its keys are asked for
-        keys = load_tile(keys_ptr, vector, token, end, D, BLOCK_D, MASKED)
+        keys = load_tile(key_at, token < end, D, BLOCK_D, MASKED)
         scores = dot(q, tl.trans(widen(keys, DOT)), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         if CODES:
-            scores = scores * tl.load(key_scales_ptr + vector, mask=token < end, other=0.0)[None, :]
+            scores = scores * tl.load(key_scale_at, mask=token < end, other=0.0)[None, :]
         if CAPPED:
-            scores = cap * tanh(scores * scale)
-            step = 1.0
+            scores = tanh(scores * scale)
+            step = cap
         else:
             step = scale
         if MASKED:
@@ -137,10 +147,10 @@ def attend(
         base = tl.where(newest == float("-inf"), 0.0, newest) if WINDOW > 0 else newest
         shares = tl.exp2(tl.fma(scores, step, -base[:, None]))
         fade = tl.exp2(most - base)
-        values = load_tile(values_ptr, vector, token, end, D, BLOCK_D, MASKED)
+        values = load_tile(value_at, token < end, D, BLOCK_D, MASKED)
+        total = total * fade + tl.sum(shares, axis=1)
         if CODES:
-            total = total * fade + tl.sum(shares, axis=1)
-            weights = tl.load(value_scales_ptr + vector, mask=token < end, other=0.0)
+            weights = tl.load(value_scale_at, mask=token < end, other=0.0)
             if tl.float16 == DOT:
                 before, unit = unit, tl.maximum(unit, tl.max(weights, axis=0))
                 fade = fade * (before / unit)
@@ -152,8 +162,6 @@ def attend(
         rounded = round_to(shares, DOT)
         if EXACT:
             out = dot(round_to(shares - rounded.to(tl.float32), DOT), values, out)
-        if not CODES:
-            total = total * fade + tl.sum(shares if EXACT else rounded.to(tl.float32), axis=1)
         out = dot(rounded, values, out)
         most = newest
     return most, total, out, unit
@@ -180,7 +188,7 @@ def constants(q: Tensor, heads: Heads, attending: Attending, kv: KvPages, for_co
     Raises:
         ValueError: heads are too long, or scores would be turned round.
     """
-    check_type(kv)
+    check_type(kv.keys.dtype)
     if heads.dim > WIDEST or attending.scale <= 0 or q.stride(-1) != 1:
         raise ValueError(f"{heads}, {attending}: heads have at most {WIDEST} numbers, and scales are positive")
     dot_type = for_codes if kv.key_scales is not None else _DOT[q.dtype]
