@@ -70,16 +70,6 @@ def less(w, whole):
 
 
 @triton.jit
-def less_zero(w, zero):
-    """w - zero rounded to the type of w: exact where zeros are whole, and else as exact as a plain matrix."""
-    whole = whole_part(zero)
-    if w.dtype == tl.float32:
-        return w - zero
-    else:
-        return less(less(w, whole), zero - whole)
-
-
-@triton.jit
 def whole_byte(codes, dtype: tl.constexpr):
     """int8 numbers as `dtype`: exact."""
     bits = (codes.to(tl.uint8, bitcast=True).to(tl.int32) ^ 0x80) | 0x4B000000

@@ -105,20 +105,24 @@ def matrix_bytes(layout: Layout | None, shape: tuple[int, int], item: int) -> in
 def linear_scratch_bytes(layout: Layout | None, shape: tuple[int, int], most_rows: int, item: int) -> int:
     """Scratch memory for products of at most so many rows: at least what any way of computing them takes.
 
-    Inputs in the matrix's order, or as codes with scales; rows of the matrix that are made plain; and the sums of
-    splits, which at most PROGRAMS programs write.
-
     Args:
         layout: None: it is plain.
         shape: [out, in].
         most_rows: of inputs.
         item: bytes of the number type that the backend computes in.
     """
-    out, inner = shape
-    form = form_of(layout, shape)
-    if layout is None or form == "plain":
+    has_order = layout is not None and layout.order
+    return form_scratch_bytes(form_of(layout, shape), has_order, shape, most_rows, item)
+
+
+def form_scratch_bytes(form: str, has_order: bool, shape: tuple[int, int], most_rows: int, item: int) -> int:
+    """The same of a form: inputs in the matrix's order, or as codes with scales; rows that are made plain; and the
+    sums of splits, which at most PROGRAMS programs write.
+    """
+    if form == "plain":
         return 0
-    inputs = most_rows * inner * item * layout.order
+    out, inner = shape
+    inputs = most_rows * inner * item * has_order
     codes = most_rows * (inner + _FLOAT * -(-inner // _BLOCK_ROWS)) if form != "int4" else 0
     plain = plain_rows(out, inner * item) * inner * item
     return inputs + codes + plain + _FLOAT * PROGRAMS * _TILE + 8 * ALIGNMENT

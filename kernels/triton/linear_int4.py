@@ -248,7 +248,9 @@ def _int4_plain(
         tl.store(out_ptr + (at_n - first) * K + k + offs_i[None, :], w, mask=mask)
 
 
-def few(x: Tensor, weight: Int4, bias: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+def few(
+    x: Tensor, weight: Int4, bias: Tensor | None, out: Tensor, scratch: Scratch, *, whole: bool = False
+) -> None:
     """x · weightᵀ + bias, in one order of sums whatever the rows: fastest where they are at most FEW.
 
     Args:
@@ -257,10 +259,11 @@ def few(x: Tensor, weight: Int4, bias: Tensor | None, out: Tensor, scratch: Scra
         bias: float32 [N].
         out: [rows, N], of any row stride.
         scratch: for the sums of splits.
+        whole: nothing is split, so that scratch is not needed.
     """
     settings = config("int4_few" + _suffix(x), len(weight.codes))
     blocks, steps = triton.cdiv(len(weight.codes), settings["BLOCK_N"]), _spans(weight)
-    split = split_size(blocks, steps, settings["num_warps"])
+    split = steps if whole else split_size(blocks, steps, settings["num_warps"])
     grid = (blocks, triton.cdiv(steps, split), triton.cdiv(len(x), settings["BLOCK_M"]))
     settings["WAYS"] = settings["num_warps"]
     _start(_int4_few, grid, grid[1], x, weight, bias, out, scratch, settings | {"SPLIT": split})

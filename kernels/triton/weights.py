@@ -17,7 +17,7 @@ the last are zero. Prepared objects are named tuples of tensors and numbers: see
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812  # torch's own custom
@@ -216,7 +216,7 @@ def _kinds(form: Form) -> list[object]:
 def _join(one: Form, other: Form) -> Form:
     if isinstance(one, Plain) and isinstance(other, Plain):
         return Plain(torch.cat([one.weight, other.weight]))
-    changed: dict[str, object] = {}
+    changed: dict[str, Any] = {}
     for name, part in one._asdict().items():
         if isinstance(part, Tensor):
             dim = 0 if name == "codes" else 1

@@ -1,0 +1,388 @@
+"""Products with matrices of bytes and inputs as they are (W8A16): whole numbers or e4m3, of few rows and of more.
+
+    y[m, n] = Σ over groups g of scale[g, n] · Σ over k in g of (q[n, k] - zero[g, n]) · x[m, k]
+
+Built as the products with four bits: weights go from memory through registers into the tensor cores, scales
+multiply float32 sums, and a zero times the sum of the inputs is taken off a group's sum. Bytes of e4m3 are decoded
+bit by bit, so that devices without e4m3 multiply them as well.
+
+Source: as `linear_int4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.packed import Packed, dequantise
+from kernels.triton.case import MODEL, Case, Draw, Expected, expect
+from kernels.triton.configs import config
+from kernels.triton.decode import small_float, whole_byte
+from kernels.triton.lang import dot, round_to
+from kernels.triton.launch import launch
+from kernels.triton.layout import byte_columns, split_size
+from kernels.triton.scratch import Scratch
+from kernels.triton.split import add_parts
+from kernels.triton.weights import Fp8, Int8, prepare_matrix
+
+FEW = 8
+"""Rows up to which a program's warps share the columns."""
+
+
+@triton.jit
+def _numbers(codes, IS_FLOAT: tl.constexpr, dtype: tl.constexpr):
+    """Codes as numbers; of e4m3 2^-8 of them."""
+    if IS_FLOAT:
+        return small_float(codes, dtype)
+    else:
+        return whole_byte(codes, dtype)
+
+
+@triton.jit
+def _scales(scales_ptr, at, IS_FLOAT: tl.constexpr):
+    if IS_FLOAT:
+        return tl.load(scales_ptr + at) * 256.0
+    else:
+        return tl.load(scales_ptr + at)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bytes_few(
+    x_ptr,  # [rows, K]
+    codes_ptr,  # int8, or uint8 bits of e4m3 [N, K]
+    scales_ptr,  # float32 [G, N / ROWS]
+    zeros_ptr,  # float32 [G, N], or none
+    bias_ptr,  # float32 [N], or none
+    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WAYS: tl.constexpr,
+):
+    """BLOCK_N outputs of BLOCK_M rows over SPLIT blocks of columns a program."""
+    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    split = tl.program_id(1)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    held_n = tl.minimum(offs_n, N - 1)
+    mask_m = offs_m < rows
+    offs_w = split * SPLIT + tl.arange(0, WAYS)
+    offs_k = offs_w[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    end = tl.minimum(K, (split + 1) * (SPLIT * BLOCK_K))
+    code_ptrs = codes_ptr + held_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * K + offs_k[:, :, None]
+    acc = tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32)
+    for i in tl.range(0, (SPLIT + WAYS - 1) // WAYS):
+        k = i * (WAYS * BLOCK_K)
+        real = offs_k + k < end
+        if SPLIT % WAYS == 0 and K % (SPLIT * BLOCK_K) == 0:
+            codes = tl.load(code_ptrs + k, eviction_policy="evict_first")
+            x = tl.load(x_ptrs + k, mask=mask_m[None, None, :], other=0.0)
+        else:
+            codes = tl.load(code_ptrs + k, mask=real[:, None, :], other=0)
+            x = tl.load(x_ptrs + k, mask=mask_m[None, None, :] & real[:, :, None], other=0.0)
+        group = tl.minimum(((offs_w + i * WAYS) * BLOCK_K) // GROUP, LAST)
+        at = group[:, None] * (N // ROWS) + (held_n // ROWS)[None, :]
+        part = dot(_numbers(codes, IS_FLOAT, x.dtype), x, tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32))
+        if HAS_ZEROS:
+            part -= tl.load(zeros_ptr + at)[:, :, None] * tl.sum(x.to(tl.float32), axis=1)[:, None, :]
+        acc += part * _scales(scales_ptr, at, IS_FLOAT)[:, :, None]
+    y = tl.sum(acc, axis=0)
+    if IN_PARTS:
+        at_row = (split * rows + offs_m).to(tl.int64) * N
+    else:
+        at_row = offs_m.to(tl.int64) * STRIDE
+        if HAS_BIAS:
+            y += tl.load(bias_ptr + held_n)[:, None]
+    mask = mask_m[None, :] & (offs_n < N)[:, None]
+    tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(y, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _bytes_many(
+    x_ptr,  # [rows, K]
+    codes_ptr,  # int8, or uint8 bits of e4m3 [N, K]
+    scales_ptr,  # float32 [G, N / ROWS]
+    zeros_ptr,  # float32 [G, N], or none
+    bias_ptr,  # float32 [N], or none
+    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    rows,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    STRIDE: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    IN_PARTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_N outputs of BLOCK_M rows over SPLIT blocks of columns a program, block after block."""
+    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    split = tl.program_id(2)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    held_n = tl.minimum(offs_n, N - 1)
+    mask_m = offs_m < rows
+    code_ptrs = codes_ptr + held_n.to(tl.int64)[:, None] * K + offs_k[None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + offs_k[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in tl.range(split * SPLIT, tl.minimum((split + 1) * SPLIT, (K + BLOCK_K - 1) // BLOCK_K)):
+        k = step * BLOCK_K
+        if K % BLOCK_K == 0:
+            codes = tl.load(code_ptrs + k)
+            x = tl.load(x_ptrs + k, mask=mask_m[None, :], other=0.0)
+        else:
+            real = offs_k + k < K
+            codes = tl.load(code_ptrs + k, mask=real[None, :], other=0)
+            x = tl.load(x_ptrs + k, mask=mask_m[None, :] & real[:, None], other=0.0)
+        numbers = _numbers(codes, IS_FLOAT, x.dtype)
+        if GROUP >= K and not HAS_ZEROS:
+            acc = dot(numbers, x, acc)
+        else:
+            at = tl.minimum(k // GROUP, LAST) * (N // ROWS) + held_n // ROWS
+            part = dot(numbers, x, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
+            if HAS_ZEROS:
+                part -= tl.load(zeros_ptr + at)[:, None] * tl.sum(x.to(tl.float32), axis=0)[None, :]
+            acc += part * _scales(scales_ptr, at, IS_FLOAT)[:, None]
+    if GROUP >= K and not HAS_ZEROS:
+        acc *= _scales(scales_ptr, held_n // ROWS, IS_FLOAT)[:, None]
+    if IN_PARTS:
+        at_row = (split * rows + offs_m).to(tl.int64) * N
+    else:
+        at_row = offs_m.to(tl.int64) * STRIDE
+        if HAS_BIAS:
+            acc += tl.load(bias_ptr + held_n)[:, None]
+    mask = mask_m[None, :] & (offs_n < N)[:, None]
+    tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first", "last"])
+def _bytes_plain(
+    codes_ptr,  # int8, or uint8 bits of e4m3 [N, K]
+    scales_ptr,  # float32 [G, N / ROWS]
+    zeros_ptr,  # float32 [G, N], or none
+    out_ptr,  # [last - first, K]
+    first,
+    last,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    IS_FLOAT: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The plain numbers of a block of columns of BLOCK_N rows, from row `first` on, a program."""
+    offs_n = first + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    at_n = offs_n.to(tl.int64)[:, None]
+    mask = (offs_n < last)[:, None] & (offs_k < K)[None, :]
+    w = _numbers(tl.load(codes_ptr + at_n * K + offs_k[None, :], mask=mask, other=0), IS_FLOAT, tl.float32)
+    at = (offs_k // GROUP)[None, :] * (N // ROWS) + (offs_n // ROWS)[:, None]
+    if HAS_ZEROS:
+        w -= tl.load(zeros_ptr + at, mask=mask, other=0.0)
+    scale = tl.load(scales_ptr + at, mask=mask, other=0.0) * (256.0 if IS_FLOAT else 1.0)
+    tl.store(
+        out_ptr + (at_n - first) * K + offs_k[None, :], round_to(w * scale, out_ptr.dtype.element_ty), mask=mask
+    )
+
+
+def few(
+    x: Tensor, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor, scratch: Scratch, *, whole: bool = False
+) -> None:
+    """x · weightᵀ + bias, in one order of sums whatever the rows: fastest where they are at most FEW.
+
+    Args:
+        x: [rows, K], contiguous.
+        weight: without `order`.
+        bias: float32 [N].
+        out: [rows, N], of any row stride.
+        scratch: for the sums of splits.
+        whole: nothing is split, so that scratch is not needed.
+    """
+    n, columns = len(weight.codes), _columns(x, weight)
+    settings = config("bytes_few" + _suffix(x), n)
+    settings |= {"WAYS": settings["num_warps"], "BLOCK_K": columns}
+    blocks, steps = triton.cdiv(n, settings["BLOCK_N"]), triton.cdiv(weight.codes.shape[1], columns)
+    settings["SPLIT"] = steps if whole else split_size(blocks, steps, settings["num_warps"])
+    grid = (blocks, triton.cdiv(steps, settings["SPLIT"]), triton.cdiv(len(x), settings["BLOCK_M"]))
+    _start(_bytes_few, grid, grid[1], x, weight, bias, out, scratch, settings)
+
+
+def many(x: Tensor, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor, scratch: Scratch) -> None:
+    """The same for more rows, in tiles that depend on how many; arguments as of `few`."""
+    n, columns = len(weight.codes), _columns(x, weight)
+    settings = config("bytes_many" + _suffix(x), len(x)) | {"BLOCK_K": columns}
+    tiles = triton.cdiv(len(x), settings["BLOCK_M"]), triton.cdiv(n, settings["BLOCK_N"])
+    steps = triton.cdiv(weight.codes.shape[1], columns)
+    settings["SPLIT"] = split_size(tiles[0] * tiles[1], steps, 4)
+    grid = (*tiles, triton.cdiv(steps, settings["SPLIT"]))
+    _start(_bytes_many, grid, grid[2], x, weight, bias, out, scratch, settings)
+
+
+def _suffix(x: Tensor) -> str:
+    return "_float32" if x.dtype is torch.float32 else ""
+
+
+def _columns(x: Tensor, weight: Int8 | Fp8) -> int:
+    """Multiplied at once: of float32 numbers, which no tensor core takes, few."""
+    columns = byte_columns(weight.codes.shape[1], weight.group)
+    return min(32, columns) if x.dtype is torch.float32 else columns
+
+
+def constants_of(weight: Int8 | Fp8) -> tuple[Tensor, Tensor | None, dict[str, int]]:
+    """Codes as bytes, zeros, and what a kernel has of the form as constants."""
+    n, k = weight.codes.shape
+    constants = {"N": n, "K": k, "GROUP": weight.group}
+    if isinstance(weight, Fp8):
+        return (
+            weight.codes.view(torch.uint8),
+            None,
+            constants | {"ROWS": weight.rows, "IS_FLOAT": True, "HAS_ZEROS": False},
+        )
+    return (
+        weight.codes,
+        weight.zeros,
+        constants | {"ROWS": 1, "IS_FLOAT": False, "HAS_ZEROS": weight.zeros is not None},
+    )
+
+
+def _start(
+    kernel: object,
+    grid: tuple[int, ...],
+    splits: int,
+    x: Tensor,
+    weight: Int8 | Fp8,
+    bias: Tensor | None,
+    out: Tensor,
+    scratch: Scratch,
+    settings: dict[str, int],
+) -> None:
+    codes, zeros, constants = constants_of(weight)
+    parts = scratch.take((splits, len(x), len(codes)), torch.float32) if splits > 1 else None
+    launch(
+        kernel,
+        grid,
+        x,
+        codes,
+        weight.scales,
+        zeros,
+        bias,
+        out if parts is None else parts,
+        len(x),
+        STRIDE=out.stride(0),
+        HAS_BIAS=bias is not None and parts is None,
+        IN_PARTS=parts is not None,
+        **constants,
+        **settings,
+    )
+    if parts is not None:
+        add_parts(parts, bias, out)
+
+
+def plain(weight: Int8 | Fp8, rows: range, out: Tensor) -> None:
+    """Write the numbers of some rows, whose columns stay in their order.
+
+    Args:
+        weight: of which.
+        rows: which, one after another.
+        out: [len(rows), K], contiguous.
+    """
+    codes, zeros, constants = constants_of(weight)
+    settings = config("bytes_plain", len(rows))
+    grid = (triton.cdiv(len(rows), settings["BLOCK_N"]), triton.cdiv(codes.shape[1], settings["BLOCK_K"]))
+    launch(_bytes_plain, grid, codes, weight.scales, zeros, out, rows.start, rows.stop, **constants, **settings)
+
+
+def draw_matrix(draw: Draw, n: int, k: int, rows: int, group: int, kind: str) -> Packed:
+    """A matrix of bytes: "signed", "zeros" or "float"."""
+    shape = (triton.cdiv(n, rows), triton.cdiv(k, group))
+    codes, scales, zeros = draw.integers(-128, 128, n, k), draw.uniform(0.5, 1.5, *shape) / 1024, None
+    if kind == "zeros":
+        codes, zeros = draw.integers(0, 256, n, k, dtype=torch.uint8), draw.uniform(100.0, 150.0, *shape)
+    elif kind == "float":
+        codes = draw.normal(n, k, dtype=torch.float8_e4m3fn, scale=64.0)
+    return Packed(codes, scales, rows, group, 8, zeros)
+
+
+def cases(draw: Draw, scale: str) -> Iterator[Case]:
+    """Both kinds of bytes, every kind of group; few rows, more, and made plain."""
+    if scale == MODEL:
+        sizes = [
+            (1, 4096, 4096, 1, 4096, "signed"),
+            (1, 4096, 4096, 1, 4096, "float"),
+            (1, 128256, 4096, 1, 4096, "signed"),
+        ]
+        sizes += [(16, 4096, 4096, 1, 4096, "signed"), (64, 4096, 14336, 128, 128, "float")]
+    else:
+        sizes = [(1, 70, 600, 1, 600, "signed"), (2, 33, 256, 1, 64, "zeros"), (3, 256, 384, 128, 128, "float")]
+        sizes += [(17, 33, 2600, 33, 2600, "float"), (20, 70, 256, 1, 32, "zeros"), (9, 40, 512, 1, 512, "signed")]
+    for rows, n, k, shared, group, kind in sizes:
+        matrix, x = draw_matrix(draw, n, k, shared, group, kind), draw.normal(rows, k)
+        bias = draw.normal(n, dtype=torch.float32) if rows % 2 else None
+        yield _product(few if rows <= FEW else many, x, matrix, bias, kind)
+    x = draw.normal(2, 256, dtype=torch.float32)
+    yield _product(few, x, draw_matrix(draw, 32, 256, 1, 256, "float"), None, "float")
+    for kind in ("zeros", "float"):
+        yield _made_plain(draw, *((8192, 4096) if scale == MODEL else (33, 200)), kind)
+
+
+def _product(launcher: Callable[..., None], x: Tensor, matrix: Packed, bias: Tensor | None, kind: str) -> Case:
+    weight, (n, k) = cast(Int8 | Fp8, prepare_matrix(matrix, x.dtype, x.device)), matrix.shape
+
+    def run() -> tuple[Tensor, ...]:
+        out = x.new_empty(len(x), n)
+        launcher(x, weight, bias, out, Scratch(x.new_empty(2**25, dtype=torch.uint8)))
+        return (out,)
+
+    def expected() -> tuple[Expected, ...]:
+        return (expect(reference(x, matrix, bias), x.dtype),)
+
+    name = f"{launcher.__name__} {len(x)} x {n} x {k} scales of {matrix.rows} x {matrix.columns} {kind} {x.dtype}"
+    return Case(
+        name, run, expected, x.nbytes + weight.codes.nbytes + 2 * len(x) * n, 2 * len(x) * n * k, "bfloat16"
+    )
+
+
+def reference(x: Tensor, matrix: Packed, bias: Tensor | None) -> Tensor:
+    """In float64."""
+    y = x.double() @ dequantise(matrix).double().T
+    return y if bias is None else y + bias.double()
+
+
+def _made_plain(draw: Draw, n: int, k: int, kind: str) -> Case:
+    matrix = draw_matrix(draw, n, k, 1, k if k < 4096 else 128, kind)
+    weight, rows = cast(Int8 | Fp8, prepare_matrix(matrix, torch.bfloat16, draw.device)), range(1, n)
+
+    def run() -> tuple[Tensor, ...]:
+        out = torch.empty(len(rows), k, dtype=torch.bfloat16, device=draw.device)
+        plain(weight, rows, out)
+        return (out,)
+
+    def expected() -> tuple[Expected, ...]:
+        return (expect(dequantise(matrix)[rows.start : rows.stop], torch.bfloat16),)
+
+    return Case(f"plain {n} x {k} {kind}", run, expected, weight.codes.nbytes + 2 * len(rows) * k)
