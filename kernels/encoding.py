@@ -119,7 +119,8 @@ class EncoderOps:
             low, high = (max(0, first - reach), min(count, last + reach)) if reach else (0, count)
             scores = q[:, first:last] @ k[:, low:high].transpose(1, 2) * looking.scale
             if reach:
-                distances = torch.arange(first, last)[:, None] - torch.arange(low, high)
+                queries, keys = (torch.arange(*span, device=q.device) for span in ((first, last), (low, high)))
+                distances = queries[:, None] - keys
                 scores.masked_fill_(distances.abs() > reach, -math.inf)
             parts.append(torch.softmax(scores, dim=-1) @ v[:, low:high])
         return torch.cat(parts, dim=1).to(self.dtype)

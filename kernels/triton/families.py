@@ -5,6 +5,7 @@ from types import ModuleType
 from kernels.triton import (
     attention_decode,
     attention_prefill,
+    drawing,
     embed,
     gated,
     inputs,
@@ -27,6 +28,7 @@ from kernels.triton import (
 FAMILIES: tuple[ModuleType, ...] = (
     attention_decode,
     attention_prefill,
+    drawing,
     embed,
     gated,
     kv_cache,

@@ -24,7 +24,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def dot(a, b, acc):
     """acc + a · b in float32 of a [M, K] and b [K, N]; M, N and K at least 16, K of 8-bit numbers at least 32."""
     if INTERPRET:
-        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        # in float64, as numpy gives a row other bits in another place of a product of float32 numbers
+        a, b = a.to(tl.float32).to(tl.float64), b.to(tl.float32).to(tl.float64)
+        return acc + tl.dot(a, b, input_precision="ieee").to(acc.dtype)
     else:
         return tl.dot(a, b, acc, input_precision="ieee")
 

@@ -27,6 +27,8 @@ LAYOUTS = [
     {"backend": "torch", "deterministic": True},
     {"backend": "reference"},
     {"backend": "reference", "dtype": "bfloat16"},
+    {"backend": "triton"},
+    {"backend": "triton", "dtype": "bfloat16", "kv_dtype": "int8"},
 ]
 _FULL = {"kv_blocks": 18, "max_context_tokens": 96, "max_step_tokens": 64, "max_running": 3, "threads": 1}
 _SLOW = {"kv_blocks": 6, "max_context_tokens": 32}  # the reference attends token by token
