@@ -176,10 +176,13 @@ def _linkable() -> Iterator[None]:
         return
     before = knobs.nvidia.libcuda_path
     with tempfile.TemporaryDirectory(prefix="cl-libcuda-") as folder:
+        knobs.nvidia.libcuda_path = folder
+        library = Path(folder) / "libcuda.so.1"
         if shutil.which("gcc") or os.environ.get("CC"):
             _stand_in(Path(folder))
-            knobs.nvidia.libcuda_path = folder
-            ctypes.CDLL(str(Path(folder) / "libcuda.so.1"), ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+        else:
+            library.touch()  # Triton looks for it before it asks for C modules, which nothing can build here
         try:
             yield
         finally:

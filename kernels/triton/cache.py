@@ -61,6 +61,9 @@ class CacheError(RuntimeError):
         self.code = code
         self.message = message
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CacheError, (self.code, self.message)
+
 
 class KernelNotCompiled(CacheError):  # noqa: N818  # a state of the cache
     """A kernel was started that is in no cache, once nothing may be compiled any more."""

@@ -29,7 +29,7 @@ def to_json(starts: Sequence[Launch]) -> list[Json]:
     """
     return [
         {
-            "kernel": f"{start.kernel.module}:{start.kernel.__name__}",
+            "kernel": f"{start.kernel.fn.__module__}:{start.kernel.fn.__name__}",
             "grid": list(start.grid),
             "args": [_encode(arg) for arg in start.args],
             "options": {name: _encode(value) for name, value in start.options.items()},
@@ -79,8 +79,10 @@ def _decode(value: Json) -> Any:
 
 
 def _kernel(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    found = getattr(importlib.import_module(module), attribute, None) if module.startswith(_OURS) else None
-    if not hasattr(found, "warmup"):
-        raise ValueError(f"{name} is no kernel of ours")
-    return found
+    """What `triton.jit` made of the function MODULE:NAME, whatever it is called there."""
+    module, _, function = name.partition(":")
+    objects = vars(importlib.import_module(module)).values() if module.startswith(_OURS) else ()
+    for found in objects:
+        if hasattr(found, "warmup") and found.fn.__name__ == function and found.fn.__module__ == module:
+            return found
+    raise ValueError(f"{name} is no kernel of ours")

@@ -167,21 +167,30 @@ def name(start: Launch) -> str:
 
 def key(start: Launch) -> str:
     """Short for the kernel's constants, options and types: what a binary is made of beside its source."""
-    free = {parameter.name for parameter in start.kernel.params if parameter.do_not_specialize}
+    free, loose = (_told(start.kernel, what) for what in ("do_not_specialize", "do_not_specialize_on_alignment"))
     types = [
-        _kind(arg, parameter.name in free) for arg, parameter in zip(start.args, start.kernel.params, strict=False)
+        _kind(arg, at in free, at in free | loose)
+        for at, arg in zip(start.kernel.arg_names, start.args, strict=False)
     ]
-    source = f"{start.kernel.module}.{start.kernel.__name__}"
+    source = f"{start.kernel.fn.__module__}.{start.kernel.fn.__name__}"
     return sha256(repr((source, types, sorted(start.options.items()))).encode()).hexdigest()[:12]
 
 
-def _kind(arg: Any, is_free: bool) -> str:
-    """What Triton compiles for: of tensors type and alignment, of integers whether they are 1 or end on 16."""
+def _told(kernel: Any, what: str) -> set[str]:
+    """The parameters that `triton.jit` was told something of, whether the kernel is compiled or interpreted."""
+    if hasattr(kernel, "params"):
+        return {parameter.name for parameter in kernel.params if getattr(parameter, what)}
+    return set(kernel.kwargs.get(what) or ())
+
+
+def _kind(arg: Any, is_free: bool, is_loose: bool) -> str:
+    """What a binary is made for: type and alignment of tensors, width of integers, and 1 or a multiple of 16."""
     if isinstance(arg, torch.Tensor):
-        return f"{arg.dtype}{'' if arg.data_ptr() % 16 == 0 else ' unaligned'}"
-    if isinstance(arg, int) and not isinstance(arg, bool) and not is_free:
-        return f"int{' 1' if arg == 1 else ' 16' if arg % 16 == 0 else ''}{' wide' if arg >= 2**31 else ''}"
-    return type(arg).__name__
+        return f"{arg.dtype}{' aligned' if arg.data_ptr() % 16 == 0 and not is_loose else ''}"
+    if not isinstance(arg, int) or isinstance(arg, bool):
+        return type(arg).__name__
+    special = " 1" if arg == 1 and not is_free else " 16" if arg % 16 == 0 and not is_loose else ""
+    return f"int{special}{'' if -(2**31) <= arg < 2**31 else ' wide'}"
 
 
 def compile_launch(start: Launch, target: int) -> Any:

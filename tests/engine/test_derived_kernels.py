@@ -15,11 +15,16 @@ from engine.derived.kernels import keep_kernels, open_kernels
 from engine.derived.layout import kernels_layout_name
 from engine.derived.location import Derived, Location
 from engine.errors import EngineError
+from engine.memory_plan import read_model
 from engine.options import EngineOptions
+from engine.prepare.kernels import deployment_starts
 from engine.protos import engine_pb2
 from kernels.triton import cache as kernel_cache
 from kernels.triton.cache import KernelCache, write_manifest
+from kernels.triton.launch import noting
+from kernels.triton.offline import key
 from tests.engine.test_worker import flip_bit
+from tests.engine.tiny import engine, file_set, request, run, save_llama
 from tests.engine.tiny_models import into_store
 from tests.kernels.triton_machine import ROOT, build, environment, make_driver, needs_compiler
 
@@ -124,6 +129,28 @@ def test_a_layout_is_of_one_kind_of_device_and_one_size_of_steps() -> None:
     assert Derived(MODEL, LAYOUT, "0" * 64, 1).is_sound
 
 
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"kv_dtype": "int8"}], ids=str)
+def test_steps_of_every_kind_start_no_kernel_that_is_not_on_the_list(options: Any, tmp_path: Path) -> None:
+    save_llama(tmp_path, num_hidden_layers=1)
+    limits = {"max_running": 3, "max_step_tokens": 16, "kv_blocks": 24, "max_context_tokens": 32}
+    with noting() as started:
+        loop = engine(tmp_path, backend="triton", dtype="bfloat16", **(limits | options))
+        started.clear()
+        for handle, asked in enumerate(KINDS):
+            loop.submit(request(handle, [5 + handle] * (4 + 9 * handle), 3, ignore_eos=True, **asked))
+        run(loop)
+    listed = {key(start) for start in deployment_starts(read_model(*file_set(tmp_path)), loop.options)}
+    assert started
+    assert {start.kernel.fn.__name__ for start in started if key(start) not in listed} == set()
+
+
+KINDS: list[dict[str, Any]] = [
+    {"prompt_logprobs": 1},
+    {"temperature": 0.8, "top_k": 20, "min_p": 0.1, "seed": 4},
+    {"temperature": 0.5, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.3, "logprobs": 2},
+]
+
+
 @pytest.fixture(scope="module")
 def stored(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, engine_pb2.FileSet]:
     store = tmp_path_factory.mktemp("kernels") / "store"
@@ -170,7 +197,9 @@ from engine.derived.location import Derived, Location
 from engine.footprint import positions
 from engine.launch import open_in_store
 from engine.memory_plan import read_model
+from engine.memory_plan import read_model
 from engine.options import EngineOptions
+from engine.prepare.kernels import deployment_starts
 from engine.prepare.kernels import SizedWeights
 from engine.weights.files import File, FileSet
 from kernels.triton import configs
