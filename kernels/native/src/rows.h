@@ -14,13 +14,6 @@ inline int64_t scales_of(const ClRows &rows) {
 }
 inline int64_t sums_of(const ClRows &rows) { return rows.group ? (rows.width + CL_GROUP - 1) / CL_GROUP : 1; }
 
-inline int32_t total(I16 x) {
-  int32_t each[16], all = 0;
-  store(each, x);
-  for (int i = 0; i < 16; ++i) all += each[i];
-  return all;
-}
-
 // codes = round(x / scale), scale = max|x| / 127, of one group; padded with zeros to `room` codes; sums: of each
 // `summed` codes. Where a number is not finite, codes are 0 and the scale is NaN.
 inline void quantise(const float *x, int64_t count, int64_t room, int8_t *codes, float *scale, int32_t *sums,
@@ -36,22 +29,25 @@ inline void quantise(const float *x, int64_t count, int64_t room, int8_t *codes,
   const float inverse = fault == 0 && highest_size > 0x1p-120f ? 127.0f / highest_size : 0.0f;
   // Added to a number below 2^22, it leaves the nearest whole number in the low bits.
   const F16 shift = broadcast(12582912.0f);
-  I16 sum = broadcast(0);
+  I16 total = broadcast(0);
   int64_t left = summed;
   for (int64_t i = 0; i < count; i += 16) {
     const F16 some = inverse > 0 ? load_some(x + i, count - i) : broadcast(0.0f);
     const I16 whole = bits(some * broadcast(inverse) + shift) - bits(shift);
-    sum = sum + whole;
+    total = total + whole;
     if ((left -= 16) <= 0 || i + 16 >= count) {
-      *sums++ = total(sum);
-      sum = broadcast(0), left = summed;
+      *sums++ = CL_ISA::sum(total);
+      total = broadcast(0), left = summed;
     }
     int8_t bytes[16];
     for (int part = 0; part < PARTS; ++part) {
       const ByteV narrow = __builtin_convertvector(whole.part[part], ByteV);
       memcpy(bytes + part * LANES, &narrow, sizeof narrow);
     }
-    memcpy(codes + i, bytes, count - i < 16 ? count - i : 16);
+    if (count - i >= 16)
+      memcpy(codes + i, bytes, 16);
+    else
+      memcpy(codes + i, bytes, count - i);
   }
   if (room > count) memset(codes + count, 0, room - count);
   *scale = highest_size / 127.0f + fault;

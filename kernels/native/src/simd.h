@@ -209,6 +209,15 @@ inline FourV joined(F16 x, Join join) {
 inline float sum(F16 x) {
   return joined(x, [](auto a, auto b) { return a + b; })[0];
 }
+inline int32_t sum(I16 x) {
+  const FourV all = joined(numbers(x), [](auto a, auto b) {
+    typedef int32_t Whole __attribute__((vector_size(sizeof(a))));
+    return (decltype(a))((Whole)a + (Whole)b);
+  });
+  int32_t r;
+  memcpy(&r, &all, sizeof r);
+  return r;
+}
 inline float highest(F16 x) {
   return joined(x, [](auto a, auto b) { return a > b ? a : b; })[0];
 }
