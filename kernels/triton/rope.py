@@ -71,16 +71,15 @@ def _rope_and_write(
         slot = tl.load(slots_ptr + token)
         if slot < 0:
             return
-        head = (part - tl.cdiv(HQ, QUERY_BLOCK)) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
-        vector = (slot // PAGE * HKV + head) * PAGE + slot % PAGE
-        first, second, rest = _normed(
-            x_ptr + HQ * D, key_weight_ptr, eps, head, HKV, D, N, NORMED, WHOLE, BLOCK_N, BLOCK_REST
+        kv_head = (part - tl.cdiv(HQ, QUERY_BLOCK)) * KEY_BLOCK + tl.arange(0, KEY_BLOCK)
+        vector, mask = (slot // PAGE * HKV + kv_head) * PAGE + slot % PAGE, kv_head < HKV
+        # Names of their own: a compiled branch must leave the shapes of the other one's.
+        k1, k2, k3 = _normed(
+            x_ptr + HQ * D, key_weight_ptr, eps, kv_head, HKV, D, N, NORMED, WHOLE, BLOCK_N, BLOCK_REST
         )
-        turned = second * cos + first * sin
-        _write(keys_ptr, key_scales_ptr, vector, head < HKV, first * cos - second * sin, turned, rest, D, N)
-        v_ptr = x_ptr + (HQ + HKV) * D
-        first, second, rest = _load(v_ptr, head * D, head < HKV, D, N, BLOCK_N, BLOCK_REST)
-        _write(values_ptr, value_scales_ptr, vector, head < HKV, first, second, rest, D, N)
+        _write(keys_ptr, key_scales_ptr, vector, mask, k1 * cos - k2 * sin, k2 * cos + k1 * sin, k3, D, N)
+        v1, v2, v3 = _load(x_ptr + (HQ + HKV) * D, kv_head * D, mask, D, N, BLOCK_N, BLOCK_REST)
+        _write(values_ptr, value_scales_ptr, vector, mask, v1, v2, v3, D, N)
 
 
 @triton.jit
