@@ -179,12 +179,13 @@ class TritonBackend(EncoderOps):
     ) -> Tensor:
         """See `kernels.ops.Backend`."""
         at = batch.at
-        out = q.new_empty(len(q), heads.query * heads.dim)
         if batch.is_decode and not self.deterministic:
+            out = q.new_empty(len(q), heads.query * heads.dim)
             workspace = self._workspace_for(batch, heads)
             lengths = at.block_tables, at.lengths
             decode_attention(q, kv, layer, *lengths, heads, attending, out, workspace, batch.context)
             return out
+        out = q.new_zeros(len(q), heads.query * heads.dim)  # tokens of no row stay so
         places = at.block_tables, at.starts, at.query_starts
         prefill_attention(
             q, kv, layer, *places, heads, attending, out, batch.most_tokens, deterministic=self.deterministic
@@ -232,7 +233,7 @@ class TritonBackend(EncoderOps):
         if rows == range(len(rows)) or list(rows) == list(range(len(rows))):
             return x[: len(rows)]
         out = x.new_empty(len(rows), x.shape[1])
-        pointwise.pick(x, torch.tensor(rows, device=self.device), out)
+        pointwise.pick(x, torch.tensor(rows, dtype=torch.int32, device=self.device), out)
         return out
 
     def sample(self, logits: Tensor, sampling: Sampling) -> Draw:

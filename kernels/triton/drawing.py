@@ -27,6 +27,9 @@ from kernels.triton.sampling_adjust import sample_adjusted
 _BLOCK = 256
 _GREEDY = (0.0, 0.0, 1.0, 0.0, 0.0)  # temperature, top_k, top_p, uniform, min_p
 _TOP_K = 1
+_ALIGNED = (
+    4  # rows; so that what lies in one piece begins at multiples of 16 bytes, which kernels are compiled for
+)
 _IN_FLIGHT = 2  # draws on their way to or from the device
 
 
@@ -66,11 +69,12 @@ class Drawing:
         device: where they are.
 
     Attributes:
-        rows: as given.
+        rows: that it has room for.
         vocabulary: as given.
     """
 
     def __init__(self, rows: int, vocabulary: int, device: torch.device) -> None:
+        rows = -(-rows // _ALIGNED) * _ALIGNED
         self.rows, self.vocabulary = rows, vocabulary
         self._device = device
         self._workspace = make_workspace(rows, vocabulary, device)

@@ -133,6 +133,7 @@ class GraphedStep:
             self._places: Sequence[int] = ()  # of what was drawn last
             if not is_lazy:
                 self._drawing.warm_up(self._logits)
+                self._ops.pick(self._logits, [limits.rows - 1])
                 for tier in reversed(self._tiers):
                     for bucket in reversed(self._buckets):
                         self._record(bucket, tier)
@@ -143,7 +144,9 @@ class GraphedStep:
         """See `kernels.steps.Step`; what all tokens come to is there in any case."""
         rows = self._checked(rows)
         if is_decode(rows):
+            drawn = self._drawing.tokens.clone()
             hidden, logits = self._replay(rows)
+            self._drawing.tokens.copy_(drawn)
             return hidden, self._ops.pick(logits, picked) if picked else None
         hidden = self._run(rows)
         return hidden, self._model.logits(self._ops, hidden, picked) if picked else None
@@ -238,6 +241,7 @@ class GraphedStep:
             hidden = self._model(self._ops, self._kv, batch)
             picked = range(min(tokens, self._limits.rows))
             answers.append((hidden, self._model.logits(self._ops, hidden, picked)))
+            self._ops.pick(hidden, [tokens - 1])
         return answers[0]
 
 

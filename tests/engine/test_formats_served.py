@@ -35,6 +35,7 @@ LAYOUTS: list[dict[str, Any]] = [
     {"backend": "cpu", "dtype": "bfloat16"},
     {"backend": "torch", "dtype": "bfloat16"},
     {"backend": "reference", "dtype": "bfloat16"},
+    {"backend": "triton", "dtype": "bfloat16"},
 ]
 
 
