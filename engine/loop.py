@@ -167,14 +167,7 @@ class EngineLoop:
         plan = self.scheduler.plan()
         if plan is None:
             return rows
-        now = self._clock()
-        for planned in plan.rows:
-            request, _ = self._requests[planned.handle]
-            request.scheduled_ns = request.scheduled_ns or now
-        plan, result, failed = self._execute(plan)
-        self._judge(result, failed)
-        rows.extend(self._commit(plan, result))
-        rows.extend(self._fail(handle, error) for handle, error in failed)
+        rows.extend(self._carry_out(plan))
         return rows
 
     def status(self) -> EngineStatus:
@@ -193,6 +186,21 @@ class EngineLoop:
             preemptions=done.preemptions,
             tokens_recomputed=done.recomputed,
         )
+
+    def _stamp(self, plan: StepPlan) -> None:
+        """Note when requests were first computed."""
+        now = self._clock()
+        for planned in plan.rows:
+            request, _ = self._requests[planned.handle]
+            request.scheduled_ns = request.scheduled_ns or now
+
+    def _carry_out(self, plan: StepPlan) -> Iterable[StepRow]:
+        """Execute a plan and commit what it brought."""
+        self._stamp(plan)
+        plan, result, failed = self._execute(plan)
+        self._judge(result, failed)
+        yield from self._commit(plan, result)
+        yield from [self._fail(handle, error) for handle, error in failed]
 
     def _execute(self, plan: StepPlan) -> tuple[StepPlan, StepResult, list[tuple[int, EngineError]]]:
         """What was carried out in the end, its result, and the errors of the rows that could not be computed."""

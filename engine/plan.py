@@ -29,7 +29,7 @@ class PlanRow(NamedTuple):
         handle: the request.
         slot: its place in per-request device state.
         start: position of the first scheduled token.
-        token_ids: the scheduled tokens, drafts last.
+        token_ids: the scheduled tokens, drafts last; -1 - i is what place i of the step before draws.
         num_draft: how many of them are drafts to be verified.
         block_tables: its pages, one table per KV group.
         adapter_slot: which adapter, None for the base model.

@@ -1,6 +1,7 @@
 """Carries out a step plan on the device: the only code of the engine that touches device tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -12,8 +13,8 @@ from engine.plan import FULL, PlanRow, ResultRow, StepPlan, StepResult, TokenLog
 from engine.sampler import SamplerState
 from engine.vectors import to_rows
 from kernels.encoder_ops import EncoderBackend, Span
-from kernels.ops import KvSpec, Logprobs, Rows
-from kernels.steps import StepLimits, make_step
+from kernels.ops import Draw, KvSpec, Logprobs, Rows, Sampling
+from kernels.steps import DrawingStep, StepLimits, make_step
 
 _SCORED_AT_ONCE = 64  # prompt tokens whose logits are computed at once, so that memory does not grow with prompts
 
@@ -42,6 +43,7 @@ class ModelRunner:
         self._normalise = pooling is not None and pooling.normalise
         self._kv = ops.allocate_kv(kv)
         self._step = make_step(model, ops, self._kv, limits)
+        self._drawing = self._step if isinstance(self._step, DrawingStep) else None
         self._samplers = SamplerState(limits.rows)
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -50,13 +52,15 @@ class ModelRunner:
         A row with logits or a vector not all finite comes back with fault NUMERIC_FAULT and nothing else.
         """
         with torch.inference_mode():
-            if plan.scrub:
-                self._ops.scrub(self._kv, plan.scrub)
-            self._samplers.set_up(plan.samplers)
-            self._samplers.observe(plan.rows)
-            hidden, logits = self.compute(plan)
-            sampled = [row for row in plan.rows if row.sampling_slot is not None]
-            results = self._draw(sampled, logits) if sampled else {}
+            self._prepare(plan)
+            sampled = _sampled(plan)
+            if sampled and self._drawing is not None:
+                hidden, logits, read = self._begin(self._drawing, plan)
+                draw = read()
+            else:
+                hidden, logits = self.compute(plan)
+                draw = self._ops.sample(logits, self._sampling(sampled)) if sampled else Draw([], [])
+            results = _tell(sampled, draw) | self._judge(sampled, draw, logits)
             if any(row.pooled for row in plan.rows):
                 results |= self._pool(plan, hidden)
             for row, first in zip(plan.rows, _firsts(plan), strict=True):
@@ -67,21 +71,45 @@ class ModelRunner:
             plan.step, tuple(results.get(row.handle, ResultRow(row.handle, ())) for row in plan.rows)
         )
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the device computes while the host does something else."""
+        return self._drawing is not None
+
+    def start(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Begin to compute the plan's rows, of which none asks for more than a token; what waits for the result.
+
+        Raises:
+            TypeError: the device does not overlap.
+        """
+        if self._drawing is None:
+            raise TypeError("this device computes nothing by itself")
+        with torch.inference_mode():
+            self._prepare(plan)
+            if _sampled(plan):
+                _, _, read = self._begin(self._drawing, plan)
+                return partial(_collect, plan, read)
+            self.compute(plan)
+            return partial(_collect, plan, lambda: Draw([], []))
+
+    def _prepare(self, plan: StepPlan) -> None:
+        """Scrub pages, and bring sampling slots up to date."""
+        if plan.scrub:
+            self._ops.scrub(self._kv, plan.scrub)
+        self._samplers.set_up(plan.samplers)
+        self._samplers.observe(plan.rows)
+
+    def _begin(self, step: DrawingStep, plan: StepPlan) -> tuple[Any, Any, Callable[[], Draw]]:
+        """As `compute`, and what waits for the tokens."""
+        return step.sampled(*_rows(plan), self._sampling(_sampled(plan)), whole=_is_whole(plan))
+
     def compute(self, plan: StepPlan) -> tuple[Any, Any]:
         """Write keys and values; what the plan's tokens come to before the head, and the logits of its samples.
 
         The first may be None where no row is pooled or scored. Logits [rows that sample, vocabulary] are those of
         each row's last token. Both hold until the next step.
         """
-        ends = accumulate(len(row.token_ids) for row in plan.rows)
-        sampled = [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sampling_slot is not None]
-        rows = Rows(
-            token_ids=[token for row in plan.rows for token in row.token_ids],
-            starts=[row.start for row in plan.rows],
-            counts=[len(row.token_ids) for row in plan.rows],
-            block_tables=[_table(row) for row in plan.rows],
-        )
-        return self._step(rows, sampled, whole=any(row.pooled or row.targets for row in plan.rows))
+        return self._step(*_rows(plan), whole=_is_whole(plan))
 
     def _pool(self, plan: StepPlan, hidden: Any) -> dict[int, ResultRow]:
         """The vectors of rows that are pooled: what their last tokens came to."""
@@ -91,27 +119,25 @@ class ModelRunner:
         rows = to_rows(list(wanted), self._ops.vectors(pooled, len(wanted), self._normalise))
         return {row.handle: row for row in rows}
 
-    def _draw(self, rows: list[PlanRow], logits: Any) -> dict[int, ResultRow]:
+    def _sampling(self, rows: list[PlanRow]) -> Sampling:
+        """How to draw for rows that sample."""
         slots = [row.sampling_slot for row in rows if row.sampling_slot is not None]
-        sampling = self._samplers.gather(slots, [row.end for row in rows], logits.shape[-1])
-        draw = self._ops.sample(logits, sampling)
-        results = {
-            row.handle: ResultRow(row.handle, (token,)) if finite else ResultRow(row.handle, (), "NUMERIC_FAULT")
-            for row, token, finite in zip(rows, draw.token_ids, draw.finite, strict=True)
-        }
-        wanted = {
-            i: top
-            for i, slot in enumerate(slots)
-            if (top := self._samplers.logprobs(slot)) is not None and draw.finite[i]
-        }
-        if wanted:
-            tokens = [draw.token_ids[i] for i in wanted]
-            found = self._ops.logprobs(logits[list(wanted)], tokens, max(wanted.values()))
-            reports = _reports(tokens, found, list(wanted.values()))
-            for i, report in zip(wanted, reports, strict=True):
-                handle = rows[i].handle
-                results[handle] = results[handle]._replace(logprobs=(report,))
-        return results
+        return self._samplers.gather(slots, [row.end for row in rows], self._model.config.vocab_size)
+
+    def _judge(self, rows: list[PlanRow], draw: Draw, logits: Any) -> dict[int, ResultRow]:
+        """What was drawn for rows of which it is asked what the model thought, with that."""
+        tops = {i: self._samplers.logprobs(row.slot) for i, row in enumerate(rows) if draw.finite[i]}
+        wanted = {i: top for i, top in tops.items() if top is not None}
+        if not wanted:
+            return {}
+        tokens = [draw.token_ids[i] for i in wanted]
+        found = self._ops.logprobs(logits[list(wanted)], tokens, max(wanted.values()))
+        reports = _reports(tokens, found, list(wanted.values()))
+        judged = [
+            ResultRow(rows[i].handle, (report.token_id,), logprobs=(report,))
+            for i, report in zip(wanted, reports, strict=True)
+        ]
+        return {row.handle: row for row in judged}
 
     def _score_prompt(self, row: PlanRow, first: int, hidden: Any, result: ResultRow) -> ResultRow:
         """`result` with what the model thought of the row's targets; its tokens begin at `first` in `hidden`."""
@@ -125,6 +151,42 @@ class ModelRunner:
                 return ResultRow(row.handle, (), "NUMERIC_FAULT")
             reports.extend(_reports(targets, found, [top] * len(targets)))
         return result._replace(prompt_logprobs=tuple(reports))
+
+
+def _collect(plan: StepPlan, read: Callable[[], Draw]) -> StepResult:
+    """Wait for the tokens of a step."""
+    results = _tell(_sampled(plan), read())
+    return StepResult(plan.step, tuple(results.get(row.handle, ResultRow(row.handle, ())) for row in plan.rows))
+
+
+def _tell(rows: list[PlanRow], draw: Draw) -> dict[int, ResultRow]:
+    """What was drawn for rows that sample."""
+    return {
+        row.handle: ResultRow(row.handle, (token,)) if finite else ResultRow(row.handle, (), "NUMERIC_FAULT")
+        for row, token, finite in zip(rows, draw.token_ids, draw.finite, strict=True)
+    }
+
+
+def _rows(plan: StepPlan) -> tuple[Rows, list[int]]:
+    """The plan's rows for a step, and the last token of each that samples."""
+    ends = accumulate(len(row.token_ids) for row in plan.rows)
+    sampled = [end - 1 for row, end in zip(plan.rows, ends, strict=True) if row.sampling_slot is not None]
+    rows = Rows(
+        token_ids=[token for row in plan.rows for token in row.token_ids],
+        starts=[row.start for row in plan.rows],
+        counts=[len(row.token_ids) for row in plan.rows],
+        block_tables=[_table(row) for row in plan.rows],
+    )
+    return rows, sampled
+
+
+def _sampled(plan: StepPlan) -> list[PlanRow]:
+    return [row for row in plan.rows if row.sampling_slot is not None]
+
+
+def _is_whole(plan: StepPlan) -> bool:
+    """Whether what tokens come to before the head is wanted."""
+    return any(row.pooled or row.targets for row in plan.rows)
 
 
 def _firsts(plan: StepPlan) -> list[int]:

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from engine.block_pool import BlockPool
 from engine.errors import EngineError
 from engine.fair_queue import FairQueue
+from engine.flights import Flights, Kept
 from engine.lineage import Lineage
 from engine.plan import FULL, BlockTable, PlanRow, SamplerSetup, StepPlan, StepResult
 from engine.request import Request, Task
@@ -111,6 +112,7 @@ class Scheduler:
         self._new_samplers: dict[int, SamplerSetup] = {}
         self._step_tokens = limits.max_step_tokens
         self._calm = 0
+        self._flights = Flights()
 
     @property
     def num_waiting(self) -> int:
@@ -170,6 +172,51 @@ class Scheduler:
         self.counters.steps += 1
         return StepPlan(self.counters.steps, rows, tuple(self._new_samplers.values()), tuple(self._dirty))
 
+    def overlaps(self, plan: StepPlan) -> bool:
+        """Whether the step after `plan` may be planned before its tokens are known."""
+        return all(_is_simple(self._running[row.handle]) for row in plan.rows)
+
+    def depart(self, plan: StepPlan) -> None:
+        """`plan`, the last one that was made, was started; until it lands, no page that it reads is given away."""
+        self._flights.depart(plan)
+
+    def plan_ahead(self) -> StepPlan | None:
+        """The step after the one that was started; None where its tokens, or pages of others, are wanted first.
+
+        Where a row's token is not known yet, -1 - i stands for what place i of the step before draws. A request
+        whose token may be its last is computed once more in vain; one that reaches its limit is not.
+        """
+        before = self._flights.last
+        self._admit()
+        spans = list(self._spans())
+        lacks_pages = sum(missing for _, _, missing in spans) > self.pool.num_available
+        if before is None or not spans or lacks_pages or not all(_is_simple(request) for request, _, _ in spans):
+            return None
+        rows = tuple(self._row(*span) for span in spans)
+        samplers = tuple(setup for setup in self._new_samplers.values() if setup not in before.samplers)
+        scrub = tuple(block for block in self._dirty if block not in before.scrub)
+        self.counters.steps += 1
+        return StepPlan(self.counters.steps, rows, samplers, scrub)
+
+    def land(self, plan: StepPlan, result: StepResult) -> StepResult:
+        """The started `plan` is done: of its `result`, what was computed for requests that have not ended."""
+        rows = tuple(row for row in result.rows if self._flights.holds(plan.step, row.handle))
+        self._give_back(plan.step)
+        self._settle(plan, result)
+        return result._replace(rows=rows)
+
+    def ground(self, plan: StepPlan) -> StepPlan | None:
+        """Nothing that was started is in the device any more; what is to be computed in place of `plan`.
+
+        The steps before it have landed, so that all its tokens are known.
+        """
+        left = [row for row in plan.rows if self._flights.holds(plan.step, row.handle)]
+        self._give_back(self.counters.steps)
+        rows = tuple(
+            row._replace(token_ids=tuple(self._running[row.handle].tokens[row.start : row.end])) for row in left
+        )
+        return plan._replace(rows=rows) if rows else None
+
     def shrink(self, plan: StepPlan, fewer: int) -> StepPlan | None:
         """A smaller plan in place of one that ran out of memory; None when it cannot be smaller.
 
@@ -213,10 +260,24 @@ class Scheduler:
                 self._refused.clear()  # they may share its pages now
                 for follower in reversed(self._lineage.release(request)):
                     self._waiting.restore(follower)
+        self._settle(plan, result)
         if result.rows:
-            self._dirty.clear()
-            self._new_samplers.clear()
             self._calm_down()
+
+    def _settle(self, plan: StepPlan, result: StepResult) -> None:
+        """What a plan scrubs and sets up need not be named again once a row of it is done."""
+        if result.rows:
+            self._dirty = [block for block in self._dirty if block not in plan.scrub]
+            for setup in plan.samplers:
+                if self._new_samplers.get(setup.slot) is setup:
+                    del self._new_samplers[setup.slot]
+
+    def _give_back(self, step: int) -> None:
+        """What waited for steps up to `step` to be done."""
+        for kept in self._flights.land(step):
+            self.pool.release(kept.blocks)
+            if kept.slot >= 0:
+                self._slots.append(kept.slot)
 
     def check(self) -> None:
         """Verify that pages are conserved and that only running requests own any.
@@ -226,6 +287,7 @@ class Scheduler:
         """
         self.pool.check()
         owned = Counter(block for request in self._running.values() for block in request.blocks)
+        owned.update(self._flights.kept_blocks)
         if owned != self.pool.owners():
             raise RuntimeError(
                 f"KV pages astray: requests own {len(owned)} pages {owned.total()} times; the pool counts "
@@ -241,7 +303,7 @@ class Scheduler:
         if not (self._waiting and self._slots):
             return
         promised = sum(map(self._promised, self._running.values()))
-        tokens = self._step_tokens - sum(request.num_pending for request in self._running.values())
+        tokens = self._step_tokens - sum(map(self._pending, self._running.values()))
         most = max(1, self._step_tokens - self.pool.block_size)
         while self._waiting and self._slots and tokens > 0 and len(self._running) < most:
             request = self._waiting.peek()
@@ -345,10 +407,13 @@ class Scheduler:
         self._waiting.restore(request)
 
     def _retire(self, request: Request) -> None:
-        """Take everything back that a running request was given."""
+        """Take everything back that a running request was given, once no step that was started reads it."""
         del self._running[request.handle]
-        self.pool.release(request.blocks)
-        self._slots.append(request.slot)
+        step = self._flights.boarded(request.handle)
+        self._flights.leave(request.handle)
+        self._flights.keep(Kept(step, tuple(request.blocks), request.slot))
+        if not step:
+            self._give_back(0)
         self._new_samplers.pop(request.slot, None)
         request.blocks, request.slot, request.num_computed = [], -1, 0
 
@@ -359,7 +424,7 @@ class Scheduler:
             count = self._count(request, budget)
             if count > 0:
                 budget -= count
-                end = request.num_computed + count
+                end = self._computed(request) + count
                 yield request, end, max(0, self._pages(end) - len(request.blocks))
 
     def _in_turn(self) -> list[Request]:
@@ -368,11 +433,11 @@ class Scheduler:
         So a long one, which must have a step almost to itself, is not passed over for ever.
         """
         running = list(self._running.values())
-        return running if self.limits.whole_prompts else sorted(running, key=lambda r: r.num_pending > 1)
+        return running if self.limits.whole_prompts else sorted(running, key=lambda r: self._pending(r) > 1)
 
     def _count(self, request: Request, budget: int) -> int:
         """Tokens of `request` to compute within `budget`."""
-        pending = request.num_pending
+        pending = self._pending(request)
         if self.limits.whole_prompts:
             is_first = budget == self._step_tokens  # it may be longer than what steps have shrunk to
             return pending if pending <= budget or is_first else 0
@@ -380,19 +445,39 @@ class Scheduler:
             return min(pending, budget)
         return budget - budget % self.pool.block_size
 
+    def _computed(self, request: Request) -> int:
+        """Tokens of `request` that are computed once what was started is done."""
+        row = self._flights.row(request.handle)
+        return request.num_computed if row is None else row.end
+
+    def _known(self, request: Request) -> int:
+        """Tokens that it has then, where it is not known to end."""
+        row = self._flights.row(request.handle)
+        grows = row is not None and row.sampling_slot is not None and request.num_generated + 1 < request.limit
+        return request.num_tokens + grows
+
+    def _pending(self, request: Request) -> int:
+        """Tokens of `request` that are neither computed nor about to be."""
+        return self._known(request) - self._computed(request)
+
+    def _tokens(self, request: Request, start: int, end: int) -> tuple[int, ...]:
+        """Tokens of a row; the one that the step before draws is named by its place there."""
+        known = tuple(request.tokens[start:end])
+        return known if end <= request.num_tokens else (*known, -1 - self._flights.places()[request.handle])
+
     def _row(self, request: Request, end: int, missing: int) -> PlanRow:
-        start = request.num_computed
+        start = self._computed(request)
         if missing:
             allocation = self.pool.allocate(missing, request.scope)
             request.blocks.extend(allocation.blocks)
             self._dirty.extend(allocation.dirty)
         judged = request.prompt_logprobs is not None
-        is_last, generates = end == request.num_tokens, request.task is Task.GENERATE
+        is_last, generates = end == self._known(request), request.task is Task.GENERATE
         return PlanRow(
             handle=request.handle,
             slot=request.slot,
             start=start,
-            token_ids=tuple(request.tokens[start:end]),
+            token_ids=self._tokens(request, start, end),
             num_draft=0,
             block_tables=(BlockTable(FULL, tuple(request.blocks)),),
             adapter_slot=None,
@@ -418,9 +503,13 @@ class Scheduler:
     def _register(self, request: Request, first: int) -> None:
         """Register the full pages of `request` from index `first` on."""
         root, size, blocks = self._lineage.root(request), self.pool.block_size, request.blocks
+        step = self._flights.boarded(request.handle)
         for i in range(first, request.num_computed // size):
-            parent = blocks[i - 1] if i else None
-            blocks[i] = self.pool.register(root, parent, blocks[i], request.tokens[i * size : (i + 1) * size])
+            parent, own = blocks[i - 1] if i else None, blocks[i]
+            self.pool.share((own,))
+            blocks[i] = self.pool.register(root, parent, own, request.tokens[i * size : (i + 1) * size])
+            self._flights.keep(Kept(step if blocks[i] != own else 0, (own,)))
+        self._give_back(0)
 
     def _calm_down(self) -> None:
         """After enough steps that did not run out of memory, let them grow again."""
@@ -429,3 +518,9 @@ class Scheduler:
             if self._calm == _CALM_STEPS:
                 self._calm = 0
                 self._step_tokens = min(2 * self._step_tokens, self.limits.max_step_tokens)
+
+
+def _is_simple(request: Request) -> bool:
+    """Whether its draws need no token that was drawn before, and nothing is to be said but the token."""
+    asks = request.logprobs is None and request.prompt_logprobs is None
+    return asks and request.task is Task.GENERATE and not request.sampling.uses_history

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
-from kernels.ops import Backend, Batch, Hidden, KvCache, Rows
+from kernels.ops import Backend, Batch, Draw, Hidden, KvCache, Rows, Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,6 +51,31 @@ class Step(Protocol):
         Returns:
             What the tokens come to before the head, as the ops have it, or perhaps None where that is not wanted;
             and the logits of `picked`, which may be None where none are; both until the next step.
+
+        Raises:
+            ValueError: the step is larger than the limits.
+        """
+
+
+@runtime_checkable
+class DrawingStep(Step, Protocol):
+    """A step on a device that computes while the host does something else, and draws there, too."""
+
+    def sampled(
+        self, rows: Rows, picked: Sequence[int], sampling: Sampling, *, whole: bool = True
+    ) -> tuple[Hidden | None, Tensor, Callable[[], Draw]]:
+        """Begin a step that draws a token for each of `picked`.
+
+        A token id -1 - i of the rows is what the last such step draws for its `picked[i]`, read or not.
+
+        Args:
+            rows: of the step.
+            picked: tokens, at most one of each row, and at least one.
+            sampling: how to draw for each of them; on the host.
+            whole: as in a call.
+
+        Returns:
+            As a call, and what waits for the tokens and reads them, before the step after the next is begun.
 
         Raises:
             ValueError: the step is larger than the limits.

@@ -29,6 +29,7 @@ from engine.plan import StepPlan, StepResult
 from engine.request import EndReason, Request, Task
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
+from kernels.ops import KvSpec
 from kernels.steps import StepLimits
 from tests.engine.tiny import Answer, engine, request, save_llama
 from tests.kernels.textbook import held
@@ -48,13 +49,16 @@ class Watch:
     def __init__(self, model: ModelRunner, blocks: int) -> None:
         spec = model._kv.spec._replace(num_blocks=blocks)
         limits = StepLimits(STEP, RUNNING, BLOCKS * SIZE)
-        self.runner = ModelRunner(model._model, model._ops, spec, limits)
+        self.runner = self.make_runner(model, spec, limits)
         self.requests: dict[int, Request] = {}
         self.written_by: dict[int, str] = {}  # the scope whose numbers a page holds
         self.raising = 0
         self.breaking: set[int] = set()  # handles whose steps raise
         self.wrong: list[str] = []  # the loop takes whatever a runner raises for a fault of a request
         self.poison(range(blocks))
+
+    def make_runner(self, model: ModelRunner, spec: KvSpec, limits: StepLimits) -> ModelRunner:
+        return ModelRunner(model._model, model._ops, spec, limits)
 
     def execute(self, plan: StepPlan) -> StepResult:
         tables = {row.handle: row.block_tables[0].blocks for row in plan.rows}
@@ -94,12 +98,12 @@ class Watch:
         held(self.runner._kv)[:, :, list(pages)] = math.nan
 
 
-def loop_over(watch: Watch, model: EngineLoop, blocks: int) -> EngineLoop:
+def loop_over(watch: Watch, model: EngineLoop, blocks: int, kind: type[EngineLoop] = EngineLoop) -> EngineLoop:
     pool = BlockPool(blocks, SIZE)
     limits = Limits(STEP, RUNNING, model.max_context_tokens, whole_blocks=True)
     vocabulary: Vocabulary = model._vocabulary
     tasks = (Task.GENERATE, Task.EMBED)
-    return EngineLoop(watch, Scheduler(pool, limits, "digest"), vocabulary, (), model.options, tasks=tasks)
+    return kind(watch, Scheduler(pool, limits, "digest"), vocabulary, (), model.options, tasks=tasks)
 
 
 class Live(NamedTuple):
@@ -115,12 +119,14 @@ class Machine(RuleBasedStateMachine):
     model: EngineLoop
     alone: dict[tuple[tuple[int, ...], float, Task], list[float]]
     happened: Counter[str]
+    watching: type[Watch] = Watch
+    looping: type[EngineLoop] = EngineLoop
 
     def __init__(self) -> None:
         super().__init__()
         runner: Any = self.model._runner
-        self.watch = Watch(runner, BLOCKS)
-        self.loop = loop_over(self.watch, self.model, BLOCKS)
+        self.watch = self.watching(runner, BLOCKS)
+        self.loop = loop_over(self.watch, self.model, BLOCKS, self.looping)
         self.live: dict[int, Live] = {}
         self.computed: list[tuple[Group, list[int]]] = []  # whose tokens have been in pages
         self.turns: list[list[int]] = []
@@ -276,6 +282,8 @@ class Machine(RuleBasedStateMachine):
                 break
             self.step()
         assert not self.live, "requests do not get on"
+        while self.loop.has_work:
+            self.step()
         assert self.loop.scheduler.pool.num_owned == 0
 
 
@@ -294,11 +302,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> EngineLoop:
     return engine(folder, block_size=SIZE, deterministic=True)
 
 
-def drive(model: EngineLoop, examples: int, length: int) -> Counter[str]:
+def drive(model: EngineLoop, examples: int, length: int, kind: type[Machine] = Machine) -> Counter[str]:
     """Run the machine; what happened in all examples."""
     counter: Counter[str] = Counter()
     fields = {"model": model, "alone": {}, "happened": counter}
-    machine = type("MachineOverModel", (Machine,), fields)
+    machine = type("MachineOverModel", (kind,), fields)
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
     run_state_machine_as_test(
         machine,
