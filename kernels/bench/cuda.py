@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,6 +112,6 @@ def _ratios() -> Iterator[dict[str, Any]]:
         for rows in _RATIO_ROWS:
             x, y = draw.normal(rows, inner), draw.normal(rows, out)
             scratch = torch.empty(scratch_bytes(weight, rows), dtype=torch.uint8, device="cuda")
-            ours = graph_seconds(starts_of(lambda x=x, y=y, room=scratch, w=weight: linear(x, w, y, room)))
-            theirs = graph_seconds(starts_of(lambda x=x, y=y, w=wide: torch.mm(x, w.t(), out=y)))
+            ours = graph_seconds(starts_of(partial(linear, x, weight, y, scratch)))
+            theirs = graph_seconds(starts_of(partial(torch.mm, x, wide.t(), out=y)))
             yield {"out": out, "in": inner, "rows": rows, "int4": ours, "bfloat16": theirs}

@@ -81,7 +81,7 @@ def graph_seconds(launches: list[Launch]) -> float:
     start(launches)  # compiles, and tells how often a graph must repeat them to be measured well
     once = _event_seconds(lambda: start(launches))
     repeats = max(1, math.ceil(_AT_LEAST / max(once, 1e-6) / count))
-    graph = _recorded(lambda: [start(copy) for _ in range(repeats) for copy in copies])
+    graph = _recorded(lambda: start([one for copy in copies for one in copy] * repeats))
     return median(_event_seconds(graph.replay) for _ in range(_ROUNDS)) / (count * repeats)
 
 
@@ -102,13 +102,13 @@ def _recorded(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 
 def _event_seconds(work: Callable[[], object]) -> float:
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch's
     torch.cuda.synchronize()
     began.record()
     work()
     ended.record()
     torch.cuda.synchronize()
-    return began.elapsed_time(ended) / 1e3
+    return float(began.elapsed_time(ended)) / 1e3
 
 
 def ceilings() -> Ceilings:

@@ -18,11 +18,11 @@ from kernels.triton.launch import Launch, noting
 _PRODUCTS = ("mm", "addmm", "bmm", "_int_mm", "_scaled_mm")
 
 
-class _Products(TorchDispatchMode):
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch has no types there
     """Adds the products of torch's libraries to a list, where they stand between kernels."""
 
     def __init__(self, starts: list[Launch]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self._starts = starts
 
     def __torch_dispatch__(  # type: ignore[no-untyped-def]  # torch's own signature
@@ -77,6 +77,6 @@ def _elsewhere(arg: Any, moved: dict[int, torch.UntypedStorage]) -> Any:
         return arg
     storage = arg.untyped_storage()
     if storage.data_ptr() not in moved:
-        moved[storage.data_ptr()] = storage.clone()
+        moved[storage.data_ptr()] = storage.clone()  # type: ignore[no-untyped-call]  # likewise
     empty = torch.empty(0, dtype=arg.dtype, device=arg.device)
     return empty.set_(moved[storage.data_ptr()], arg.storage_offset(), arg.size(), arg.stride())

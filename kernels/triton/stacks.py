@@ -22,9 +22,9 @@ def beside(matrices: Sequence[Matrix]) -> Matrix:
     """One matrix of the rows of all, in the packed form that they share, or else plain."""
     first, *others = matrices
     if isinstance(first, Packed) and all(_is_like(first, other) for other in others):
-        parts = {name: torch.cat([getattr(one, name) for one in matrices]) for name in ("codes", "scales")}
         zeros = None if first.zeros is None else torch.cat([one.zeros for one in matrices])
-        return first._replace(zeros=zeros, **parts)
+        codes, scales = (torch.cat([getattr(one, name) for one in matrices]) for name in ("codes", "scales"))
+        return first._replace(codes=codes, scales=scales, zeros=zeros)
     return torch.cat([dequantise(one) if isinstance(one, Packed) else one for one in matrices])
 
 
@@ -61,6 +61,6 @@ def _stacked(form: Form, held: dict[str, Tensor]) -> Stacked:
     if isinstance(form, Plain):
         return Stacked("plain", held["weight"], None, None, None, None, inner, 1, 0, inner)
     kind = {Int4: "int4", Int8: "int8", Fp8: "float8"}[type(form)]
-    parts = (held.get(name) for name in ("codes", "scales", "zeros", "table", "order"))
-    rows = form.rows if isinstance(form, Fp8) else 1
-    return Stacked(kind, *parts, form.group, rows, form.width if isinstance(form, Int4) else 0, inner)
+    zeros, table, order = (held.get(name) for name in ("zeros", "table", "order"))
+    rows, width = form.rows if isinstance(form, Fp8) else 1, form.width if isinstance(form, Int4) else 0
+    return Stacked(kind, held["codes"], held["scales"], zeros, table, order, form.group, rows, width, inner)

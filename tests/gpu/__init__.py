@@ -1,0 +1,1 @@
+"""What only a CUDA device shows; collected where there is one."""
