@@ -18,27 +18,37 @@ from kernels.triton.lang import INTERPRET, round_to
 
 
 @triton.jit
-def plane(words, P: tl.constexpr, dtype: tl.constexpr):
-    """q - 8 of one plane of words, int32, as `dtype`: exact.
+def raised(words, P: tl.constexpr, dtype: tl.constexpr):
+    """Codes of one plane of words, int32, in the last places of numbers of `dtype`: q + 2^7, 2^10 or 2^23.
 
     Args:
         words: eight codes of four bits each.
         P: which of them, 0 to 7.
-        dtype: float32, bfloat16 or float16.
+        dtype: bfloat16, float16 or float32.
     """
     if dtype == tl.float32:
-        whole = (((words >> (4 * P)) & 0xF) | 0x4B000000).to(tl.float32, bitcast=True)
-        return whole - 8388616.0
+        return (((words >> (4 * P)) & 0xF) | 0x4B000000).to(tl.float32, bitcast=True)
     else:
         exponent: tl.constexpr = 0x43004300 if dtype == tl.bfloat16 else 0x64006400
-        offset: tl.constexpr = 136.0 if dtype == tl.bfloat16 else 1032.0
         pair = ((words >> (4 * (P % 4))) & 0x000F000F) | exponent
         half = (pair >> 16) if P >= 4 else pair
-        number = half.to(tl.uint16).to(dtype, bitcast=True)
-        if INTERPRET:
-            return round_to(number.to(tl.float32) - offset, dtype)
-        else:
-            return number - offset
+        return half.to(tl.uint16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def raised_by(zero, dtype: tl.constexpr):
+    """Whole numbers, float32, plus what `raised` adds to codes: exact."""
+    return zero + (8388608.0 if dtype == tl.float32 else 128.0 if dtype == tl.bfloat16 else 1024.0)
+
+
+@triton.jit
+def plane(words, P: tl.constexpr, dtype: tl.constexpr):
+    """q - 8 of one plane of words as `dtype`, exact; arguments as of `raised`."""
+    offset: tl.constexpr = 8388616.0 if dtype == tl.float32 else 136.0 if dtype == tl.bfloat16 else 1032.0
+    if INTERPRET:
+        return round_to(raised(words, P, dtype).to(tl.float32) - offset, dtype)
+    else:
+        return raised(words, P, dtype) - offset
 
 
 @triton.jit
@@ -55,7 +65,7 @@ def whole_part(zero):
 
 @triton.jit
 def less(w, whole):
-    """w - whole in the type of w: exact where both are whole numbers of at most seven bits.
+    """w - whole in the type of w: exact of whole numbers that it has, and whose difference it has.
 
     Args:
         w: of any type.

@@ -30,6 +30,8 @@ from kernels.triton.scratch import Scratch
 from kernels.triton.split import add_parts
 from kernels.triton.weights import Fp8, Int8, prepare_matrix
 
+MUST = {"bytes_few": {"no-i2f"}, "bytes_many": {"wgmma", "no-i2f"}}
+
 FEW = 8
 """Rows up to which a program's warps share the columns."""
 
@@ -213,7 +215,7 @@ def _bytes_plain(
 def few(
     x: Tensor, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor, scratch: Scratch, *, whole: bool = False
 ) -> None:
-    """x · weightᵀ + bias, in one order of sums whatever the rows: fastest where they are at most FEW.
+    """x · weightᵀ + bias, fastest where rows are at most FEW.
 
     Args:
         x: [rows, K], contiguous.
@@ -221,10 +223,10 @@ def few(
         bias: float32 [N].
         out: [rows, N], of any row stride.
         scratch: for the sums of splits.
-        whole: nothing is split, so that scratch is not needed.
+        whole: in one configuration whatever the rows are, and unsplit, so that scratch is not needed.
     """
     n, columns = len(weight.codes), _columns(x, weight)
-    settings = config("bytes_few" + _suffix(x), n)
+    settings = config(("bytes_fixed" if whole else "bytes_few") + _suffix(x), n)
     settings |= {"WAYS": settings["num_warps"], "BLOCK_K": columns}
     blocks, steps = triton.cdiv(n, settings["BLOCK_N"]), triton.cdiv(weight.codes.shape[1], columns)
     settings["SPLIT"] = steps if whole else split_size(blocks, steps, settings["num_warps"])

@@ -20,16 +20,17 @@ from torch import Tensor
 
 from kernels.packed import Packed, dequantise
 from kernels.triton.case import MODEL, Case, Draw, Expected, expect
-from kernels.triton.configs import capability, config
-from kernels.triton.inputs import BLOCK, Rounded
+from kernels.triton.configs import config
+from kernels.triton.inputs import BLOCK, Rounded, must_have
 from kernels.triton.lang import dot, round_to
-from kernels.triton.launch import Unsupported, is_recording, launch
+from kernels.triton.launch import is_recording, launch
 from kernels.triton.layout import byte_columns
 from kernels.triton.linear_bytes import draw_matrix
 from kernels.triton.quantise import quantise
 from kernels.triton.weights import Fp8, Int8, prepare_matrix
 
-_FP8_CAPABILITY = 89
+MUST = {"codes_product": {"wgmma"}}
+
 _CUBLAS_UNIT = 16
 
 
@@ -100,11 +101,6 @@ def _codes_product(
     tl.store(out_ptr + at_row + offs_n[:, None], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
 
 
-def has_fp8() -> bool:
-    """The selected device multiplies e4m3 numbers: compute capability 8.9 and later."""
-    return capability() >= _FP8_CAPABILITY
-
-
 def multiply(
     x: Rounded, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor, *, deterministic: bool = False
 ) -> None:
@@ -120,8 +116,6 @@ def multiply(
     Raises:
         Unsupported: the device lacks e4m3.
     """
-    if isinstance(weight, Fp8) and not has_fp8():
-        raise Unsupported(f"products of e4m3 numbers need compute capability 8.9, not {capability() / 10}")
     if not deterministic and _is_for_cublas(x, weight, out):
         _with_cublas(x, weight, bias, out)
     else:
@@ -130,6 +124,7 @@ def multiply(
 
 def own(x: Rounded, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor, *, deterministic: bool = False) -> None:
     """The same in this file's kernel, whatever the scales are."""
+    must_have(weight.codes.dtype)
     (n, k), rows = weight.codes.shape, len(x.codes)
     settings = config("codes_product_fixed" if deterministic else "codes_product", rows)
     launch(
@@ -163,6 +158,7 @@ def _is_for_cublas(x: Rounded, weight: Int8 | Fp8, out: Tensor) -> bool:
 
 
 def _with_cublas(x: Rounded, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor) -> None:
+    must_have(weight.codes.dtype)
     if is_recording():
         return
     rounded = None if bias is None else bias.to(out.dtype)

@@ -26,13 +26,15 @@ from torch import Tensor
 from kernels.packed import Packed, dequantise
 from kernels.triton.case import MODEL, Case, Draw, Expected, expect
 from kernels.triton.configs import config
-from kernels.triton.decode import code, less, plane, whole_part
+from kernels.triton.decode import code, less, plane, raised, raised_by, whole_part
 from kernels.triton.lang import dot, round_to
 from kernels.triton.launch import is_recording, launch
 from kernels.triton.layout import split_size
 from kernels.triton.scratch import Scratch
 from kernels.triton.split import add_parts
 from kernels.triton.weights import PLANES, Int4, prepare_matrix
+
+MUST = {"int4_few": {"no-i2f"}, "int4_many": {"wgmma", "no-i2f"}}
 
 FEW = 8
 """Rows up to which a program's warps share the columns: more would be read more often than the codes."""
@@ -44,7 +46,7 @@ def _weights(words, whole, table_ptr, P: tl.constexpr, HAS_ZEROS: tl.constexpr, 
     if HAS_TABLE:
         return round_to(tl.load(table_ptr + code(words, P)), dtype)
     elif HAS_ZEROS:
-        return less(plane(words, P, dtype), whole)
+        return less(raised(words, P, dtype), raised_by(whole, dtype))
     else:
         return plane(words, P, dtype)
 
@@ -105,7 +107,7 @@ def _int4_few(  # noqa: C901  # its branches are compiled away
                 scale = tl.load(scales_ptr + at)
                 whole = scale
                 if HAS_ZEROS:
-                    zero = tl.load(zeros_ptr + at) - 8.0
+                    zero = tl.load(zeros_ptr + at)
                     whole = whole_part(zero) if HAS_FRACTIONS else zero
                 if HAS_FRACTIONS:
                     rest = tl.zeros([WAYS, WIDTH, BLOCK_M], tl.float32)
@@ -182,7 +184,7 @@ def _int4_many(  # noqa: C901  # likewise
                 scale = tl.load(scales_ptr + at)
                 whole = scale
                 if HAS_ZEROS:
-                    zero = tl.load(zeros_ptr + at) - 8.0
+                    zero = tl.load(zeros_ptr + at)
                     whole = whole_part(zero) if HAS_FRACTIONS else zero
                 if HAS_FRACTIONS:
                     rest = tl.zeros([WIDTH, BLOCK_M], tl.float32)
@@ -251,7 +253,7 @@ def _int4_plain(
 def few(
     x: Tensor, weight: Int4, bias: Tensor | None, out: Tensor, scratch: Scratch, *, whole: bool = False
 ) -> None:
-    """x · weightᵀ + bias, in one order of sums whatever the rows: fastest where they are at most FEW.
+    """x · weightᵀ + bias, fastest where rows are at most FEW.
 
     Args:
         x: [rows, K], contiguous.
@@ -259,9 +261,9 @@ def few(
         bias: float32 [N].
         out: [rows, N], of any row stride.
         scratch: for the sums of splits.
-        whole: nothing is split, so that scratch is not needed.
+        whole: in one configuration whatever the rows are, and unsplit, so that scratch is not needed.
     """
-    settings = config("int4_few" + _suffix(x), len(weight.codes))
+    settings = config(("int4_fixed" if whole else "int4_few") + _suffix(x), len(weight.codes))
     blocks, steps = triton.cdiv(len(weight.codes), settings["BLOCK_N"]), _spans(weight)
     split = steps if whole else split_size(blocks, steps, settings["num_warps"])
     grid = (blocks, triton.cdiv(steps, split), triton.cdiv(len(x), settings["BLOCK_M"]))

@@ -22,6 +22,8 @@ from kernels.triton.configs import config
 from kernels.triton.lang import dot, round_to
 from kernels.triton.launch import is_recording, launch
 
+MUST = {"plain_product": {"wgmma"}}
+
 
 @triton.jit(do_not_specialize=["rows"])
 def _plain_product(
