@@ -22,6 +22,7 @@ from engine.models.encoders.spec import EncoderConfig
 from engine.models.pooling import Pooling
 from engine.models.served import Served
 from engine.options import EngineOptions
+from engine.overlapped import OverlappedLoop, StartingRunner
 from engine.request import Task
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
@@ -118,7 +119,8 @@ def _build(
     model = load_model(known, files, open_file, build, ops, derived, refused)
     runner, eos_ids = make_runner(model, ops, options, known.served.pooling)
     pool = BlockPool(options.kv_blocks, options.block_size)
-    return EngineLoop(
+    overlaps = options.is_cuda and isinstance(runner, StartingRunner) and runner.overlaps
+    return (OverlappedLoop if overlaps else EngineLoop)(
         runner=runner,
         scheduler=Scheduler(pool, limits, files.model_digest, eos_ids),
         vocabulary=vocabulary,

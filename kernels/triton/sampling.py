@@ -185,7 +185,9 @@ class _Size:
 
 def reference(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """Tokens and finiteness, by sorting in float64."""
-    found = sample_exactly(logits.cpu(), Sampling(*(part.cpu() for part in sampling[:5])))
+    temperature, top_k, top_p, uniform, min_p, _ = sampling
+    given = Sampling(temperature.cpu(), top_k.cpu(), top_p.cpu(), uniform.cpu(), min_p.cpu())
+    found = sample_exactly(logits.cpu(), given)
     return torch.tensor(found.token_ids), torch.tensor(found.finite)
 
 

@@ -134,17 +134,22 @@ def cases(draw: Draw, scale: str) -> Iterator[Case]:
 def _case(draw: Draw, rows: int, vocabulary: int) -> Case:
     logits = draw.normal(rows, vocabulary, dtype=torch.float32, scale=3.0)
     kind = torch.arange(rows)
+    entries = _entries(rows, vocabulary)
     given = Sampling(
         temperature=0.5 * (kind % 3).double(),
         top_k=torch.tensor([0, 9])[kind % 2],
         top_p=torch.tensor([1.0, 0.9, 1.0], dtype=torch.float64)[kind % 3],
         uniform=(kind.double() + 0.5) / rows,
         min_p=torch.tensor([0.0, 0.01], dtype=torch.float64)[kind % 2],
-        adjustments=_entries(rows, vocabulary),
+        adjustments=entries,
     )
     sampling = Sampling(
-        *(draw.given(part) for part in given[:5]),
-        Adjustments(*(tuple(map(draw.given, part)) for part in _entries(rows, vocabulary))),  # type: ignore[arg-type]  # as many as there are
+        temperature=draw.given(given.temperature),
+        top_k=draw.given(given.top_k),
+        top_p=draw.given(given.top_p),
+        uniform=draw.given(given.uniform),
+        min_p=draw.given(given.min_p),
+        adjustments=Adjustments(*(tuple(map(draw.given, part)) for part in entries)),  # type: ignore[arg-type]  # as many as there are
     )
 
     def run() -> tuple[Tensor, ...]:

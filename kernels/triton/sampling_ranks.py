@@ -2,9 +2,9 @@
 
 The order of ranks is by logit, and of equal ones the lower id first. With M(v) the weight of all tokens whose
 logit is v or more, every question about that order is answered by one search for a logit v, four bits of its
-key at a time: the highest with M(v) over some goal. The tokens that have this very logit share one weight w, so that how
-many of them count is (goal - M(above v)) / w. So top-k finds its last token (with 1 for a weight), top-p its last
-among these, and the random number its own.
+key at a time: the highest with M(v) over some goal. The tokens that have this very logit share one weight w, so
+that how many of them count is (goal - M(above v)) / w. So top-k finds its last token (with 1 for a
+weight), top-p its last among these, and the random number its own.
 """
 
 import triton

@@ -258,3 +258,27 @@ def fail_once(loop: OverlappedLoop, after: int) -> None:
         return broken if plan.step == after else read
 
     runner.start = failing
+
+
+def test_steps_of_the_device_backend_take_tokens_that_nobody_has_read(tmp_path: Path) -> None:
+    save_llama(tmp_path, num_hidden_layers=1)
+    limits = {"max_running": 2, "max_step_tokens": 16, "kv_blocks": 8, "max_context_tokens": 16}
+    plain = engine(tmp_path, backend="reference", dtype="float32", **limits)
+    other = engine(tmp_path, backend="triton", dtype="float32", **limits)
+    late = OverlappedLoop(
+        other._runner, other.scheduler, other._vocabulary, other._eos_ids, other.options, other._clock
+    )
+    for loop in (plain, late):
+        loop.submit(request(0, [5, 6, 7], 4, ignore_eos=True, temperature=0.8, seed=4))
+        loop.submit(request(1, [8, 9], 3, ignore_eos=True))
+    step, named = step_of(late), []
+    sampled = step.sampled
+
+    def counting(rows: Any, *rest: Any, **others: Any) -> Any:
+        named.extend(token for token in rows.token_ids if token < 0)
+        return sampled(rows, *rest, **others)
+
+    step.sampled = counting
+    expected, found = run(plain), run(late)
+    assert [found[handle].token_ids for handle in range(2)] == [expected[handle].token_ids for handle in range(2)]
+    assert len(named) == 3 + 2  # all but the first tokens
