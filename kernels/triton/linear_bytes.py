@@ -27,7 +27,7 @@ from kernels.triton.lang import dot, round_to
 from kernels.triton.launch import launch
 from kernels.triton.layout import byte_columns, split_size
 from kernels.triton.scratch import Scratch
-from kernels.triton.split import add_parts
+from kernels.triton.split import add_parts, write_tile
 from kernels.triton.weights import Fp8, Int8, prepare_matrix
 
 MUST = {"bytes_few": {"no-i2f"}, "bytes_many": {"wgmma", "no-i2f"}}
@@ -106,14 +106,7 @@ def _bytes_few(
             part -= tl.load(zeros_ptr + at)[:, :, None] * tl.sum(x.to(tl.float32), axis=1)[:, None, :]
         acc += part * _scales(scales_ptr, at, IS_FLOAT)[:, :, None]
     y = tl.sum(acc, axis=0)
-    if IN_PARTS:
-        at_row = (split * rows + offs_m).to(tl.int64) * N
-    else:
-        at_row = offs_m.to(tl.int64) * STRIDE
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + held_n)[:, None]
-    mask = mask_m[None, :] & (offs_n < N)[:, None]
-    tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(y, out_ptr.dtype.element_ty), mask=mask)
+    write_tile(y, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -170,14 +163,7 @@ def _bytes_many(
             acc += part * _scales(scales_ptr, at, IS_FLOAT)[:, None]
     if GROUP >= K and not HAS_ZEROS:
         acc *= _scales(scales_ptr, held_n // ROWS, IS_FLOAT)[:, None]
-    if IN_PARTS:
-        at_row = (split * rows + offs_m).to(tl.int64) * N
-    else:
-        at_row = offs_m.to(tl.int64) * STRIDE
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + held_n)[:, None]
-    mask = mask_m[None, :] & (offs_n < N)[:, None]
-    tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
 
 
 @triton.jit(do_not_specialize=["first", "last"])

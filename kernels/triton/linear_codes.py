@@ -22,11 +22,12 @@ from kernels.packed import Packed, dequantise
 from kernels.triton.case import MODEL, Case, Draw, Expected, expect
 from kernels.triton.configs import config
 from kernels.triton.inputs import BLOCK, Rounded, must_have
-from kernels.triton.lang import dot, round_to
+from kernels.triton.lang import dot
 from kernels.triton.launch import is_recording, launch
 from kernels.triton.layout import byte_columns
 from kernels.triton.linear_bytes import draw_matrix
 from kernels.triton.quantise import quantise
+from kernels.triton.split import write_tile
 from kernels.triton.weights import Fp8, Int8, prepare_matrix
 
 MUST = {"codes_product": {"wgmma"}}
@@ -94,11 +95,7 @@ def _codes_product(
         acc = (total.to(tl.float32) + acc) * tl.load(scales_ptr + held_n // ROWS)[:, None]
     if not IN_BLOCKS:
         acc *= tl.load(x_scales_ptr + held_m)[None, :]
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + held_n)[:, None]
-    mask = (offs_m < rows)[None, :] & (offs_n < N)[:, None]
-    at_row = offs_m.to(tl.int64)[None, :] * STRIDE
-    tl.store(out_ptr + at_row + offs_n[:, None], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, 0, N, STRIDE, HAS_BIAS, False)
 
 
 def multiply(

@@ -31,7 +31,7 @@ from kernels.triton.lang import dot, round_to
 from kernels.triton.launch import is_recording, launch
 from kernels.triton.layout import split_size
 from kernels.triton.scratch import Scratch
-from kernels.triton.split import add_parts
+from kernels.triton.split import add_parts, write_tile
 from kernels.triton.weights import PLANES, Int4, prepare_matrix
 
 MUST = {"int4_few": {"no-i2f"}, "int4_many": {"wgmma", "no-i2f"}}
@@ -127,18 +127,11 @@ def _int4_few(  # noqa: C901  # its branches are compiled away
                     part += (whole - zero)[:, :, None] * tl.sum(rest, axis=1)[:, None, :]
                 acc += part * scale[:, :, None]
     y = tl.sum(acc, axis=0)
-    mask = mask_m[None, :] & (offs_n < N)[:, None]
-    if IN_PARTS:
-        at_row = (split * rows + offs_m).to(tl.int64) * N
-    else:
-        at_row = offs_m.to(tl.int64) * STRIDE
-        if HAS_BIAS:
-            y += tl.load(bias_ptr + held_n)[:, None]
-    tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(y, out_ptr.dtype.element_ty), mask=mask)
+    write_tile(y, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _int4_many(  # noqa: C901  # likewise
+def _int4_many(  # likewise
     x_ptr,  # [rows, K]
     codes_ptr,  # int32 [N, SPANS * WIDTH]
     scales_ptr,  # float32 [G, N]
@@ -200,14 +193,7 @@ def _int4_many(  # noqa: C901  # likewise
                 if HAS_FRACTIONS:
                     part += (whole - zero)[:, None] * tl.sum(rest, axis=0)[None, :]
                 acc += part * scale[:, None]
-    mask = mask_m[None, :] & (offs_n < N)[:, None]
-    if IN_PARTS:
-        at_row = (split * rows + offs_m).to(tl.int64) * N
-    else:
-        at_row = offs_m.to(tl.int64) * STRIDE
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + held_n)[:, None]
-    tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -308,10 +294,7 @@ def _start(
             kernel,
             grid,
             x,
-            weight.codes,
-            weight.scales,
-            weight.zeros,
-            weight.table,
+            *weight[:4],
             bias,
             out if parts is None else parts,
             len(x),
@@ -349,10 +332,7 @@ def plain(weight: Int4, rows: range, out: Tensor) -> None:
     launch(
         _int4_plain,
         (triton.cdiv(len(rows), settings["BLOCK_N"]), _spans(weight)),
-        weight.codes,
-        weight.scales,
-        weight.zeros,
-        weight.table,
+        *weight[:4],
         out,
         rows.start,
         rows.stop,

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from kernels.triton.case import MODEL, Case, Draw, Expected, expect
 from kernels.triton.configs import config
-from kernels.triton.lang import dot, round_to
+from kernels.triton.lang import dot
 from kernels.triton.launch import is_recording, launch
+from kernels.triton.split import write_tile
 
 MUST = {"plain_product": {"wgmma"}}
 
@@ -58,11 +59,7 @@ def _plain_product(
             w = tl.load(w_ptrs + k, mask=real[None, :], other=0.0)
             x = tl.load(x_ptrs + k, mask=mask_m[None, :] & real[:, None], other=0.0)
         acc = dot(w, x, acc)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + held_n)[:, None]
-    mask = mask_m[None, :] & (offs_n < N)[:, None]
-    at_row = offs_m.to(tl.int64)[None, :] * STRIDE
-    tl.store(out_ptr + at_row + offs_n[:, None], round_to(acc, out_ptr.dtype.element_ty), mask=mask)
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, 0, N, STRIDE, HAS_BIAS, False)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, deterministic: bool = False) -> None:
