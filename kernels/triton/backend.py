@@ -203,8 +203,8 @@ class TritonBackend(EncoderOps):
         scores = x.new_empty(len(x), _outputs(router), dtype=torch.float32)
         self._multiply(x, router, scores)
         out = torch.empty_like(x)
-        how = {"slots": self._slots, "deterministic": self.deterministic}
-        mixture(x, scores, experts, routing, activation, out, **how)
+        slots, exact = self._slots, self.deterministic
+        mixture(x, scores, experts, routing, activation, out, slots=slots, deterministic=exact)
         return out
 
     def logits(

@@ -26,7 +26,6 @@ from kernels.triton.sampling_adjust import sample_adjusted
 
 _BLOCK = 256
 _GREEDY = (0.0, 0.0, 1.0, 0.0, 0.0)  # temperature, top_k, top_p, uniform, min_p
-_TOP_K = 1
 _ALIGNED = (
     4  # rows; so that what lies in one piece begins at multiples of 16 bytes, which kernels are compiled for
 )
@@ -149,9 +148,9 @@ class _Here:
         """As they are to lie on the device; whoever wants the tokens has waited for the draw before the last."""
         self._wait()
         self._given.copy_(self._greedy)
-        index = torch.tensor(places)
-        for i, part in enumerate(sampling[: len(self._given)]):
-            self._given[i, index] = part.view(torch.float64) if i == _TOP_K else part
+        temperature, top_k, top_p, uniform, min_p, _ = sampling
+        chosen = torch.stack([temperature, top_k.view(torch.float64), top_p, uniform, min_p])
+        self._given[:, torch.tensor(places)] = chosen
         return self._given
 
     def receive(self, drawn: Tensor) -> None:
