@@ -123,7 +123,9 @@ def own(x: Rounded, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor, *, det
     """The same in this file's kernel, whatever the scales are."""
     must_have(weight.codes.dtype)
     (n, k), rows = weight.codes.shape, len(x.codes)
-    settings = config("codes_product_fixed" if deterministic else "codes_product", rows)
+    in_groups = weight.group < k or x.scales.dim() == 2
+    many = "codes_product_in_groups" if in_groups else "codes_product"
+    settings = config("codes_product_fixed" if deterministic else many, rows)
     launch(
         _codes_product,
         (triton.cdiv(rows, settings["BLOCK_M"]), triton.cdiv(n, settings["BLOCK_N"])),
