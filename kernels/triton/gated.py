@@ -25,7 +25,7 @@ from kernels.triton.configs import config
 from kernels.triton.functions import erf, sigmoid
 from kernels.triton.lang import round_to
 from kernels.triton.launch import launch
-from kernels.triton.quantise import expect_codes, largest_of, row_scale, to_codes
+from kernels.triton.quantise import check_codes, expect_codes, largest_of, row_scale, to_codes
 
 WIDEST = 32768  # numbers of a row that becomes codes, which one program holds
 
@@ -116,7 +116,9 @@ def gated_codes(x: Tensor, activation: str, codes: Tensor, scales: Tensor) -> No
 
     Raises:
         ValueError: a row is too long for one program.
+        Unsupported: the device has no numbers of the codes' type.
     """
+    check_codes(codes.dtype)
     rows, width = codes.shape
     if width > WIDEST:
         raise ValueError(f"a row of {width} numbers; at most {WIDEST}")

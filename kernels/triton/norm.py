@@ -18,7 +18,7 @@ from kernels.triton.case import MODEL, Case, Draw, Expected, expect
 from kernels.triton.configs import config
 from kernels.triton.lang import round_to
 from kernels.triton.launch import launch
-from kernels.triton.quantise import expect_codes, largest_of, row_scale, to_codes
+from kernels.triton.quantise import check_codes, expect_codes, largest_of, row_scale, to_codes
 
 WIDEST = 32768  # numbers of a row, which one program holds
 
@@ -108,6 +108,7 @@ def _start(
     scales: Tensor | None,
 ) -> None:
     rows, width = x.shape
+    check_codes(out.dtype)
     if width > WIDEST:
         raise ValueError(f"a row of {width} numbers; at most {WIDEST}")
     launch(

@@ -13,10 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.case import Expected
+from kernels.triton.configs import capability
 from kernels.triton.lang import FP8_MAX, round_to
+from kernels.triton.launch import Unsupported
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Of the codes of each format."""
+
+_FLOAT8 = 89  # the compute capability from which on there are such numbers
 
 
 @triton.jit
@@ -39,6 +43,16 @@ def to_codes(y, inverse, dtype: tl.constexpr):
         return round_to(tl.clamp(y * inverse, -127.0, 127.0), dtype)
     else:
         return round_to(y * inverse, dtype)
+
+
+def check_codes(dtype: torch.dtype) -> None:
+    """That the selected device has numbers of this type.
+
+    Raises:
+        Unsupported: it has none.
+    """
+    if dtype is torch.float8_e4m3fn and capability() < _FLOAT8:
+        raise Unsupported(f"e4m3 numbers need compute capability 8.9, not {capability() / 10}")
 
 
 def quantise(y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
