@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from engine.derived import loading
+from engine.errors import EngineError
 from tests.engine import vector_models
 from tests.engine.tiny import engine, request, run, save_llama
 
@@ -31,6 +33,19 @@ def answers(folder: Path, **options: Any) -> list[Any]:
     for handle, (prompt, how) in enumerate(zip(PROMPTS, asked, strict=True)):
         loop.submit(request(handle, prompt, 4, ignore_eos=True, **how))
     return [answer for _, answer in sorted(run(loop).items())]
+
+
+def test_without_its_device_a_worker_is_refused_before_a_weight_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unread(*args: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(loading, "load_weights", unread)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="is to run on GPU-a, and CUDA shows 0 devices") as error:
+        engine(folder, device="GPU-a")
+    assert error.value.code == "DEVICE_UNAVAILABLE"
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
