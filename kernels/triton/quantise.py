@@ -38,7 +38,7 @@ def row_scale(most, dtype: tl.constexpr):
 
 @triton.jit
 def to_codes(y, inverse, dtype: tl.constexpr):
-    """The codes of float32 numbers; those of a row that is not finite mean nothing, but its scale is not either."""
+    """The codes of float32 numbers; of a row that is not finite they mean nothing, and its scale is not either."""
     if dtype == tl.int8:
         return round_to(tl.clamp(y * inverse, -127.0, 127.0), dtype)
     else:
