@@ -29,6 +29,7 @@ _ROW = {"num_warps": (2, 4, 8, 16)}
 _PRODUCT = {"BLOCK_N": (64, 128, 256), "BLOCK_K": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4, 5)}
 _WORDS = {"BLOCK_N": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
 _ATTENTION = {"BLOCK_N": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2, 3, 4)}
+_WIDTHS = [f"{width}{kind}" for width in (64, 128, 256, 512) for kind in ("", "_codes")]
 CHOICES: Mapping[str, Mapping[str, Sequence[int]]] = {
     "add": _FLAT,
     "finish": _FLAT,
@@ -54,10 +55,8 @@ CHOICES: Mapping[str, Mapping[str, Sequence[int]]] = {
         "num_stages": (2, 3, 4),
     },
     "lora_expand": {"BLOCK_N": (64, 128, 256), "num_warps": (4, 8), "num_stages": (1, 2)},
-    "decode_attention": _ATTENTION,
-    "decode_attention_codes": _ATTENTION,
-    "prefill_attention": _ATTENTION | {"BLOCK_M": (64, 128)},
-    "prefill_attention_codes": _ATTENTION | {"BLOCK_M": (64, 128)},
+    **{f"decode_attention_{of}": _ATTENTION for of in _WIDTHS},
+    **{f"prefill_attention_{of}": _ATTENTION | {"BLOCK_M": (64, 128)} for of in _WIDTHS},
 }
 """What is tried of each kernel; of others warps and stages alone."""
 

@@ -25,7 +25,16 @@ from kernels.triton.kv_cache import KvPages, exact_rows, pointers, random_pages
 from kernels.triton.lang import round_to
 from kernels.triton.launch import launch
 from kernels.triton.layout import decode_split, decode_splits, decode_workspace_bytes
-from kernels.triton.tiles import attend, begin, case_name, constants, factors, load_queries, tile_config
+from kernels.triton.tiles import (
+    attend,
+    begin,
+    case_name,
+    constants,
+    factors,
+    load_queries,
+    store_answers,
+    tile_config,
+)
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -40,7 +49,7 @@ def _decode_attention(
     sinks_ptr,  # float32 [HQ], or none
     out_ptr,  # [R, HQ, D]; float32 [R, HQ, SPLITS, D] where there are several
     sums_ptr,  # float32 [R, HQ, SPLITS], or none: log2 of what each was divided by
-    q_stride, table_stride, scale, cap,
+    q_stride, table_stride, inner, step,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr, DOT: tl.constexpr, SPLIT: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -52,25 +61,21 @@ def _decode_attention(
     low, high = tl.maximum(split * SPLIT, first), tl.minimum((split + 1) * SPLIT, length)
     if (SPLITS > 1) & (low >= high):
         return
-    group = tl.arange(0, BLOCK_M)
-    mask = group < HQ // HKV
-    q_head = head * (HQ // HKV) + group
+    mask = tl.arange(0, BLOCK_M) < HQ // HKV
+    q_head = head * (HQ // HKV) + tl.arange(0, BLOCK_M)
     q = load_queries(q_ptr + row * q_stride + q_head * D, mask, D, BLOCK_D, DOT)
     most, total, out, unit = begin(sinks_ptr, q_head, mask & (split * SPLIT <= first), HAS_SINKS, BLOCK_M, BLOCK_D)
     position = tl.zeros([BLOCK_M], tl.int32) + (length - 1)
     most, total, out, unit = attend(
         q, most, total, out, unit, position,
         keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, tables_ptr + row * table_stride,
-        head, low // BLOCK_N * BLOCK_N, high, high, scale, cap,
+        head, low // BLOCK_N * BLOCK_N, high, high, inner, step,
         HKV, D, PAGE, WINDOW, CAPPED, DOT, BLOCK_N, BLOCK_D, True, tl.bfloat16 == DOT,
     )  # fmt: skip
     if (tl.float16 == DOT) & (keys_ptr.dtype.element_ty.primitive_bitwidth == 8):
         out = out * unit
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
-    offs = tl.arange(0, BLOCK_D)[None, :]
     place = (row * HQ + q_head) * SPLITS + split
-    answer = round_to(out, out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place[:, None] * D + offs, answer, mask=mask[:, None] & (offs < D))
+    store_answers(out_ptr, place, out, total, mask, D, BLOCK_D)
     if SPLITS > 1:
         tl.store(sums_ptr + place, most + tl.log2(total), mask=mask)
 
@@ -138,10 +143,10 @@ def decode_attention(
     split, splits = decode_split(rows, heads.kv), decode_splits(rows, heads.kv, most_tokens)
     parts = sums = None
     if splits > 1:
-        count = rows * heads.query * splits
-        if workspace is None or len(workspace) < count * (heads.dim + 1):
-            raise ValueError(f"a workspace of {count * (heads.dim + 1)} numbers is wanted for {splits} splits")
-        parts, sums = workspace[: count * heads.dim], workspace[count * heads.dim :]
+        at = rows * heads.query * splits * heads.dim
+        if workspace is None or len(workspace) < at // heads.dim * (heads.dim + 1):
+            raise ValueError(f"{splits} splits want a workspace of {at // heads.dim * (heads.dim + 1)} numbers")
+        parts, sums = workspace[:at], workspace[at:]
     launch(
         _decode_attention,
         (heads.kv, splits, rows),
@@ -159,36 +164,34 @@ def decode_attention(
         SPLIT=split,
         SPLITS=splits,
         BLOCK_M=max(16, triton.next_power_of_2(heads.query // heads.kv)),
-        **tile_config("decode_attention", kv, shape["DOT"], shape["BLOCK_D"]),
+        **tile_config("decode_attention", kv, shape, 1),
     )
     if parts is not None and sums is not None:
-        _combine(parts, sums, lengths, heads, attending, out, split, splits)
+        _combine((parts, sums), lengths, heads, attending, out, (split, splits))
 
 
 def _combine(
-    parts: Tensor,
-    sums: Tensor,
+    made: tuple[Tensor, Tensor],
     lengths: Tensor,
     heads: Heads,
     attending: Attending,
     out: Tensor,
-    split: int,
-    splits: int,
+    sizes: tuple[int, int],
 ) -> None:
+    """Put the answers and sums of splits together; sizes are tokens of a split, and splits."""
     width = triton.next_power_of_2(heads.dim)
     launch(
         _combine_splits,
         (heads.query, len(lengths)),
-        parts,
-        sums,
+        *made,
         lengths,
         out,
         HQ=heads.query,
         D=heads.dim,
         WINDOW=attending.window,
-        SPLIT=split,
-        SPLITS=splits,
-        BLOCK_SPLITS=triton.next_power_of_2(splits),
+        SPLIT=sizes[0],
+        SPLITS=sizes[1],
+        BLOCK_SPLITS=triton.next_power_of_2(sizes[1]),
         BLOCK_D=width,
         **config("combine_splits", width),
     )

@@ -25,22 +25,35 @@ from kernels.ops import Attending, Heads, KvSpec
 from kernels.triton.attention_decode import reference
 from kernels.triton.case import MODEL, Case, Draw, Expected, expect
 from kernels.triton.kv_cache import KvPages, exact_rows, pointers, random_pages
-from kernels.triton.lang import round_to
 from kernels.triton.launch import launch
-from kernels.triton.tiles import attend, begin, case_name, constants, factors, load_queries, tile_config
+from kernels.triton.tiles import (
+    attend,
+    begin,
+    case_name,
+    constants,
+    factors,
+    load_queries,
+    store_answers,
+    tile_config,
+)
 
 _ROWS = 256
 
 
 @triton.jit
-def _row_of(query_starts_ptr, rows, tile, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of a tile: row r's tiles begin at query_starts[r] // BLOCK_Q + r."""
+def _tile_of(query_starts_ptr, rows, tile, BLOCK_Q: tl.constexpr, BLOCK: tl.constexpr):
+    """A tile's row, the row's first token in the step and how many it has, and which of these is the tile's first.
+
+    Row r's tiles begin at query_starts[r] // BLOCK_Q + r.
+    """
     found = 0
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
         first = tl.load(query_starts_ptr + row, mask=row < rows, other=0) // BLOCK_Q + row
         found += tl.sum(((first <= tile) & (row < rows)).to(tl.int32), axis=0)
-    return found - 1
+    first = tl.load(query_starts_ptr + found - 1)
+    count = tl.load(query_starts_ptr + found) - first
+    return found - 1, first, count, (tile - first // BLOCK_Q - (found - 1)) * BLOCK_Q
 
 
 @triton.jit(do_not_specialize=["rows", "table_stride"])
@@ -55,17 +68,14 @@ def _prefill_attention(
     query_starts_ptr,  # int32 [R + 1]
     sinks_ptr,  # float32 [HQ], or none
     out_ptr,  # [T, HQ, D]
-    rows, q_stride, table_stride, scale, cap,
+    rows, q_stride, table_stride, inner, step,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     CAPPED: tl.constexpr, HAS_SINKS: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile of a row's tokens and one KV head a program, those of the highest positions first."""
     tile, head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
-    row = _row_of(query_starts_ptr, rows, tile, BLOCK_Q, ROWS)
-    first_token = tl.load(query_starts_ptr + row)
-    count = tl.load(query_starts_ptr + row + 1) - first_token
-    first = (tile - first_token // BLOCK_Q - row) * BLOCK_Q
+    row, first_token, count, first = _tile_of(query_starts_ptr, rows, tile, BLOCK_Q, ROWS)
     if first >= count:
         return
     start = tl.load(starts_ptr + row)
@@ -76,31 +86,27 @@ def _prefill_attention(
     token = (first_token + query).to(tl.int64)
     q = load_queries(q_ptr + token * q_stride + q_head * D, mask, D, BLOCK_D, DOT)
     most, total, out, unit = begin(sinks_ptr, q_head, mask, HAS_SINKS, BLOCK_M, BLOCK_D)
-    end = start + tl.minimum(first + BLOCK_Q, count)
-    seen_by_all = (start + first + 1) // BLOCK_N * BLOCK_N  # keys before here are, by windows' leave
-    low, seen_from = 0, 0
-    if WINDOW > 0:
-        low = tl.maximum(start + first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-        seen_from = tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N
     table_ptr = tables_ptr + row.to(tl.int64) * table_stride
     for part in tl.static_range(0 if WINDOW > 0 else 1, 3):
-        from_token, to_token = _part(part, low, seen_from, seen_by_all, end)
+        low, high = _part(part, start + first, start + tl.minimum(first + BLOCK_Q, count), WINDOW, BLOCK_N)
         most, total, out, unit = attend(
             q, most, total, out, unit, start + query,
             keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, table_ptr,
-            head, from_token, to_token, start + count, scale, cap,
+            head, low, high, start + count, inner, step,
             HKV, D, PAGE, WINDOW, CAPPED, DOT, BLOCK_N, BLOCK_D, part != 1, False,
         )  # fmt: skip
-    out = out / tl.where(total > 0, total, 1.0)[:, None]
-    offs = tl.arange(0, BLOCK_D)[None, :]
-    at = out_ptr + (token * HQ + q_head)[:, None] * D + offs
-    tl.store(at, round_to(out, out_ptr.dtype.element_ty), mask=mask[:, None] & (offs < D))
+    store_answers(out_ptr, token * HQ + q_head, out, total, mask, D, BLOCK_D)
 
 
 @triton.jit
-def _part(part: tl.constexpr, low, seen_from, seen_by_all, end):
-    """Keys that some queries' windows have left, those that all see, and those that some do not yet see."""
+def _part(part: tl.constexpr, first, end, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys for queries at first .. end - 1: 0 those that windows have left, 1 that all see, 2 that are to come."""
+    low, seen_from = 0, 0
+    if WINDOW > 0:
+        low = tl.maximum(first - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+        seen_from = tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N
     middle = tl.minimum(tl.maximum(low, seen_from), end)
+    seen_by_all = (first + 1) // BLOCK_N * BLOCK_N
     if part == 0:
         return low, middle
     elif part == 1:
@@ -139,10 +145,8 @@ def prefill_attention(
     """
     shape = constants(q, heads, attending, kv, tl.bfloat16)
     fold = heads.query // heads.kv
-    kernel = "prefill_attention_any" if deterministic else "prefill_attention"
-    chosen = tile_config(
-        kernel, kv, shape["DOT"], _size(shape["BLOCK_D"], 0 if deterministic else most_tokens * fold)
-    )
+    kernel = "prefill_attention_fixed" if deterministic else "prefill_attention"
+    chosen = tile_config(kernel, kv, shape, 1 if deterministic else most_tokens * fold)
     chosen["BLOCK_M"] = max(chosen["BLOCK_M"], triton.next_power_of_2(fold))
     tokens = chosen["BLOCK_M"] // fold
     launch(
@@ -164,11 +168,6 @@ def prefill_attention(
         ROWS=_ROWS,
         **chosen,
     )
-
-
-def _size(width: int, queries: int) -> int:
-    """What tables of tiles go by: thousands for a head's numbers, and 16 or 64 where a row has no more queries."""
-    return width * 1000 + (16 if queries <= 16 else 64 if queries <= 64 else 128)
 
 
 def cases(draw: Draw, scale: str) -> Iterator[Case]:

@@ -103,16 +103,35 @@ def load_tile(at, is_token, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.c
 
 
 @triton.jit
+def _scores(
+    q, keys, key_scale_at, token, position, end, inner,
+    WINDOW: tl.constexpr, CAPPED: tl.constexpr, DOT: tl.constexpr, MASKED: tl.constexpr, CODES: tl.constexpr,
+):  # fmt: skip
+    """Scores [BLOCK_M, BLOCK_N] of a tile, before they are multiplied by `step`."""
+    scores = dot(q, tl.trans(widen(keys, DOT)), tl.zeros([q.shape[0], keys.shape[0]], tl.float32))
+    if CODES:
+        scores = scores * tl.load(key_scale_at, mask=token < end, other=0.0)[None, :]
+    if CAPPED:
+        scores = tanh(scores * inner)
+    if MASKED:
+        seen = token[None, :] <= position[:, None]
+        if WINDOW > 0:
+            seen = seen & (token[None, :] > position[:, None] - WINDOW)
+        scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
 def attend(
     q, most, total, out, unit, position,
     keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, table_ptr,
-    head, low, high, end, scale, cap,
+    head, low, high, end, inner, step,
     HKV: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr,
     DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """m, l, o and its unit after the keys of tokens low .. high - 1; low is a multiple of BLOCK_N.
 
-    `scale` and `cap` are as `factors` has them. MASKED: there are queries that do not see all of these keys;
+    `inner` and `step` are as `factors` has them. MASKED: there are queries that do not see all of these keys;
     position [BLOCK_M] is theirs, and `end` the row's length. EXACT: what rounding takes from shares is multiplied
     with values, too.
 
@@ -125,54 +144,48 @@ def attend(
         token = start + tl.arange(0, BLOCK_N)
         key_at = places(keys_ptr, page, head, start, D, HKV, PAGE, BLOCK_N)
         value_at = places(values_ptr, page, head, start, D, HKV, PAGE, BLOCK_N)
-        if CODES:
-            key_scale_at = places(key_scales_ptr, page, head, start, 1, HKV, PAGE, BLOCK_N)
-            value_scale_at = places(value_scales_ptr, page, head, start, 1, HKV, PAGE, BLOCK_N)
+        key_scale_at = places(key_scales_ptr, page, head, start, 1, HKV, PAGE, BLOCK_N) if CODES else None
+        weight_at = places(value_scales_ptr, page, head, start, 1, HKV, PAGE, BLOCK_N) if CODES else None
         page = pages_of(table_ptr, start + BLOCK_N, end, PAGE, BLOCK_N)  # known before its keys are asked for
         keys = load_tile(key_at, token < end, D, BLOCK_D, MASKED)
-        scores = dot(q, tl.trans(widen(keys, DOT)), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
-        if CODES:
-            scores = scores * tl.load(key_scale_at, mask=token < end, other=0.0)[None, :]
-        if CAPPED:
-            scores = tanh(scores * scale)
-            step = cap
-        else:
-            step = scale
-        if MASKED:
-            seen = token[None, :] <= position[:, None]
-            if WINDOW > 0:
-                seen = seen & (token[None, :] > position[:, None] - WINDOW)
-            scores = tl.where(seen, scores, float("-inf"))
+        scores = _scores(
+            q, keys, key_scale_at, token, position, end, inner, WINDOW, CAPPED, DOT, MASKED, CODES
+        )  # fmt: skip
         newest = tl.maximum(most, tl.max(scores, axis=1) * step)
         base = tl.where(newest == float("-inf"), 0.0, newest) if WINDOW > 0 else newest
         shares = tl.exp2(tl.fma(scores, step, -base[:, None]))
         fade = tl.exp2(most - base)
+        most, total = newest, total * fade + tl.sum(shares, axis=1)
         values = load_tile(value_at, token < end, D, BLOCK_D, MASKED)
-        total = total * fade + tl.sum(shares, axis=1)
         if CODES:
-            weights = tl.load(value_scale_at, mask=token < end, other=0.0)
+            weights = tl.load(weight_at, mask=token < end, other=0.0)
             if tl.float16 == DOT:
                 before, unit = unit, tl.maximum(unit, tl.max(weights, axis=0))
                 fade = fade * (before / unit)
                 values = values.to(DOT) * (weights / unit).to(DOT)[:, None]
             else:
                 shares = shares * weights[None, :]
-        out = out * fade[:, None]
-        values = widen(values, DOT)
-        rounded = round_to(shares, DOT)
+        values, rounded, out = widen(values, DOT), round_to(shares, DOT), out * fade[:, None]
         if EXACT:
             out = dot(round_to(shares - rounded.to(tl.float32), DOT), values, out)
         out = dot(rounded, values, out)
-        most = newest
     return most, total, out, unit
 
 
+@triton.jit
+def store_answers(ptr, place, out, total, mask, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """o / l to the vectors at `place` [BLOCK_M]; where no key was seen, zeros."""
+    offs = tl.arange(0, BLOCK_D)[None, :]
+    answers = round_to(out / tl.where(total > 0, total, 1.0)[:, None], ptr.dtype.element_ty)
+    tl.store(ptr + place[:, None] * D + offs, answers, mask=mask[:, None] & (offs < D))
+
+
 def factors(attending: Attending) -> tuple[float, float]:
-    """What q·k is multiplied by, before tanh where scores are capped, and what tanh is: scores to base 2."""
+    """What q·k is multiplied by inside of tanh, where scores are capped, and then, to be scores to base 2."""
     log2e = 1.0 / math.log(2.0)
     if attending.softcap:
         return attending.scale / attending.softcap, attending.softcap * log2e
-    return attending.scale * log2e, 1.0
+    return 1.0, attending.scale * log2e
 
 
 def constants(q: Tensor, heads: Heads, attending: Attending, kv: KvPages, for_codes: tl.dtype) -> dict[str, Any]:
@@ -207,11 +220,12 @@ def constants(q: Tensor, heads: Heads, attending: Attending, kv: KvPages, for_co
     }
 
 
-def tile_config(kernel: str, kv: KvPages, dot_type: tl.dtype, size: int) -> Config:
-    """The configuration for pages of a type, of tiles `size` numbers large; a kernel has a table for each."""
-    if dot_type == tl.float32:
-        return config(f"{kernel}_float32", size)
-    return config(f"{kernel}_codes" if kv.key_scales is not None else kernel, size)
+def tile_config(kernel: str, kv: KvPages, shape: dict[str, Any], size: int) -> Config:
+    """The configuration of a kernel, which has a table for each width of heads and each kind of pages."""
+    name = f"{kernel}_{max(64, shape['BLOCK_D'])}"
+    if shape["DOT"] == tl.float32:
+        return config(f"{name}_float32", size)
+    return config(f"{name}_codes" if kv.key_scales is not None else name, size)
 
 
 _DOT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
