@@ -96,7 +96,7 @@ def _plan_shown(answer: admin_pb2.PlanModelResponse) -> str:
             "CUDA and graphs" if plan.host_total_bytes else "interpreter and libraries",
         ),
         ("total", plan.total_bytes, "at the highest point"),
-        ("available", plan.available_bytes, f"on {printable(plan.device)}"),
+        ("available", plan.available_bytes, "on the device" if plan.host_total_bytes else f"on {plan.device}"),
         *_of_host(plan),
     )
     rows = [(name, f"{count:,}", size(count), what) for name, count, what in parts]
@@ -107,6 +107,8 @@ def _plan_shown(answer: admin_pb2.PlanModelResponse) -> str:
         table(("part", "bytes", "", "of"), rows),
         ("fits" if plan.fits else "DOES NOT FIT") + f"; the KV cache holds {plan.full_contexts:,} full contexts",
     ]
+    if plan.host_total_bytes:
+        lines.append(f"on {printable(plan.device)}")
     if plan.recorded_from:
         lines.append(f"against devices recorded from {printable(plan.recorded_from)}")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from appliance.cli import gpu
 from appliance.control import counters
 from appliance.protos import admin_pb2
 from engine.protos import engine_pb2, engine_pb2_grpc
@@ -79,6 +80,23 @@ async def test_a_host_that_refuses_a_plan_is_quoted(house: House) -> None:
     error = await refusal(house.devices.PlanModel(admin_pb2.PlanModelRequest(model_version="notes", device="G")))
     assert (error.status, error.code) == (Code.FAILED_PRECONDITION, "DEVICE_UNSUPPORTED")
     assert error.message == "there is no backend for it"
+
+
+def test_a_plan_on_a_cuda_device_is_shown_with_the_hosts_share_in_80_columns() -> None:
+    plan = admin_pb2.MemoryPlan(
+        device="GPU-0a1b2c3d-4e5f-6a7b-8c9d-0e1f2a3b4c5d",
+        total_bytes=150 * 2**30,
+        available_bytes=140 * 2**30,
+        host_total_bytes=20 * 2**30,
+        host_available_bytes=64 * 2**30,
+        options=admin_pb2.DeploymentOptions(backend="triton", dtype="bfloat16", kv_dtype="float8", block_size=16),
+    )
+    shown = gpu._plan_shown(admin_pb2.PlanModelResponse(model_version="notes@1", plan=plan)).splitlines()
+    assert max(map(len, shown)) <= 80
+    assert "triton bfloat16, float8 KV" in shown[0]
+    assert [line.split()[-2:] for line in shown if "available" in line] == [["the", "device"], ["the", "host"]]
+    assert any("of the host" in line and "20.0 GiB" in line for line in shown)
+    assert shown[-1] == f"on {plan.device}"
 
 
 class Worker(engine_pb2_grpc.WorkerServiceServicer):
