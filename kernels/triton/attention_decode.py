@@ -141,12 +141,7 @@ def decode_attention(
     rows = len(lengths)
     shape = constants(q, heads, attending, kv, tl.float16)
     split, splits = decode_split(rows, heads.kv), decode_splits(rows, heads.kv, most_tokens)
-    parts = sums = None
-    if splits > 1:
-        at = rows * heads.query * splits * heads.dim
-        if workspace is None or len(workspace) < at // heads.dim * (heads.dim + 1):
-            raise ValueError(f"{splits} splits want a workspace of {at // heads.dim * (heads.dim + 1)} numbers")
-        parts, sums = workspace[:at], workspace[at:]
+    parts, sums = _parts(workspace, splits, rows * heads.query * splits, heads.dim)
     launch(
         _decode_attention,
         (heads.kv, splits, rows),
@@ -168,6 +163,17 @@ def decode_attention(
     )
     if parts is not None and sums is not None:
         _combine((parts, sums), lengths, heads, attending, out, (split, splits))
+
+
+def _parts(
+    workspace: Tensor | None, splits: int, answers: int, dim: int
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Where the splits' answers go, and their sums; nowhere if there is one split."""
+    if splits == 1:
+        return None, None
+    if workspace is None or len(workspace) < answers * (dim + 1):
+        raise ValueError(f"{splits} splits want a workspace of {answers * (dim + 1)} numbers")
+    return workspace[: answers * dim], workspace[answers * dim :]
 
 
 def _combine(

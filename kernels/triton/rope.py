@@ -41,23 +41,13 @@ def _rope_and_write(
     key_scales_ptr,  # float32 [pages, HKV, PAGE], or none
     value_scales_ptr,  # as key scales
     eps,
-    HQ: tl.constexpr,
-    HKV: tl.constexpr,
-    D: tl.constexpr,
-    N: tl.constexpr,
-    PAGE: tl.constexpr,
-    NORMED: tl.constexpr,
-    WHOLE: tl.constexpr,
-    QUERY_BLOCK: tl.constexpr,
-    KEY_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_REST: tl.constexpr,
-):
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, N: tl.constexpr, PAGE: tl.constexpr,
+    NORMED: tl.constexpr, WHOLE: tl.constexpr, QUERY_BLOCK: tl.constexpr, KEY_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_REST: tl.constexpr,
+):  # fmt: skip
     """One token and QUERY_BLOCK query heads, or KEY_BLOCK KV heads, a program."""
-    token = tl.program_id(0).to(tl.int64)
-    part = tl.program_id(1)
+    token, part, pair = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, BLOCK_N)
     x_ptr = qkv_ptr + token * ((HQ + 2 * HKV) * D)
-    pair = tl.arange(0, BLOCK_N)
     angle = tl.load(positions_ptr + token).to(tl.int64) * N + pair
     cos = tl.load(cos_ptr + angle, mask=pair < N, other=0.0)[None, :]
     sin = tl.load(sin_ptr + angle, mask=pair < N, other=0.0)[None, :]
@@ -171,13 +161,8 @@ def rope_and_write(
         norms: before the rotation, with float32 weights; None: none.
     """
     check_type(kv.keys.dtype)
-    whole = norms is not None and norms.whole
-    width = triton.next_power_of_2(heads.dim)
-    query_block, key_block = (
-        triton.next_power_of_2(count if whole else min(count, max(1, _NUMBERS // width)))
-        for count in (heads.query, heads.kv)
-    )
-    pairs = cos.shape[1]
+    shape = _shape(heads, norms, cos.shape[1])
+    query_block, key_block = shape["QUERY_BLOCK"], shape["KEY_BLOCK"]
     launch(
         _rope_and_write,
         (len(qkv), triton.cdiv(heads.query, query_block) + triton.cdiv(heads.kv, key_block)),
@@ -186,23 +171,31 @@ def rope_and_write(
         slots,
         cos,
         sin,
-        norms.query if norms else None,
-        norms.key if norms else None,
+        *(norms[:2] if norms else (None, None)),
         *pointers(kv, layer),
         norms.eps if norms else 0.0,
-        HQ=heads.query,
-        HKV=heads.kv,
-        D=heads.dim,
-        N=pairs,
         PAGE=kv.spec.block_size,
-        NORMED=norms is not None,
-        WHOLE=whole,
-        QUERY_BLOCK=query_block,
-        KEY_BLOCK=key_block,
-        BLOCK_N=triton.next_power_of_2(max(1, pairs)),
-        BLOCK_REST=triton.next_power_of_2(max(1, heads.dim - 2 * pairs)),
-        **config("rope_and_write", query_block * width),
+        **shape,
+        **config("rope_and_write", query_block * triton.next_power_of_2(heads.dim)),
     )
+
+
+def _shape(heads: Heads, norms: QkNorm | None, pairs: int) -> dict[str, int]:
+    """Constants of the kernel."""
+    whole = norms is not None and norms.whole
+    most = max(1, _NUMBERS // triton.next_power_of_2(heads.dim))
+    return {
+        "HQ": heads.query,
+        "HKV": heads.kv,
+        "D": heads.dim,
+        "N": pairs,
+        "NORMED": norms is not None,
+        "WHOLE": whole,
+        "QUERY_BLOCK": triton.next_power_of_2(heads.query if whole else min(heads.query, most)),
+        "KEY_BLOCK": triton.next_power_of_2(heads.kv if whole else min(heads.kv, most)),
+        "BLOCK_N": triton.next_power_of_2(max(1, pairs)),
+        "BLOCK_REST": triton.next_power_of_2(max(1, heads.dim - 2 * pairs)),
+    }
 
 
 def reference(x: Tensor, weight: Tensor | None, eps: float, whole: bool, cos: Tensor, sin: Tensor) -> Tensor:
