@@ -111,7 +111,7 @@ def _ratios() -> Iterator[dict[str, Any]]:
         weight, wide = prepare_linear([codes], [], torch.bfloat16, "cuda"), draw.normal(out, inner)
         for rows in _RATIO_ROWS:
             x, y = draw.normal(rows, inner), draw.normal(rows, out)
-            scratch = torch.empty(scratch_bytes(weight, rows), dtype=torch.uint8, device="cuda")
+            scratch = torch.empty(scratch_bytes(weight, rows, x.element_size()), dtype=torch.uint8, device="cuda")
             ours = graph_seconds(starts_of(partial(linear, x, weight, y, scratch)))
             theirs = graph_seconds(starts_of(partial(torch.mm, x, wide.t(), out=y)))
             yield {"out": out, "in": inner, "rows": rows, "int4": ours, "bfloat16": theirs}

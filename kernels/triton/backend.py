@@ -281,7 +281,7 @@ class TritonBackend(EncoderOps):
 
     def _multiply(self, x: Tensor, weight: Linear, out: Tensor) -> None:
         """x · weightᵀ + bias, with scratch that is large enough for all products so far."""
-        needed = linear.scratch_bytes(weight, len(x))
+        needed = linear.scratch_bytes(weight, len(x), x.element_size())
         if needed > len(self._scratch):
             self._outgrown.append(self._scratch)
             self._scratch = self._scratch.new_empty(needed)

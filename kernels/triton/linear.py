@@ -68,16 +68,22 @@ def rounds_to(weight: Linear) -> torch.dtype | None:
     return kinds.pop() if len(kinds) == 1 else None
 
 
-def scratch_bytes(weight: Linear, most_rows: int) -> int:
-    """What `linear` needs at most for so many rows; `kernels.triton.layout.linear_scratch_bytes` is the same."""
-    return max(_scratch_bytes(part, most_rows) for part in weight.parts)
+def scratch_bytes(weight: Linear, most_rows: int, item: int) -> int:
+    """What `linear` needs at most for so many rows; `kernels.triton.layout.linear_scratch_bytes` is the same.
+
+    Args:
+        weight: of which.
+        most_rows: of inputs.
+        item: bytes of a number of them.
+    """
+    return max(_scratch_bytes(part, most_rows, item) for part in weight.parts)
 
 
-def _scratch_bytes(part: Form, most_rows: int) -> int:
+def _scratch_bytes(part: Form, most_rows: int, item: int) -> int:
     if isinstance(part, Plain):
         return 0
     form = {Int4: "int4", Int8: "int8", Fp8: "fp8"}[type(part)]
-    return form_scratch_bytes(form, part.order is not None, shape_of(part), most_rows, torch.float32.itemsize)
+    return form_scratch_bytes(form, part.order is not None, shape_of(part), most_rows, item)
 
 
 def _rounds_to(part: Form) -> torch.dtype | None:

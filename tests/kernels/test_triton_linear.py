@@ -62,7 +62,7 @@ def _multiply(x: Tensor | Rounded, weight: Linear, n: int, **how: bool) -> Tenso
     """Into columns of a wider tensor, with just the scratch memory that is asked for."""
     rows = len(x.codes if isinstance(x, Rounded) else x)
     wide = torch.full((rows, n + 16), 7.0, dtype=torch.bfloat16, device=DEVICE)
-    scratch = torch.empty(scratch_bytes(weight, rows), dtype=torch.uint8, device=DEVICE)
+    scratch = torch.empty(scratch_bytes(weight, rows, 2), dtype=torch.uint8, device=DEVICE)
     linear(x, weight, wide[:, 16:], scratch, **how)
     assert (wide[:, :16] == 7).all()
     return wide[:, 16:]
@@ -94,8 +94,8 @@ def test_a_prepared_matrix_takes_the_bytes_that_were_planned(name: str) -> None:
     for prepared in (prepare_matrix(matrix, torch.bfloat16, DEVICE), _on_meta(matrix)):
         held = sum(part.nbytes for part in prepared if isinstance(part, Tensor))
         assert held == matrix_bytes(layout, matrix.shape, 2)
-        planned = linear_scratch_bytes(layout, matrix.shape, 512, 4)
-        assert scratch_bytes(Linear((prepared,), None), 512) == planned
+        planned = linear_scratch_bytes(layout, matrix.shape, 512, 2)
+        assert scratch_bytes(Linear((prepared,), None), 512, 2) == planned
 
 
 def _on_meta(matrix: Packed) -> tuple[object, ...]:
