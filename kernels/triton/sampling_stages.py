@@ -86,17 +86,24 @@ def settle_rows(
     if LISTED > 0:
         block = tl.arange(0, MANY)[None, :]
         inside = real[:, None] & (block < TOPS)
-        keys = as_key(tl.load(tops_ptr + row[:, None] * TOPS + block, mask=inside, other=float("-inf")))
-        pivot = tl.zeros_like(row).to(tl.int64) - 0x80000000
-        step = tl.zeros_like(pivot) + 0x80000000
-        for _ in range(16):
-            higher = pivot + step
-            reaching = tl.sum((keys >= higher[:, None]).to(tl.int32), axis=1)
-            pivot = tl.where(reaching >= REACHING, higher, pivot)
-            step = step >> 1
-        low = pivot.to(tl.int32)
-        low = low ^ ((low >> 31) & 0x7FFFFFFF)
-        tl.store(pivot_ptr + row, low.to(tl.float32, bitcast=True), mask=real)
+        tops = tl.load(tops_ptr + row[:, None] * TOPS + block, mask=inside, other=float("-inf"))
+        tl.store(pivot_ptr + row, _pivot(tops, REACHING), mask=real)
+
+
+@triton.jit
+def _pivot(tops, REACHING: tl.constexpr):
+    """What REACHING of each row of `tops` [ROWS, N] reach, in 16 bits."""
+    keys = as_key(tops)
+    pivot = tl.zeros_like(tl.max(keys, axis=1)) - 0x80000000
+    step = tl.zeros_like(pivot) + 0x80000000
+    for _ in range(16):
+        higher = pivot + step
+        reaching = tl.sum((keys >= higher[:, None]).to(tl.int32), axis=1)
+        pivot = tl.where(reaching >= REACHING, higher, pivot)
+        step = step >> 1
+    low = pivot.to(tl.int32)
+    low = low ^ ((low >> 31) & 0x7FFFFFFF)
+    return low.to(tl.float32, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["stride", "rows"])
@@ -115,13 +122,9 @@ def weigh_chunks(
     counts_ptr,  # int32 [rows, CHUNKS]
     segments_ptr,  # int32 [rows, CHUNKS, SEGMENT]
     rows,
-    VOCABULARY: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    LISTED: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    VOCABULARY: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, SEGMENT: tl.constexpr,
+    LISTED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """What a chunk weighs; and its tokens from the pivot on, if the segment holds them."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < rows
@@ -142,9 +145,15 @@ def weigh_chunks(
             chosen = inside & ranked[:, None] & (x >= pivot[:, None])
             tl.store(listed_ptr + out, tl.sum(tl.where(chosen, weight, 0.0), axis=1), mask=ranked)
             tl.store(counts_ptr + out, tl.sum(chosen.to(tl.int32), axis=1), mask=ranked)
-            place = tl.cumsum(chosen.to(tl.int32), axis=1) - 1
-            to_ptr = segments_ptr + out.to(tl.int64)[:, None] * SEGMENT + place
-            tl.store(to_ptr, at + tl.zeros_like(place), mask=chosen & (place < SEGMENT))
+            _list(segments_ptr, out, at, chosen, SEGMENT)
+
+
+@triton.jit
+def _list(segments_ptr, out, at, chosen, SEGMENT: tl.constexpr):
+    """Put the `chosen` [ROWS, N] of tokens `at` one after another into segments `out` [ROWS]."""
+    place = tl.cumsum(chosen.to(tl.int32), axis=1) - 1
+    to_ptr = segments_ptr + out.to(tl.int64)[:, None] * SEGMENT + place
+    tl.store(to_ptr, at + tl.zeros_like(place), mask=chosen & (place < SEGMENT))
 
 
 @triton.jit(do_not_specialize=["rows"])
