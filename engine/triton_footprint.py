@@ -37,8 +37,9 @@ _ALLOCATOR = (5, 4)  # what torch's allocator keeps for activations, over what t
 _FIXED = 64 * _MIB  # segments of small tensors, and what is left of larger ones
 _STACKED = 3  # matrices of one input, such as queries, keys and values
 _UNPACKED = 13  # bytes for each number of a stack while it is unpacked, and brought into the form it is kept in
+_CONVERTED = 8  # and of a plain one: as it is stored, in its own number type, and the stack
 _SCORED = 64  # tokens of a prompt whose logits are computed at once
-_ADJUSTED = 3 * 8  # bytes for each logit of rows that have adjustments: in float64, and masks
+_ADJUSTED = 8  # bytes for each logit of rows that have adjustments: in float64
 _DRAWING = 2  # bytes for each logit while tokens are drawn: maxima, masses and places of its pieces
 _DRAWING_ROW = 64 * 2**10  # and for each row: the tokens it may take
 _FEW_BUCKETS, _EVERY = 3, 8  # as `kernels.triton.graphs.buckets` has them
@@ -91,12 +92,19 @@ def large_tensors(of: Sizes | EncoderSizes) -> int:
 
 
 def packing_bytes(of: Sizes | EncoderSizes) -> int:
-    """Most that is there beside files and prepared tensors while a stack of matrices is prepared."""
+    """Most that is there beside files and prepared tensors while a stack of matrices is prepared.
+
+    Experts that are one tensor are a stack of their own, and so is a matrix of the logits.
+    """
     stacks = [
-        (1 if matrix.out == of.config.vocab_size else _STACKED) * matrix.out * matrix.inner * matrix.copies
-        for _, matrix in _matrices(of)
+        (1 if matrix.copies > 1 or matrix.out == of.config.vocab_size else _STACKED)
+        * matrix.copies
+        * matrix.out
+        * matrix.inner
+        * (_UNPACKED if name in of.formats else _CONVERTED)
+        for name, matrix in _matrices(of)
     ]
-    return max(stacks, default=0) * _UNPACKED
+    return max(stacks, default=0)
 
 
 def host_loading_bytes(of: Sizes | EncoderSizes, stored: Mapping[str, int]) -> int:
@@ -145,11 +153,8 @@ def _mixture(of: Sizes, mlp: Mixture, tokens: int) -> int:
     """Scores, choices, entries sorted by expert, and of each entry what is inside its expert and its answer."""
     entries = tokens * mlp.top_k
     sorted_by = 8 * _INT * (entries + mlp.experts)
-    return (
-        tokens * mlp.experts * 2 * _FLOAT
-        + sorted_by
-        + entries * (2 * mlp.intermediate + of.config.hidden_size) * max(of.item, _FLOAT)
-    )
+    answers = entries * (mlp.intermediate + of.config.hidden_size) * of.item
+    return tokens * mlp.experts * 2 * _FLOAT + sorted_by + answers
 
 
 def _drawing(of: Sizes) -> int:

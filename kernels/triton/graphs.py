@@ -126,10 +126,11 @@ class GraphedStep:
         self._buffers = StepBuffers(StepShape(limits.rows, limits.rows, pages), ops.device)
         self._graphs: dict[tuple[int, int], Graph] = {}
         with torch.inference_mode():
-            hidden, logits = self._warm_up((1,) if is_lazy else sizes(limits.tokens))
-            self._hidden = hidden.new_zeros(limits.rows, hidden.shape[1])
-            self._logits = logits.new_zeros(limits.rows, logits.shape[1])
-            self._drawing = Drawing(limits.rows, logits.shape[1], ops.device)
+            self._hidden, self._logits = (
+                one.new_zeros(limits.rows, one.shape[1])
+                for one in self._warm_up((1,) if is_lazy else sizes(limits.tokens))
+            )
+            self._drawing = Drawing(limits.rows, self._logits.shape[1], ops.device)
             self._places: Sequence[int] = ()  # of what was drawn last
             if not is_lazy:
                 self._drawing.warm_up(self._logits)
@@ -234,15 +235,17 @@ class GraphedStep:
         self._drawing.draw(self._logits[:count])
 
     def _warm_up(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Steps of so many tokens that no row has, the most first; what the largest came to."""
-        answers: list[tuple[Tensor, Tensor]] = []
-        for tokens in sorted(counts, reverse=True):
+        """Steps of so many tokens that no row has, the most last; what that came to."""
+        answer: tuple[Tensor, Tensor] | None = None
+        for tokens in sorted(counts):
+            answer = None
             batch = idle_step(tokens, self._ops.device, self._limits.context)
             hidden = self._model(self._ops, self._kv, batch)
-            picked = range(min(tokens, self._limits.rows))
-            answers.append((hidden, self._model.logits(self._ops, hidden, picked)))
+            answer = hidden, self._model.logits(self._ops, hidden, range(min(tokens, self._limits.rows)))
             self._ops.pick(hidden, [tokens - 1])
-        return answers[0]
+        if answer is None:
+            raise ValueError("no steps to warm up with")
+        return answer
 
 
 def sizes(most: int) -> tuple[int, ...]:
