@@ -42,6 +42,7 @@ KERNELS, LIBRARIES = "kernels", "libraries"
 _FORMAT = 1
 _CUDA = "libcuda.so.1"
 _OWN = "cl-triton-"
+_ALIKE = "_cloister_keys_alike"
 _WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 log = logging.getLogger(__name__)
@@ -433,11 +434,33 @@ def use(cache: KernelCache) -> None:
     from triton import knobs
 
     _active = cache
+    key_alike()
     knobs.cache.manager_class = _Entry
     knobs.build.impl = cache.library
     knobs.runtime.jit_cache_hook = cache.notice
     if not knobs.nvidia.libcuda_path and (found := _libcuda()):
         knobs.nvidia.libcuda_path = found  # so that Triton need not run ldconfig
+
+
+def key_alike() -> None:
+    """Have a kernel's key follow from the kernel alone, whichever other one was started before it.
+
+    Until 3.7 a key holds the constants of a function that the kernel calls only if that function has a key
+    already: because another kernel calls it, too, and was started first. So functions get theirs before their
+    constants are asked for, as from 3.9 on.
+    """
+    from triton.runtime.jit import DependenciesFinder
+
+    if hasattr(DependenciesFinder, _ALIKE):
+        return
+    before = DependenciesFinder._update_hash
+
+    def update_hash(self: Any, func: Any) -> Any:
+        _ = func.cache_key
+        return before(self, func)
+
+    DependenciesFinder._update_hash = update_hash
+    setattr(DependenciesFinder, _ALIKE, True)
 
 
 def _libcuda() -> str | None:

@@ -92,6 +92,30 @@ def test_a_list_of_starts_gives_the_kernels_it_was_made_of() -> None:
     assert done.returncode == 0, done.stderr
 
 
+KEYS_IN_TWO_ORDERS = """
+import importlib, pkgutil
+import kernels.triton
+from kernels.triton.cache import key_alike
+
+key_alike()
+names = [found.name for found in pkgutil.iter_modules(kernels.triton.__path__)]
+modules = [importlib.import_module(f"kernels.triton.{name}") for name in names]
+functions = {id(found): found for module in modules for found in vars(module).values() if hasattr(found, "warmup")}
+keys = {which: found.cache_key for which, found in functions.items()}
+for found in functions.values():
+    found.hash, found.used_global_vals = None, {}
+again = {which: functions[which].cache_key for which in reversed(functions)}
+print([functions[which].fn.__name__ for which in functions if keys[which] != again[which]], len(functions))
+"""
+
+
+def test_a_key_does_not_depend_on_which_kernel_was_started_before() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", KEYS_IN_TWO_ORDERS], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout.startswith("[] "), done.stdout + done.stderr
+
+
 @needs_compiler
 def test_what_was_changed_after_it_was_built_is_not_loaded(moved: Path) -> None:
     assert check(moved)
