@@ -130,7 +130,15 @@ def test_a_layout_is_of_one_kind_of_device_and_one_size_of_steps() -> None:
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="of kernels that the CPU interprets")
-@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"kv_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"deterministic": True}, marks=pytest.mark.slow),
+        pytest.param({"kv_dtype": "int8"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_steps_of_every_kind_start_no_kernel_that_is_not_on_the_list(options: Any, tmp_path: Path) -> None:
     save_llama(tmp_path, num_hidden_layers=1)
     limits = {"max_running": 3, "max_step_tokens": 16, "kv_blocks": 24, "max_context_tokens": 32}
