@@ -173,10 +173,15 @@ def _whole_codes(matrix: Packed) -> tuple[Tensor, Tensor | None]:
     if matrix.table is not None:
         return codes, None
     shift = (8 if is_signed else 0) if matrix.bits == 4 else (0 if is_signed else -128)
-    shifted = (codes.to(torch.int16) + shift).to(torch.uint8 if matrix.bits == 4 else torch.int8)
     if zeros is None and not is_signed:
         zeros = torch.zeros_like(matrix.scales)
-    return shifted, None if zeros is None else zeros.float() + shift
+    shifted = _plus(codes.to(torch.int16), shift).to(torch.uint8 if matrix.bits == 4 else torch.int8)
+    return shifted, None if zeros is None else _plus(zeros.float(), shift)
+
+
+def _plus(numbers: Tensor, shift: int) -> Tensor:
+    """Where there are sizes alone, arithmetic would load torch's compiler, which takes seconds."""
+    return numbers if numbers.is_meta else numbers + shift
 
 
 def _has_fractions(zeros: Tensor | None) -> bool:
@@ -189,7 +194,7 @@ def _words(codes: Tensor, width: int) -> Tensor:
     spans = -(-inner // (PLANES * width))
     words = torch.empty(out, spans * width, dtype=torch.int32, device=codes.device)
     shifts = (torch.arange(PLANES, dtype=torch.int32, device=codes.device) * 4)[:, None]
-    for some in _blocks(out, max(1, _AT_ONCE // inner)):
+    for some in () if codes.is_meta else _blocks(out, max(1, _AT_ONCE // inner)):
         padded = F.pad(codes[some].int(), (0, spans * PLANES * width - inner))
         planes = padded.view(-1, spans, PLANES, width) << shifts
         words[some] = planes.sum(2, dtype=torch.int32).flatten(1)
