@@ -193,7 +193,7 @@ def _words(codes: Tensor, width: int) -> Tensor:
     out, inner = codes.shape
     spans = -(-inner // (PLANES * width))
     words = torch.empty(out, spans * width, dtype=torch.int32, device=codes.device)
-    shifts = (torch.arange(PLANES, dtype=torch.int32, device=codes.device) * 4)[:, None]
+    shifts = torch.arange(0, 4 * PLANES, 4, dtype=torch.int32, device=codes.device)[:, None]
     for some in () if codes.is_meta else _blocks(out, max(1, _AT_ONCE // inner)):
         padded = F.pad(codes[some].int(), (0, spans * PLANES * width - inner))
         planes = padded.view(-1, spans, PLANES, width) << shifts
