@@ -37,6 +37,8 @@ from kernels.triton.tiles import (
     tile_config,
 )
 
+MUST = {"prefill_attention": {"wgmma"}}
+
 _ROWS = 256
 
 
