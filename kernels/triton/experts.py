@@ -59,10 +59,10 @@ class Stacked(NamedTuple):
 
 
 @triton.jit
-def _inputs(x_ptr, there, order_ptr, offs_k, K: tl.constexpr, IS_WHOLE: tl.constexpr, HAS_ORDER: tl.constexpr):
+def _inputs(x_ptr, there, order_ptr, offs_k, K: tl.constexpr, IS_WHOLE: tl.constexpr):
     """Columns offs_k of the rows at x_ptr; [columns, BLOCK_M]."""
     mask = there[None, :] if IS_WHOLE else there[None, :] & (offs_k < K)[:, None]
-    if HAS_ORDER:
+    if order_ptr is not None:
         offs_k = tl.load(order_ptr + tl.minimum(offs_k, K - 1))
     return tl.load(x_ptr[None, :] + offs_k[:, None], mask=mask, other=0.0)
 
@@ -80,10 +80,7 @@ def _of_words(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     NEXT: tl.constexpr,
-    PLANES: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
+    PLANES: tl.constexpr,  # of a span that share a scale
     WIDTH: tl.constexpr,
 ):
     """acc and the products of all columns, eight of which share a word."""
@@ -91,29 +88,32 @@ def _of_words(
     codes_ptr = codes_ptr[:, None] + tl.arange(0, WIDTH)[None, :]
     for k in range(0, K, 8 * WIDTH):
         words = tl.load(codes_ptr + k // 8)
-        for p in tl.static_range(8):
-            offs_k = k + p * WIDTH + tl.arange(0, WIDTH)
-            if p % PLANES == 0:
-                at = tl.minimum((k + p * WIDTH) // GROUP, last) * NEXT
-                some = tl.zeros_like(acc)
-                if HAS_ZEROS:
-                    zeros = tl.load(zeros_ptr + at) - 8.0
-                    whole = whole_part(zeros)
-                    rest = tl.zeros([WIDTH, acc.shape[1]], tl.float32)
-            x = _inputs(x_ptr, there, order_ptr, offs_k, K, K % (8 * WIDTH) == 0, HAS_ORDER)
-            if HAS_TABLE:
-                values = round_to(tl.load(table_ptr + code(words, p)), x.dtype)
-            elif HAS_ZEROS:
-                values = less(plane(words, p, x.dtype), whole[:, None])
-                rest += x.to(tl.float32)
-            else:
-                values = plane(words, p, x.dtype)
-            some = dot(values, x, some)
-            if p % PLANES == PLANES - 1:
-                if HAS_ZEROS:
-                    some += (whole - zeros)[:, None] * tl.sum(rest, axis=0)[None, :]
-                acc += some * tl.load(scales_ptr + at)[:, None]
+        for p in tl.static_range(0, 8, PLANES):
+            at = tl.minimum((k + p * WIDTH) // GROUP, last) * NEXT
+            zeros = 0.0 if zeros_ptr is None else tl.load(zeros_ptr + at) - 8.0
+            some = tl.zeros_like(acc)
+            rest = tl.zeros([WIDTH, acc.shape[1]], tl.float32)
+            for i in tl.static_range(PLANES):
+                offs_k = k + (p + i) * WIDTH + tl.arange(0, WIDTH)
+                x = _inputs(x_ptr, there, order_ptr, offs_k, K, K % (8 * WIDTH) == 0)
+                some = dot(_plane(words, zeros, zeros_ptr, table_ptr, p + i, x.dtype), x, some)
+                if zeros_ptr is not None:
+                    rest += x.to(tl.float32)
+            if zeros_ptr is not None:
+                some += (whole_part(zeros) - zeros)[:, None] * tl.sum(rest, axis=0)[None, :]
+            acc += some * tl.load(scales_ptr + at)[:, None]
     return acc
+
+
+@triton.jit
+def _plane(words, zeros, zeros_ptr, table_ptr, P: tl.constexpr, dtype: tl.constexpr):
+    """What one plane of words stands for, less the whole part of its zeros."""
+    if table_ptr is not None:
+        return round_to(tl.load(table_ptr + code(words, P)), dtype)
+    elif zeros_ptr is not None:
+        return less(plane(words, P, dtype), whole_part(zeros)[:, None])
+    else:
+        return plane(words, P, dtype)
 
 
 @triton.jit
@@ -129,36 +129,77 @@ def _of_codes(
     GROUP: tl.constexpr,
     NEXT: tl.constexpr,
     KIND: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc and the products of all columns; where all share a scale it is left out."""
+    """acc and the products of all columns; where all share a scale it multiplies at the end."""
     codes_ptr = codes_ptr[:, None] + tl.arange(0, BLOCK_K)[None, :]
     for k in range(0, K, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
-        x = _inputs(x_ptr, there, order_ptr, offs_k, K, K % BLOCK_K == 0, HAS_ORDER)
+        x = _inputs(x_ptr, there, order_ptr, offs_k, K, K % BLOCK_K == 0)
         if K % BLOCK_K == 0:
             codes = tl.load(codes_ptr + k)
         else:
             codes = tl.load(codes_ptr + k, mask=(offs_k < K)[None, :], other=0)
-        if KIND == "plain":
-            values = codes
-        elif KIND == "float8":
-            values = small_float(codes, x.dtype)
-        else:
-            values = whole_byte(codes, x.dtype)
-        if GROUP < K or HAS_ZEROS:
+        values = _values(codes, KIND, x.dtype)
+        if GROUP < K or zeros_ptr is not None:
             some = dot(values, x, tl.zeros_like(acc))
-            if HAS_ZEROS:
+            if zeros_ptr is not None:
                 zeros = tl.load(zeros_ptr + k // GROUP * NEXT)
                 some -= zeros[:, None] * tl.sum(x.to(tl.float32), axis=0)[None, :]
             acc += some * tl.load(scales_ptr + k // GROUP * NEXT)[:, None]
         else:
             acc = dot(values, x, acc)
-    if KIND != "plain" and GROUP >= K and not HAS_ZEROS:
+    if KIND != "plain" and GROUP >= K and zeros_ptr is None:
         acc *= tl.load(scales_ptr)[:, None]
     return acc * 256.0 if KIND == "float8" else acc
+
+
+@triton.jit
+def _values(codes, KIND: tl.constexpr, dtype: tl.constexpr):
+    """What codes stand for, of float8 2^-8 of it."""
+    if KIND == "plain":
+        return codes
+    elif KIND == "float8":
+        return small_float(codes, dtype)
+    else:
+        return whole_byte(codes, dtype)
+
+
+@triton.jit
+def _product(
+    acc,  # [BLOCK_N, BLOCK_M]
+    x_ptr,  # [BLOCK_M]
+    there,
+    expert,
+    row,  # [BLOCK_N], of the expert's matrix
+    codes_ptr,
+    scales_ptr,
+    zeros_ptr,
+    table_ptr,
+    order_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    LONG: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    PLANES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc and the products of some rows of an expert's matrix over all columns."""
+    wide: tl.constexpr = (N + ROWS - 1) // ROWS  # scales of a group
+    shared = expert * (wide * ((K + GROUP - 1) // GROUP)) + row // ROWS
+    scales_ptr = scales_ptr if scales_ptr is None else scales_ptr + shared
+    zeros_ptr = zeros_ptr if zeros_ptr is None else zeros_ptr + shared
+    table_ptr = table_ptr if table_ptr is None else table_ptr + expert * 16
+    order_ptr = order_ptr if order_ptr is None else order_ptr + expert * K
+    codes_ptr += (expert * N + row) * LONG
+    if KIND == "int4":
+        return _of_words(acc, x_ptr, there, order_ptr, codes_ptr, scales_ptr, zeros_ptr, table_ptr,
+                         K, GROUP, wide, PLANES, BLOCK_K)  # fmt: skip
+    else:
+        return _of_codes(acc, x_ptr, there, order_ptr, codes_ptr, scales_ptr, zeros_ptr,
+                         K, GROUP, wide, KIND, BLOCK_K)  # fmt: skip
 
 
 @triton.jit
@@ -167,7 +208,7 @@ def _ask(
     entries_ptr,  # int32 [tiles, BLOCK_M]
     tiles_ptr,  # int32 [tiles, 2]: expert, rows filled
     codes_ptr,  # [experts, N, LONG]
-    scales_ptr,  # float32, or none: a group's is NEXT behind the last one's
+    scales_ptr,  # float32 [experts, ceil(K / GROUP), N / ROWS], or none
     zeros_ptr,  # as scales, or none
     table_ptr,  # float32 [experts, 16], or none
     order_ptr,  # int64 [experts, K], or none
@@ -180,13 +221,8 @@ def _ask(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    NEXT: tl.constexpr,
     PLANES: tl.constexpr,
     ACTIVATION: tl.constexpr,  # "": none, and no gate
-    HAS_ZEROS: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
-    HAS_ORDER: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -200,24 +236,12 @@ def _ask(
     there = tl.arange(0, BLOCK_M) < filled
     entry = tl.load(entries_ptr + tile * BLOCK_M + tl.arange(0, BLOCK_M), mask=there, other=0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    held = tl.minimum(n, N - 1)
-    row = held % 2 * (N // 2) + held // 2 if ACTIVATION != "" else held
-    shared = expert * (NEXT * ((K + GROUP - 1) // GROUP)) + row // ROWS
-    scales_ptr = scales_ptr if KIND == "plain" else scales_ptr + shared
-    zeros_ptr = zeros_ptr + shared if HAS_ZEROS else zeros_ptr
-    table_ptr = table_ptr + expert * 16 if HAS_TABLE else table_ptr
-    order_ptr = order_ptr + expert * K if HAS_ORDER else order_ptr
-    codes_ptr += (expert * N + row) * LONG
-    x_ptr += entry // FOLD * K
+    row = tl.minimum(n, N - 1)
+    row = row % 2 * (N // 2) + row // 2 if ACTIVATION != "" else row
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if KIND == "int4":
-        acc = _of_words(acc, x_ptr, there, order_ptr, codes_ptr, scales_ptr, zeros_ptr, table_ptr,
-                        K, GROUP, NEXT, PLANES, HAS_ZEROS, HAS_TABLE, HAS_ORDER, BLOCK_K)  # fmt: skip
-    else:
-        acc = _of_codes(acc, x_ptr, there, order_ptr, codes_ptr, scales_ptr, zeros_ptr,
-                        K, GROUP, NEXT, KIND, HAS_ZEROS, HAS_ORDER, BLOCK_K)  # fmt: skip
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + expert * N + row)[:, None]
+    acc = _product(acc, x_ptr + entry // FOLD * K, there, expert, row, codes_ptr, scales_ptr, zeros_ptr, table_ptr,
+                   order_ptr, N, K, LONG, KIND, GROUP, ROWS, PLANES, BLOCK_K)  # fmt: skip
+    acc = acc if bias_ptr is None else acc + tl.load(bias_ptr + expert * N + row)[:, None]
     _write(acc, out_ptr, entry, there, n, N, ACTIVATION)
 
 
@@ -302,7 +326,6 @@ def ask(
         FOLD=fold,
         N=n,
         ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
         BLOCK_M=block_m,
         **_constants(matrices),
         **chosen,
@@ -317,11 +340,7 @@ def _constants(matrices: Stacked) -> dict[str, Any]:
         "KIND": matrices.kind,
         "GROUP": matrices.group,
         "ROWS": matrices.rows,
-        "NEXT": -(-matrices.codes.shape[1] // matrices.rows),
         "PLANES": 8 if whole or not matrices.width else gcd(matrices.group // matrices.width, 8),
-        "HAS_ZEROS": matrices.zeros is not None,
-        "HAS_TABLE": matrices.table is not None,
-        "HAS_ORDER": matrices.order is not None,
     }
 
 

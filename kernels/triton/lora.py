@@ -136,6 +136,15 @@ def _shrink(
     tl.store(to, acc, mask=there[None, :])
 
 
+@triton.jit
+def _whole(at, mask, apart, SPLITS: tl.constexpr):
+    """The sum of the parts of what begins at `at`, in their order; 0 where there is none."""
+    total = tl.zeros(mask.shape, tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(at + split * apart, mask=mask, other=0.0)
+    return total
+
+
 @triton.jit(do_not_specialize=["rows", "width", "first"])
 def _expand(
     parts_ptr,  # float32 [SPLITS, rows, width]
@@ -170,11 +179,8 @@ def _expand(
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for r in range(0, own, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
-        mask = there[None, :] & (offs_r < own)[:, None]
-        inner = tl.zeros([BLOCK_R, BLOCK_M], tl.float32)
-        for split in range(SPLITS):
-            at = parts_ptr + ((split * rows + row) * width)[None, :] + first + offs_r[:, None]
-            inner += tl.load(at, mask=mask, other=0.0)
+        at = parts_ptr + (row * width)[None, :] + first + offs_r[:, None]
+        inner = _whole(at, there[None, :] & (offs_r < own)[:, None], rows.to(tl.int64) * width, SPLITS)
         b = tl.load(b_ptr + offs_r[None, :])
         acc = dot(b, round_to(inner, b.dtype), acc)
     mask = (n < N)[:, None] & there[None, :]

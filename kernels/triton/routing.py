@@ -154,8 +154,7 @@ def _place(
         total = tl.sum(counts, axis=0)
         before = tl.sum(tl.where(of < me, counts, 0), axis=0)
     padded = (total + BLOCK_M - 1) // BLOCK_M * BLOCK_M
-    end = tl.cumsum(padded, axis=0)
-    start = end - padded
+    start = tl.cumsum(padded, axis=0) - padded
     if me < chunks:
         to = start + before
         last = tl.minimum(me * chunk + chunk, entries)
@@ -168,11 +167,19 @@ def _place(
             to += tl.sum(mine, axis=0)
     else:
         tile = (me - chunks) * BLOCK_T + tl.arange(0, BLOCK_T)
-        row = (tile * BLOCK_M)[:, None]
-        within = (start[None, :] <= row) & (row < end[None, :])
-        filled = tl.minimum((start + total)[None, :] - row, BLOCK_M)
-        tl.store(tiles_ptr + 2 * tile, tl.sum(tl.where(within, expert[None, :], 0), axis=1), mask=tile < tiles)
-        tl.store(tiles_ptr + 2 * tile + 1, tl.sum(tl.where(within, filled, 0), axis=1), mask=tile < tiles)
+        _describe(tiles_ptr, tile, tiles, start, total, BLOCK_M)
+
+
+@triton.jit
+def _describe(tiles_ptr, tile, tiles, start, total, BLOCK_M: tl.constexpr):
+    """Write which expert each tile has, whose rows begin at `start`, and how many rows it fills."""
+    row = (tile * BLOCK_M)[:, None]
+    left = (start + total)[None, :] - row
+    within = (start[None, :] <= row) & (left > 0)
+    expert = tl.arange(0, start.shape[0])[None, :]
+    filled = tl.minimum(left, BLOCK_M)
+    tl.store(tiles_ptr + 2 * tile, tl.sum(tl.where(within, expert, 0), axis=1), mask=tile < tiles)
+    tl.store(tiles_ptr + 2 * tile + 1, tl.sum(tl.where(within, filled, 0), axis=1), mask=tile < tiles)
 
 
 def route(scores: Tensor, routing: Routing, slots: Tensor | None, chosen: Tensor, weights: Tensor) -> None:
