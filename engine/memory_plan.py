@@ -266,11 +266,6 @@ def plan_memory(
         options = _resolve(model, config, options, available, cores)
         sizes = Sizes(config, model.shapes, options, model.formats, model.layout.embeddings)
         parts = _decoder_parts(sizes, model.stored)
-    host = HostMemory(
-        CUDA_PROCESS_BYTES + model.process,
-        triton_footprint.host_loading_bytes(sizes, model.stored),
-        host_available,
-    )
     return MemoryPlan(
         device=options.device or CPU,
         process=_process(model, sizes),
@@ -282,8 +277,14 @@ def plan_memory(
         kv_block=parts.kv_block,
         options=options,
         parameters=footprint.parameters(model.shapes),
-        host=host if options.is_cuda else None,
+        host=_host(model, sizes, host_available) if options.is_cuda else None,
     )
+
+
+def _host(model: Model, of: Sizes | EncoderSizes, available: int) -> HostMemory:
+    """What a deployment on a CUDA device takes of the host."""
+    loading = triton_footprint.host_loading_bytes(of, model.stored)
+    return HostMemory(CUDA_PROCESS_BYTES + model.process, loading, available)
 
 
 def _process(model: Model, of: Sizes | EncoderSizes) -> int:
