@@ -154,7 +154,7 @@ def draw(logits: Tensor, sampling: Sampling, workspace: Workspace, out: Drawn) -
         weigh_chunks, (blocks, size.chunks), logits, logits.stride(0), temperature, top_k, top_p, min_p,
         work.highest, out.finite, work.pivot, work.masses, work.listed, work.counts, work.segments, rows,
         VOCABULARY=size.vocabulary, CHUNKS=size.chunks, CHUNK=size.chunk, SEGMENT=segment, LISTED=size.listed,
-        ROWS=size.rows, num_warps=8,
+        ROWS=size.rows, num_warps=4,
     )  # fmt: skip
     if size.listed:
         launch(
