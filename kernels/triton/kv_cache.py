@@ -58,12 +58,11 @@ def allocate(spec: KvSpec, kv_dtype: str, device: torch.device | str) -> KvPages
     dtype = KV_TYPES[kv_dtype]
     check_type(dtype)
     shape = (spec.num_layers, spec.num_blocks, spec.num_kv_heads, spec.block_size, spec.head_dim)
-    scales: list[Tensor | None] = [None, None]
-    if dtype.itemsize == 1:
-        scales = [torch.zeros(shape[:-1], device=device) for _ in range(2)]
+    coded = dtype.itemsize == 1
+    scales = [torch.zeros(shape[:-1], device=device) if coded else None for _ in range(2)]
     # zeros of every type are zero bytes; not every type can be filled on every device
     keys, values = (torch.zeros(shape, dtype=_bits(dtype), device=device).view(dtype) for _ in range(2))
-    return KvPages(keys, values, *scales, spec)
+    return KvPages(keys, values, scales[0], scales[1], spec)
 
 
 def check_type(dtype: torch.dtype) -> None:
@@ -160,7 +159,7 @@ def random_pages(draw: Draw, spec: KvSpec, kv_dtype: str) -> KvPages:
             values.where(values & 127 != 127, 0).view(dtype),
         )
     scales = draw.uniform(0.5, 1.5, 2, *shape[:-1]) / (64.0 if dtype is torch.int8 else 100.0)
-    return KvPages(keys, values, *scales, spec)
+    return KvPages(keys, values, scales[0], scales[1], spec)
 
 
 def exact_rows(kv: KvPages, layer: int, table: Tensor, length: int) -> tuple[Tensor, Tensor]:

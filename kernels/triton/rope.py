@@ -275,8 +275,9 @@ def _written(kv: KvPages, slots: Tensor, exact: tuple[Tensor, Tensor]) -> list[E
     found = []
     for before, vectors in zip(_vectors(kv), exact, strict=True):
         after, rounded = before.double(), before.double()
-        answer = _rounded(vectors[kept], kv.keys.dtype)
-        after[1, pages, :, offsets], rounded[1, pages, :, offsets] = answer.exact, answer.rounded
+        exactly, nearly = _rounded(vectors[kept], kv.keys.dtype)
+        after[1, pages, :, offsets] = exactly
+        rounded[1, pages, :, offsets] = exactly if nearly is None else nearly
         found.append(Expected(after, rounded))
     return found
 

@@ -16,7 +16,7 @@ from kernels.triton.launch import Unsupported
 from kernels.triton.rope import rope_and_write
 from tests.kernels.proofs import DEVICE
 
-HEADS = Heads(4, 2, 16)
+HEADS = Heads(2, 1, 16)
 SPEC = KvSpec(1, 24, 16, HEADS.kv, HEADS.dim)
 PLAIN = Attending(0.25)
 
@@ -100,7 +100,7 @@ def test_a_workspace_that_is_too_small_is_refused() -> None:
 def test_float8_pages_are_refused_on_devices_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "_capability", 86)
     kv = allocate(SPEC, "int8", DEVICE)
-    qkv = torch.zeros(1, 8 * HEADS.dim, device=DEVICE)
+    qkv = torch.zeros(1, (HEADS.query + 2 * HEADS.kv) * HEADS.dim, device=DEVICE)
     place = torch.zeros(1, dtype=torch.int64, device=DEVICE)
     angle = torch.zeros(1, 8, device=DEVICE)
     rope_and_write(qkv, HEADS, place.int(), place, angle, angle, kv, 0, None)
