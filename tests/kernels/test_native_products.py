@@ -305,6 +305,17 @@ def test_a_row_is_the_same_bits_in_whatever_batch_it_comes(name: str, library: L
         assert (some == alone[-rows:]).all(), rows
 
 
+@pytest.mark.parametrize(
+    "name", [name for name, kind in KINDS.items() if kind.kind == CL_DECODED and kind.bits == 4]
+)
+def test_few_rows_of_long_decoded_inputs_keep_the_sums_of_many_tiles_apart(name: str, library: Library) -> None:
+    part = make(library, library.isa, KINDS[name], 656, 2120)  # six tiles in a piece
+    for rows in (3, 12):
+        x = inputs(rows, 2120)
+        right, bound = expected(part, x)
+        assert (np.abs(run(library, [part], give(x, group_of(part))) - right) <= bound).all(), rows
+
+
 def test_sums_of_whole_numbers_are_kept_whatever_float_numbers_they_look_like(library: Library) -> None:
     part = make(library, library.isa, KINDS["int8 by row"], 35, 2120)
     held = np.arange(2120) < np.linspace(50, 1000, 35)[:, None]  # row r's sum for output r is -0.4 to -8 million

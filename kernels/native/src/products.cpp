@@ -92,6 +92,7 @@ class Panel {
         space_(reinterpret_cast<uint8_t *>(own)),
         sums_(reinterpret_cast<float *>(own + PANEL_BYTES)),
         first_row_(row_block(inputs.form, product.rows, piece.blocks.first).first),
+        width_(up(piece.tiles.end - piece.tiles.first, TILES) * TILES),
         units_(tile_units(matrix_)),
         bytes_(tile_bytes(matrix_)),
         decodes_(matrix_.kind == CL_DECODED),
@@ -171,7 +172,7 @@ class Panel {
     float *sums = at_last;
     const bool last = first + units == units_;
     if (units < units_)
-      sums = sums_ + ((rows.first - first_row_) * PANEL + (tile - piece_.tiles.first) * rows.rows) * CL_TILE;
+      sums = sums_ + ((rows.first - first_row_) * width_ + (tile - piece_.tiles.first) * rows.rows) * CL_TILE;
     for (int64_t m = 0; last && m < rows.rows; ++m)
       for (int64_t t = 0; t < TILES; ++t) __builtin_prefetch(at(rows.first + m, tile + t), 1);
     if (first == 0) memset(sums, 0, sizeof(float) * TILES * rows.rows * CL_TILE);
@@ -214,13 +215,14 @@ class Panel {
   const Piece &piece_;
   const Inputs &inputs_;
   uint8_t *const space_;
-  float *const sums_;  // of units so far: [block of rows][TILES tiles][tile][row]
-  const int64_t first_row_, units_, bytes_;
+  float *const sums_;  // of units so far: [block of rows][tile][row][16]
+  const int64_t first_row_, width_, units_, bytes_;
   const bool decodes_, streams_, integers_;
   const int64_t at_once_;
 };
 
-// A thread's own: a row while inputs are laid out, then a panel and its sums.
+// A thread's own: a row while inputs are laid out, then a panel and its sums. Few rows of decoded codes have more
+// tiles in a piece, but by far not so many more as rows fewer: a tile in units by turns has 8 KiB or more.
 int64_t own_bytes(const ClLinear &weight) {
   const int64_t row = row_bytes(weight), panel = PANEL_BYTES + PANEL * CL_TILE * 4 * (MOST + ROWS);
   return up(row > panel ? row : panel, 64) * 64;
