@@ -138,8 +138,8 @@ typedef struct {
 
 /* out = x * weight^T + bias. */
 typedef struct {
-  /* With the form that each part needs (float32; bfloat16; int8 by CL_SCALED; int8 by row of CL_W8A8 with group 0),
-     or else f32; f32 where a part has an order. */
+  /* With the form that each part needs (float32; bfloat16; int8 by CL_SCALED; int8 by row of CL_W8A8 with group
+     0), or else f32; f32 where a part has an order. */
   const ClRows *x;
   const ClLinear *weight;
   float *out;     /* [T, sum of out] */

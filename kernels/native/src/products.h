@@ -16,10 +16,10 @@ constexpr int TILES = 1, ROWS = 6, GROUP_ROWS = 6, MANY_GROUP_ROWS = 6;
 #else
 constexpr int TILES = 1, ROWS = 2, GROUP_ROWS = 2, MANY_GROUP_ROWS = 2;
 #endif
-constexpr int64_t FEW = 12;     // rows that pass weights but once
-constexpr int64_t MOST = 256;   // rows that pass a panel before the next: their sums stay in L2, too
-constexpr int64_t PANEL = 4;    // tiles that stay in L2 while all rows pass
-constexpr int64_t UNITS = 512;  // of inputs that are multiplied at once where there are many rows
+constexpr int64_t FEW = 12;            // rows that pass weights but once
+constexpr int64_t MOST = 256;          // rows that pass a panel before the next: their sums stay in L2, too
+constexpr int64_t PANEL = 4;           // tiles that stay in L2 while all rows pass
+constexpr int64_t UNITS = 512;         // of inputs that are multiplied at once where there are many rows
 constexpr int64_t PLAIN_UNITS = 1024;  // the same, of plain numbers
 constexpr int64_t GROUP_UNITS = CL_GROUP / 4, SCALED_UNITS = CL_SCALED / 4;
 constexpr int64_t PANEL_BYTES = PANEL * PLAIN_UNITS * 64;
@@ -76,8 +76,9 @@ struct Block {
   int32_t offset;        // of Inputs
   bool streams;          // weights come from memory, not from a panel that many rows pass
   int64_t next;          // then: tiles from the end of one to the one in its place that this thread reads next
-  int64_t ahead, lines;  // else: bytes from here to what this block asks memory for, cache lines of it in each tile
-  const char *next_x;    // inputs that these kernels ask for, `x_step` bytes a unit
+  int64_t ahead,
+      lines;           // else: bytes from here to what this block asks memory for, cache lines of it in each tile
+  const char *next_x;  // inputs that these kernels ask for, `x_step` bytes a unit
   int64_t x_step;
   int64_t scales_ahead;  // bytes from scales to those that it asks for; 0: another block does
   const int32_t *x;      // of the first unit, as the next three

@@ -118,8 +118,8 @@ inline void turn_four(const Row *rows, int64_t unit, int32_t *to, int64_t stride
 void lay_codes(const Inputs &to, RowBlock block, int64_t column, int64_t count, const Row *rows) {
   constexpr int64_t TOGETHER = 16;
   for (int64_t u = 0; u < to.units; u += TOGETHER) {
-    int32_t *codes = const_cast<int32_t *>(to.codes) +
-                     place_in_rows(to.rows, block, to.units, to.at_once, u) + column;
+    int32_t *codes =
+        const_cast<int32_t *>(to.codes) + place_in_rows(to.rows, block, to.units, to.at_once, u) + column;
     const int64_t some = to.units - u < TOGETHER ? to.units - u : TOGETHER;
     const int64_t fours = count < 4 ? 0 : some / 4 * 4;
     for (int64_t i = 0; fours && i < count; i += 4) {

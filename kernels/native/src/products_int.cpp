@@ -153,7 +153,8 @@ struct Groups {
     }
   }
 
-  static inline void add(const Block &at, const Scales &scales, const I16 (&dots)[TILES][M], F16 (&parts)[TILES][M]) {
+  static inline void add(const Block &at, const Scales &scales, const I16 (&dots)[TILES][M],
+                         F16 (&parts)[TILES][M]) {
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
