@@ -8,8 +8,10 @@ from appliance.cli import arguments
 
 _SEVERAL = {
     "weights": "of a shape: bf16, int8, int4-g32 or int4-g128 (default bf16)",
+    "device": "cpu, or cuda: the first CUDA device (default cpu)",
     "backend": "as `cloister model load` takes it",
     "dtype": "the same (default bfloat16)",
+    "kv-dtype": "of keys and values, the same (default as dtype)",
     "only": "of prefill, b1, b8, b32, b128, context and workload (default all), with commas",
 }
 _COUNTS = {
@@ -18,6 +20,7 @@ _COUNTS = {
     "prompt": "tokens of prefill (default 512)",
     "steps": "of decoding that are timed (default 32)",
     "context": "tokens of the prompt before them, of context (default 4096)",
+    "batch": "requests of context at once (default 1)",
     "requests": "of the workload (default 256)",
 }
 
@@ -41,7 +44,7 @@ def register(parser: argparse.ArgumentParser) -> None:
 def _engine(args: argparse.Namespace) -> int:
     """Run it; with --json its last line alone."""
     names = ("shape", "folder", *_SEVERAL, *_COUNTS, "scale")
-    words = [f"--{name}={value}" for name in names if (value := getattr(args, name)) is not None]
+    words = [f"--{name}={value}" for name in names if (value := getattr(args, name.replace("-", "_"))) is not None]
     words += ["--quantised-head"] if args.quantised_head else []
     command = [sys.executable, "-P", "-m", "engine.bench", *words]
     sys.stdout.flush()

@@ -95,7 +95,8 @@ class Decode:
         """Measure; the requests are taken back afterwards."""
         handles = bench.submit(self.batch, self.context, self.steps + _WARM_STEPS + 2)
         while bench.tokens_of_step() < self.batch:
-            pass
+            if not bench.loop.has_work:
+                raise RuntimeError(f"answers end before {self.batch} prompts are computed: take more --steps")
         bench.steps(_WARM_STEPS)
         timed = bench.timed(lambda: bench.steps(self.steps), self.batch * self.steps)
         for handle in handles:

@@ -1,11 +1,13 @@
 """What a benchmark of the engine tells: a table for people, an object for programs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from engine.bench.measures import Decode, Measure, Prefill, Timed
 from engine.bench.subject import Subject
+from engine.options import CPU
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def _line(found: Found) -> str:
         most,
         share,
         f"{found.memory / 1e9:.1f}",
-        f"{row['outside_kernels']:.1%}",
+        "-" if row["outside_kernels"] is None else f"{row['outside_kernels']:.1%}",
     ]
     return " ".join(f"{cell:{width}}" for cell, width in zip(cells, _WIDTHS, strict=True))
 
@@ -95,6 +97,8 @@ def as_dict(subject: Subject, weights: str, found: Sequence[Found]) -> dict[str,
     options = subject.options
     return {
         "model": subject.name,
+        "device": options.device or CPU,
+        "kv_dtype": options.kv_dtype,
         "weights": weights,
         "weight_bytes": subject.weight_bytes,
         "backend": subject.backend_name,
@@ -115,5 +119,5 @@ def _row(found: Found) -> dict[str, Any]:
         "at_most": found.most,
         "share": None if found.most is None else timed.rate / found.most,
         "memory": found.memory,
-        "outside_kernels": timed.outside,
+        "outside_kernels": None if math.isnan(timed.outside) else timed.outside,
     }

@@ -22,14 +22,20 @@ from engine.models.encoders.spec import EncoderConfig
 from engine.models.registry import architecture
 from engine.models.spec import ModelConfig
 from engine.models.tensors import Shapes
-from engine.options import EngineOptions
+from engine.options import CPU, EngineOptions
+from engine.overlapped import OverlappedLoop
 from engine.runner import ModelRunner
 from engine.scheduler import Limits, Scheduler
 from engine.weights.files import File, FileSet
 from kernels.ops import KvSpec
 from kernels.steps import StepLimits
 
+CUDA = "cuda"
+"""The first CUDA device that this process sees."""
+
 _BLOCK = 16
+_STEP, _CUDA_STEP = 1024, 16384  # tokens of prompts in one step
+_CODES = {"int8": 1, "float8": 1}  # bytes of a number in pages; scales are not counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +100,19 @@ class Subject:
         return type(self.backend).__name__
 
 
-def engine_options(load: Load, backend: str, dtype: str, threads: int) -> EngineOptions:
-    """Options with room for `load`; a prompt of up to 1,024 tokens is one step."""
+def engine_options(
+    load: Load, backend: str | None, dtype: str, threads: int, kv_dtype: str = "", device: str = CPU
+) -> EngineOptions:
+    """Options with room for `load`; prompts of up to 1,024 tokens are one step, on a CUDA device of 16,384."""
+    is_cuda = device == CUDA
     return EngineOptions(
-        backend=backend,
+        backend=backend or ("triton" if is_cuda else "cpu"),
         dtype=dtype,
+        kv_dtype=kv_dtype,
+        device=CUDA if is_cuda else "",
         kv_blocks=-(-load.tokens // _BLOCK) + 4 * load.batch,
         block_size=_BLOCK,
-        max_step_tokens=1024 + load.batch,
+        max_step_tokens=(_CUDA_STEP if is_cuda else _STEP) + load.batch,
         max_running=load.batch,
         max_context_tokens=load.context,
         threads=threads,
@@ -121,8 +132,10 @@ def of_shape(
         seed: of the weights.
 
     Raises:
-        EngineError: SHAPE_UNKNOWN, FORMAT_UNKNOWN, OPTIONS_INVALID.
+        EngineError: SHAPE_UNKNOWN, FORMAT_UNKNOWN, OPTIONS_INVALID, NO_CUDA_DEVICE.
     """
+    if options.is_cuda:
+        _take_device()
     config, form = read_shape(shape), read_format(stored)
     family = architecture(config)
     shapes = family.tensor_shapes(config)
@@ -141,7 +154,7 @@ def _subject(
 ) -> Subject:
     head = config.vocab_size * config.hidden_size
     tables = head * (1 if config.tie_word_embeddings else 2)
-    item = ITEM[loop.options.dtype]
+    item = _CODES.get(loop.options.kv_dtype) or ITEM[loop.options.kv_dtype]
     return Subject(
         name=name,
         loop=loop,
@@ -170,7 +183,22 @@ def _loop(config: ModelConfig, weights: DrawnWeights, options: EngineOptions) ->
     limits = Limits(options.max_step_tokens, options.max_running, context)
     scheduler = Scheduler(BlockPool(options.kv_blocks, options.block_size), limits)
     runner = ModelRunner(model, ops, kv, StepLimits(options.max_step_tokens, options.max_running, context))
-    return EngineLoop(runner, scheduler, Vocabulary(None, config.vocab_size), (), options)
+    kind = OverlappedLoop if options.is_cuda and runner.overlaps else EngineLoop
+    return kind(runner, scheduler, Vocabulary(None, config.vocab_size), (), options)
+
+
+def _take_device() -> None:
+    """Choose the CUDA device and its table of configurations.
+
+    Raises:
+        EngineError: NO_CUDA_DEVICE.
+    """
+    from kernels.bench.device import NoDeviceError, take_device
+
+    try:
+        take_device()
+    except NoDeviceError as error:
+        raise EngineError(error.code, str(error)) from error
 
 
 def of_folder(folder: Path, options: EngineOptions) -> Subject:

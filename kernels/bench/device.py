@@ -128,6 +128,17 @@ def ceilings() -> Ceilings:
     )
 
 
+def copied_per_second() -> float:
+    """Bytes that a large copy reads and writes in a second."""
+    return 2 * _COPIED / _copy_seconds()
+
+
+def products_per_second(dtype: str) -> float:
+    """Operations of large square products of bfloat16 or float32 numbers, a second."""
+    numbers = torch.randn(_SIDE, _SIDE, device="cuda").to(getattr(torch, dtype))
+    return _rate(lambda: numbers @ numbers.t())
+
+
 def _copy_seconds() -> float:
     source = torch.ones(_COPIED, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)

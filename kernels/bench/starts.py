@@ -62,9 +62,11 @@ def elsewhere(launches: list[Launch]) -> list[Launch]:
 
 
 def nbytes(launches: list[Launch]) -> int:
-    """Of all memory that the starts name, once."""
-    storages = {part.data_ptr(): part.nbytes() for part in map(Tensor.untyped_storage, _tensors(launches))}
-    return sum(storages.values())
+    """Of all tensors that the starts name, once; what else lies in their storages is never touched."""
+    begun: dict[int, int] = {}
+    for part in _tensors(launches):
+        begun[part.data_ptr()] = max(begun.get(part.data_ptr(), 0), part.nbytes)
+    return sum(begun.values())
 
 
 def _tensors(launches: list[Launch]) -> Iterator[Tensor]:

@@ -2,20 +2,25 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from appliance.cli.main import main as cloister
+from engine.bench import subject as bench_subject
 from engine.bench.__main__ import main
 from engine.bench.measures import Bench, Decode, Prefill, Workload
 from engine.bench.report import ceiling
 from engine.bench.shapes import SHAPES, read_shape
 from engine.bench.subject import Subject, engine_options, of_shape
 from engine.bench.weights import FORMATS, DrawnWeights
+from engine.build import make_backend
 from engine.errors import EngineError
 from engine.models.registry import architecture
+from engine.overlapped import OverlappedLoop
 from engine.request import Request, SamplingParams, StopCriteria
+from kernels.bench import device
 from kernels.bench.ceilings import Products
 from kernels.packed import Packed
 from tests.engine.tiny import save_llama
@@ -147,3 +152,38 @@ def test_integers_are_held_to_the_products_of_integers_unless_they_are_decoded()
 def test_what_there_is_not_is_refused(shape: str, weights: str) -> None:
     with pytest.raises(EngineError, match="UNKNOWN"):
         of_shape(shape, weights, engine_options(Prefill(8).load, "cpu", "float32", 1))
+
+
+def test_a_cuda_device_is_held_to_its_own_ceilings_by_the_overlapped_loop(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loops: list[Any] = []
+
+    class Noted(OverlappedLoop):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            loops.append(self)
+
+    monkeypatch.setattr(bench_subject, "OverlappedLoop", Noted)
+    monkeypatch.setattr(bench_subject, "_take_device", lambda: None)
+    monkeypatch.setattr(bench_subject, "make_backend", lambda options: make_backend(options, "cpu"))
+    monkeypatch.setattr(device, "copied_per_second", lambda: 4e12)
+    monkeypatch.setattr(device, "products_per_second", lambda dtype: 8e14)
+    monkeypatch.setitem(SHAPES, "tiny", SHAPES["tiny"] | {"num_hidden_layers": 1, "vocab_size": 256})
+    words = "--device cuda --shape tiny --kv-dtype int8 --threads 1 --rounds 1 --steps 1 --only context"
+    assert main([*words.split(), "--context", "4", "--batch", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert [type(loop) for loop in loops] == [Noted]
+    assert (told["device"], told["kv_dtype"], told["backend"]) == ("cuda", "int8", "TritonBackend")
+    read = told["weight_bytes"] + 2 * 2 * 32 * (2 * 6)  # keys and values of 2 heads, a byte each
+    assert told["measures"]["context"]["at_most"] == pytest.approx(2 * 4e12 / read)
+    assert told["measures"]["context"]["outside_kernels"] is None
+    assert lines[-2].split()[-1] == "-"
+
+
+def test_without_a_cuda_device_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    assert main(["--device", "cuda", "--shape", "tiny"]) == 1
+    assert "NO_CUDA_DEVICE" in capsys.readouterr().err

@@ -51,6 +51,12 @@ def test_starts_can_be_repeated_and_moved_to_other_memory() -> None:
     assert torch.equal(out, wanted)
 
 
+def test_of_a_large_piece_of_memory_only_what_is_touched_counts() -> None:
+    pages, out = torch.zeros(1000, 16, device=DEVICE), torch.zeros(16, device=DEVICE)
+    found = starts_of(lambda: pointwise.add(pages[7], pages[7], 2.0, out))
+    assert nbytes(found) == pages[7].nbytes + out.nbytes
+
+
 def test_the_ceiling_is_the_longer_of_moving_and_computing() -> None:
     most = Ceilings(memory=100.0, bfloat16=1000.0, int8=2000.0, float8=0.0, float32=10.0)
     assert most.seconds(200, 500, "bfloat16") == 2.0
