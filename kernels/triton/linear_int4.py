@@ -51,8 +51,25 @@ def _weights(words, whole, table_ptr, P: tl.constexpr, HAS_ZEROS: tl.constexpr, 
         return plane(words, P, dtype)
 
 
+@triton.jit
+def _words(ptrs, real, ALL: tl.constexpr):
+    """Codes that are read once; nothing is asked of spans that are not real."""
+    if ALL:
+        return tl.load(ptrs, eviction_policy="evict_first")
+    else:
+        return tl.load(ptrs, mask=real, other=0)
+
+
+@triton.jit
+def _scales(scales_ptr, zeros_ptr, at, HAS_ZEROS: tl.constexpr, HAS_FRACTIONS: tl.constexpr):
+    """Scales, zeros, and the whole numbers next to these; where there are no zeros the latter mean nothing."""
+    scale = tl.load(scales_ptr + at)
+    zero = tl.load(zeros_ptr + at) if HAS_ZEROS else scale
+    return scale, zero, whole_part(zero) if HAS_FRACTIONS else zero
+
+
 @triton.jit(do_not_specialize=["rows"])
-def _int4_few(  # noqa: C901  # its branches are compiled away
+def _int4_few(  # its branches are compiled away
     x_ptr,  # [rows, K]
     codes_ptr,  # int32 [N, SPANS * WIDTH]
     scales_ptr,  # float32 [G, N]
@@ -86,35 +103,25 @@ def _int4_few(  # noqa: C901  # its branches are compiled away
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_i = tl.arange(0, WIDTH)
-    mask_m = offs_m < rows
     held_n = offs_n if N % BLOCK_N == 0 else tl.minimum(offs_n, N - 1)
     at_n = held_n.to(tl.int64)[None, :, None] * (SPANS * WIDTH)
     code_ptrs = codes_ptr + at_n + (offs_w * WIDTH)[:, None, None] + offs_i[None, None, :]
-    at_m = offs_m.to(tl.int64)[None, None, :] * K
-    x_ptrs = x_ptr + at_m + (offs_w * (8 * WIDTH))[:, None, None] + offs_i[None, :, None]
+    at_x = (offs_w * (8 * WIDTH))[:, None, None] + offs_i[None, :, None]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * K + at_x
     acc = tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32)
     for i in tl.range(0, (SPLIT + WAYS - 1) // WAYS):
         span = offs_w + i * WAYS
-        if SPLIT % WAYS == 0 and SPANS % SPLIT == 0:
-            words = tl.load(code_ptrs + i * (WAYS * WIDTH), eviction_policy="evict_first")
-        else:
-            real = span < tl.minimum(SPANS, (split + 1) * SPLIT)
-            words = tl.load(code_ptrs + i * (WAYS * WIDTH), mask=real[:, None, None], other=0)
+        real = (span < tl.minimum(SPANS, (split + 1) * SPLIT))[:, None, None]
+        words = _words(code_ptrs + i * (WAYS * WIDTH), real, SPLIT % WAYS == 0 and SPANS % SPLIT == 0)
         for p in tl.static_range(8):
             k = span * (8 * WIDTH) + p * WIDTH
             if (p * WIDTH) % STEP == 0:
                 at = tl.minimum(k // GROUP, LAST)[:, None] * N + held_n[None, :]
-                scale = tl.load(scales_ptr + at)
-                whole = scale
-                if HAS_ZEROS:
-                    zero = tl.load(zeros_ptr + at)
-                    whole = whole_part(zero) if HAS_FRACTIONS else zero
+                scale, zero, whole = _scales(scales_ptr, zeros_ptr, at, HAS_ZEROS, HAS_FRACTIONS)
                 if HAS_FRACTIONS:
                     rest = tl.zeros([WAYS, WIDTH, BLOCK_M], tl.float32)
                 part = tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32)
-            mask = mask_m[None, None, :]
-            if SPLIT % WAYS != 0 or SPANS % SPLIT != 0:
-                mask = mask & real[:, None, None]
+            mask = (offs_m < rows)[None, None, :] & real
             if K % (8 * WIDTH) != 0:
                 mask = mask & (k[:, None, None] + offs_i[None, :, None] < K)
             x = tl.load(x_ptrs + i * (WAYS * 8 * WIDTH) + p * WIDTH, mask=mask, other=0.0)
@@ -126,8 +133,8 @@ def _int4_few(  # noqa: C901  # its branches are compiled away
                 if HAS_FRACTIONS:
                     part += (whole - zero)[:, :, None] * tl.sum(rest, axis=1)[:, None, :]
                 acc += part * scale[:, :, None]
-    y = tl.sum(acc, axis=0)
-    write_tile(y, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
+    acc = tl.sum(acc, axis=0)
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -174,11 +181,7 @@ def _int4_many(  # likewise
             k = span * (8 * WIDTH) + p * WIDTH
             if (p * WIDTH) % STEP == 0:
                 at = tl.minimum(k // GROUP, LAST) * N + held_n
-                scale = tl.load(scales_ptr + at)
-                whole = scale
-                if HAS_ZEROS:
-                    zero = tl.load(zeros_ptr + at)
-                    whole = whole_part(zero) if HAS_FRACTIONS else zero
+                scale, zero, whole = _scales(scales_ptr, zeros_ptr, at, HAS_ZEROS, HAS_FRACTIONS)
                 if HAS_FRACTIONS:
                     rest = tl.zeros([WIDTH, BLOCK_M], tl.float32)
                 part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
