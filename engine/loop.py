@@ -149,9 +149,10 @@ class EngineLoop:
             raise EngineError("INVALID_TYPE_IDS", f"the model has segments 0 to {self._num_types - 1}")
 
     def abort(self, handle: int) -> None:
-        """End a request now: its pages are free on return, its last row comes with the next step.
+        """End a request now; its last row comes with the next step.
 
-        A handle that is not held is ignored: its request may just have ended.
+        Its pages are free on return, or once no step that was started reads them. A handle that is not held is
+        ignored: its request may just have ended.
         """
         if handle in self._requests:
             request, _ = self._requests[handle]

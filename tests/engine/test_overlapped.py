@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 import torch
 
+from engine.errors import EngineLostError
 from engine.loop import EngineLoop
 from engine.overlapped import OverlappedLoop
 from engine.plan import StepPlan, StepResult
@@ -258,6 +259,22 @@ def fail_once(loop: OverlappedLoop, after: int) -> None:
         return broken if plan.step == after else read
 
     runner.start = failing
+
+
+def test_a_device_that_is_lost_ends_the_loop_though_steps_are_started_ahead(folder: Path) -> None:
+    late = overlapped(engine(folder, deterministic=True, max_running=2))
+    for handle in range(30):
+        late.submit(request(handle, [40 + handle, 41], ignore_eos=True))
+    late.step()
+    runner: Any = late._runner
+
+    def lost(*_: object) -> StepResult:
+        raise RuntimeError("the device is gone")
+
+    runner.start, runner.execute = lambda plan: lost, lost
+    with pytest.raises(EngineLostError):
+        run(late)
+    assert late.status().waiting > 0  # that was not their fault
 
 
 def test_steps_of_the_device_backend_take_tokens_that_nobody_has_read(tmp_path: Path) -> None:
