@@ -185,7 +185,7 @@ def _int4_many(  # likewise
                 if HAS_FRACTIONS:
                     rest = tl.zeros([WIDTH, BLOCK_M], tl.float32)
                 part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            mask = mask_m[None, :]
+            mask = (offs_m < rows)[None, :]
             if K % (8 * WIDTH) != 0:
                 mask = mask & (k + offs_i[:, None] < K)
             x = tl.load(x_ptrs + k, mask=mask, other=0.0)
