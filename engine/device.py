@@ -17,6 +17,8 @@ from engine.options import EngineOptions
 from engine.triton_footprint import CONTEXT_BYTES
 
 _FIRST = 0
+_WORKSPACES = 3  # of the thread that loads, on its stream and that of graphs, and of the thread that steps
+_WORKSPACE_BYTES = 32 * 2**20  # torch's, on compute capability 9.0; less on others
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,13 @@ class Device:
     available: int
 
     def hold_to(self, plan: MemoryPlan) -> None:
-        """From now on torch refuses what is beyond the plan, as if the device had no more."""
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (plan.total - plan.process) / self.total), _FIRST)
+        """From now on torch refuses what is beyond the plan, as if the device had no more.
+
+        Torch's own are the ends of tensors' segments, too, which the plan counts with the process, and what cuBLAS
+        works in, once for each thread and stream.
+        """
+        held = plan.total - CONTEXT_BYTES + _WORKSPACES * _WORKSPACE_BYTES
+        torch.cuda.set_per_process_memory_fraction(min(1.0, held / self.total), _FIRST)
 
 
 def open_device(options: EngineOptions) -> Device:

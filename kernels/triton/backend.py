@@ -233,7 +233,9 @@ class TritonBackend(EncoderOps):
         if rows == range(len(rows)) or list(rows) == list(range(len(rows))):
             return x[: len(rows)]
         out = x.new_empty(len(rows), x.shape[1])
-        pointwise.pick(x, torch.tensor(rows, dtype=torch.int32, device=self.device), out)
+        is_cuda = self.device.type == "cuda"  # from pinned memory a copy waits for nothing that was started before
+        numbers = torch.tensor(rows, dtype=torch.int32, pin_memory=is_cuda)
+        pointwise.pick(x, numbers.to(self.device, non_blocking=is_cuda), out)
         return out
 
     def sample(self, logits: Tensor, sampling: Sampling) -> Draw:

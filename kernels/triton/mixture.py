@@ -11,6 +11,7 @@ Source: Shazeer et al., "Outrageously Large Neural Networks", ICLR 2017; Jiang e
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -202,7 +203,7 @@ def _case(
 
 def _matrix(draw: Draw, form: str, out: int, inner: int, dtype: torch.dtype, seed: int) -> Matrix:
     """One expert's matrix [out, inner]."""
-    draw = Draw(draw.device, draw.seed + 1000 * seed)
+    draw = replace(draw, seed=draw.seed + 1000 * seed)
     if form == "plain":
         return draw.normal(out, inner, dtype=dtype, scale=inner**-0.5)
     if form == "float8":

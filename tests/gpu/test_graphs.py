@@ -29,6 +29,7 @@ def memory(launches: list[Launch]) -> list[torch.Tensor]:
     return [empty.new_empty(0).set_(tensor.untyped_storage()) for tensor in tensors]
 
 
+@pytest.mark.timeout(600)  # with what a first start compiles
 @pytest.mark.parametrize("family", FAMILIES, ids=family_name)
 def test_a_graph_of_kernels_writes_what_the_kernels_write(family: ModuleType) -> None:
     for case in family.cases(Draw("cuda"), PROOF):

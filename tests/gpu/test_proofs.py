@@ -20,6 +20,7 @@ def _table_of_the_device() -> None:
     take_device()
 
 
+@pytest.mark.timeout(600)  # with what a first start compiles
 @families
 def test_kernels_are_as_exact_as_their_outputs_can_be_at_every_edge(family: ModuleType) -> None:
     for case in family.cases(Draw("cuda"), PROOF):
