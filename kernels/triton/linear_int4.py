@@ -170,7 +170,6 @@ def _int4_many(  # likewise
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_i = tl.arange(0, WIDTH)
-    mask_m = offs_m < rows
     held_n = offs_n if N % BLOCK_N == 0 else tl.minimum(offs_n, N - 1)
     code_ptrs = codes_ptr + held_n.to(tl.int64)[:, None] * (SPANS * WIDTH) + offs_i[None, :]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + offs_i[:, None]
