@@ -2,7 +2,8 @@
 
 Activations have the number type of the weights; vectors are float32. Products of plain matrices are cuBLAS's, but
 in deterministic mode, where one kernel makes every product in one order, and every token attends by the kernel for
-prompts. Encoders' own ops are torch's, beside these products.
+prompts. With bfloat16, inputs of e4m3 matrices are rounded to e4m3 by token where there are many (W8A8); of int8
+and four-bit matrices they stay as they are. Encoders' own ops are torch's, beside these products.
 
 Source: Dao et al., "FlashAttention", NeurIPS 2022; He et al., "Defeating Nondeterminism in LLM Inference", 2025.
 """
@@ -287,7 +288,12 @@ class TritonBackend(EncoderOps):
         if needed > len(self._scratch):
             self._outgrown.append(self._scratch)
             self._scratch = self._scratch.new_empty(needed)
-        linear.linear(x, weight, out, self._scratch, deterministic=self.deterministic)
+        exact = self.deterministic
+        linear.linear(x, weight, out, self._scratch, deterministic=exact, round_inputs=self._rounds(weight))
+
+    def _rounds(self, weight: Linear) -> bool:
+        """Inputs of e4m3 matrices become e4m3, as such models are published to be run; those of others stay."""
+        return self.dtype is torch.bfloat16 and linear.rounds_to(weight) is torch.float8_e4m3fn
 
     def _workspace_for(self, batch: StepBatch, heads: Heads) -> Tensor | None:
         """Room for the answers of the splits of a context."""

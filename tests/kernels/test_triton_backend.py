@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels.ops import Adjustments, KvSpec, Rows, Sampling
+from kernels.packed import Packed
 from kernels.reference import ReferenceBackend
 from kernels.sampling import sample
 from kernels.steps import StepLimits, StepModel
@@ -200,3 +201,17 @@ def test_a_step_beyond_its_limits_is_refused(served: Served) -> None:
     for rows in (Rows([1] * 17, [0], [17], [TABLES[0]]), Rows([1] * 5, [0] * 5, [1] * 5, [(0,)] * 5)):
         with pytest.raises(ValueError, match="is beyond"):
             step(rows, [0])
+
+
+@pytest.mark.parametrize(("rows", "is_rounded"), [(16, False), (17, True)])
+def test_inputs_of_e4m3_matrices_are_rounded_where_there_are_many(rows: int, is_rounded: bool) -> None:
+    made = torch.Generator().manual_seed(3)
+    codes = torch.randn(48, 128, generator=made).to(torch.float8_e4m3fn)
+    backend = TritonBackend(torch.bfloat16, device="cpu")
+    x = torch.randn(rows, 128, generator=made).bfloat16()
+    y = backend.linear(x, backend.prepare_linear([Packed(codes, torch.ones(48, 1), 1, 128, 8)]))
+    scale = x.double().abs().amax(1, keepdim=True) / 448
+    rounded = (x.double() / scale).float().to(torch.float8_e4m3fn).double() * scale
+    exact = (rounded if is_rounded else x.double()) @ codes.double().T
+    floor = (exact.bfloat16().double() - exact).norm()
+    assert (y.double() - exact).norm() <= 1.5 * floor
