@@ -14,9 +14,7 @@ from engine.sampler import SamplerState
 from engine.vectors import to_rows
 from kernels.encoder_ops import EncoderBackend, Span
 from kernels.ops import Draw, KvSpec, Logprobs, Rows, Sampling
-from kernels.steps import DrawingStep, StepLimits, make_step
-
-_SCORED_AT_ONCE = 64  # prompt tokens whose logits are computed at once, so that memory does not grow with prompts
+from kernels.steps import SCORED_AT_ONCE, DrawingStep, StepLimits, make_step
 
 
 class ModelRunner:
@@ -143,8 +141,8 @@ class ModelRunner:
         """`result` with what the model thought of the row's targets; its tokens begin at `first` in `hidden`."""
         top, reports = row.prompt_logprobs, []
         wanted = row.targets[: len(row.token_ids)]
-        for begin in range(0, len(wanted), _SCORED_AT_ONCE):
-            targets = wanted[begin : begin + _SCORED_AT_ONCE]
+        for begin in range(0, len(wanted), SCORED_AT_ONCE):
+            targets = wanted[begin : begin + SCORED_AT_ONCE]
             places = range(first + begin, first + begin + len(targets))
             found = self._ops.logprobs(self._model.logits(self._ops, hidden, places), targets, top)
             if not all(found.finite):

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SCORED_AT_ONCE = 64
+"""Tokens of a prompt whose logits are computed at once, so that memory does not grow with prompts."""
+
+
 class StepLimits(NamedTuple):
     """The largest step that must do.
 

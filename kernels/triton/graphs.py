@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from kernels.ops import Adjustments, Draw, Hidden, Rows, Sampling
-from kernels.steps import StepLimits, StepModel
+from kernels.steps import SCORED_AT_ONCE, StepLimits, StepModel
 from kernels.triton.drawing import Drawing, take
 from kernels.triton.kv_cache import KvPages
 from kernels.triton.step import StepBatch, StepBuffers, StepShape, idle_step
@@ -237,11 +237,12 @@ class GraphedStep:
     def _warm_up(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Steps of so many tokens that no row has, the most last; what that came to."""
         answer: tuple[Tensor, Tensor] | None = None
+        most = max(self._limits.rows, SCORED_AT_ONCE)  # logits are of rows, or of some tokens of a prompt
         for tokens in sorted(counts):
             answer = None
             batch = idle_step(tokens, self._ops.device, self._limits.context)
             hidden = self._model(self._ops, self._kv, batch)
-            answer = hidden, self._model.logits(self._ops, hidden, range(min(tokens, self._limits.rows)))
+            answer = hidden, self._model.logits(self._ops, hidden, range(min(tokens, most)))
             self._ops.pick(hidden, [tokens - 1])
         if answer is None:
             raise ValueError("no steps to warm up with")

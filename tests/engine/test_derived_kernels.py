@@ -9,19 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from engine.build import make_backend
 from engine.derived import kernels
 from engine.derived.kernels import keep_kernels, open_kernels
 from engine.derived.layout import kernels_layout_name
+from engine.derived.loading import build_model
 from engine.derived.location import Derived, Location
 from engine.errors import EngineError
+from engine.footprint import positions
 from engine.memory_plan import read_model
 from engine.options import EngineOptions
-from engine.prepare.kernels import deployment_starts
+from engine.prepare.kernels import SizedWeights, deployment_starts
 from engine.protos import engine_pb2
+from kernels.packed import Layout
+from kernels.steps import SCORED_AT_ONCE
 from kernels.triton import cache as kernel_cache
 from kernels.triton.cache import KernelCache, write_manifest
-from kernels.triton.launch import noting
+from kernels.triton.launch import noting, recording
 from kernels.triton.offline import key
 from tests.engine.test_worker import flip_bit
 from tests.engine.tiny import engine, file_set, request, run, save_llama
@@ -151,6 +157,33 @@ def test_steps_of_every_kind_start_no_kernel_that_is_not_on_the_list(options: An
     listed = {key(start) for start in deployment_starts(read_model(*file_set(tmp_path)), loop.options)}
     assert started
     assert {start.kernel.fn.__name__ for start in started if key(start) not in listed} == set()
+
+
+class Eights:
+    """A format of eight bits as far as its layout, which is all that a list of starts asks for."""
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return Layout(rows=1, columns=32, bits=8)
+
+
+@pytest.mark.parametrize("running", [1, 3, 20])
+def test_a_prompt_is_scored_with_no_other_kernel_however_few_requests_there_may_be(
+    tmp_path: Path, running: int
+) -> None:
+    save_llama(tmp_path, num_hidden_layers=1)
+    found: Any = read_model(*file_set(tmp_path))
+    known = replace(found, formats={"lm_head.weight": Eights()})
+    options = replace(OPTIONS, max_running=running, max_step_tokens=128)
+    listed = {key(start) for start in deployment_starts(known, options)}
+    ops: Any = make_backend(options, "meta")
+    with recording() as started, torch.inference_mode():
+        model = build_model(known, SizedWeights(known), ops, positions(options), options.max_context_tokens)
+        started.clear()
+        for tokens in (1, 2, 17, 33, SCORED_AT_ONCE):
+            hidden = torch.empty(128, known.config.hidden_size, dtype=torch.bfloat16, device="meta")
+            model.logits(ops, hidden, range(1, 1 + tokens))
+    assert {start.kernel.fn.__name__ for start in started if key(start) not in listed} == set()
+    assert len(started) > 5  # the rows that are picked, and their products
 
 
 KINDS: list[dict[str, Any]] = [
