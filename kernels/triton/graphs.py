@@ -135,6 +135,7 @@ class GraphedStep:
             if not is_lazy:
                 self._drawing.warm_up(self._logits)
                 self._ops.pick(self._logits, [limits.rows - 1])
+                self._ops.scrub(kv, [0])
                 for tier in reversed(self._tiers):
                     for bucket in reversed(self._buckets):
                         self._record(bucket, tier)

@@ -147,15 +147,17 @@ def test_a_layout_is_of_one_kind_of_device_and_one_size_of_steps() -> None:
 )
 def test_steps_of_every_kind_start_no_kernel_that_is_not_on_the_list(options: Any, tmp_path: Path) -> None:
     save_llama(tmp_path, num_hidden_layers=1)
-    limits = {"max_running": 3, "max_step_tokens": 16, "kv_blocks": 24, "max_context_tokens": 32}
+    limits = {"max_running": 3, "max_step_tokens": 16, "kv_blocks": 6, "max_context_tokens": 32}
     with noting() as started:
         loop = engine(tmp_path, backend="triton", dtype="bfloat16", **(limits | options))
         started.clear()
         for handle, asked in enumerate(KINDS):
             loop.submit(request(handle, [5 + handle] * (4 + 9 * handle), 3, ignore_eos=True, **asked))
         run(loop)
+        loop.submit(request(9, [9] * 20, 2, scope="another tenant"))  # whose pages are scrubbed first
+        run(loop)
     listed = {key(start) for start in deployment_starts(read_model(*file_set(tmp_path)), loop.options)}
-    assert started
+    assert "_zero_fresh" in {start.kernel.fn.__name__ for start in started}
     assert {start.kernel.fn.__name__ for start in started if key(start) not in listed} == set()
 
 
@@ -189,7 +191,17 @@ def test_a_prompt_is_scored_with_no_other_kernel_however_few_requests_there_may_
 KINDS: list[dict[str, Any]] = [
     {"prompt_logprobs": 1},
     {"temperature": 0.8, "top_k": 20, "min_p": 0.1, "seed": 4},
-    {"temperature": 0.5, "top_p": 0.9, "seed": 5, "repetition_penalty": 1.3, "logprobs": 2},
+    {
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "seed": 5,
+        "repetition_penalty": 1.3,
+        "logprobs": 2,
+        "min_tokens": 2,
+        "token_ids": frozenset({7}),
+        "logit_bias": ((3, 2.0),),
+        "presence_penalty": 0.5,
+    },
 ]
 
 
