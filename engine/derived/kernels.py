@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 
@@ -61,7 +62,8 @@ def open_kernels(location: Location | None, refused: Refused | None = None) -> K
         refused: told why that was not used; DERIVED_MISSING, DERIVED_CHANGED or DERIVED_MISMATCH.
 
     Raises:
-        EngineError: the installed cache cannot be used, with a code of `CacheError`.
+        EngineError: the installed cache cannot be used, with a code of `CacheError`; KERNELS_NOT_UNPACKED, the
+            folder for temporary files does not take them.
     """
     content, may_compile = _read(location, refused), os.environ.get(ALLOW_COMPILE, "") not in ("", "0")
     installed = installed_folder()
@@ -71,6 +73,8 @@ def open_kernels(location: Location | None, refused: Refused | None = None) -> K
         return activate([installed] if installed.is_dir() else [], may_compile)
     except CacheError as error:
         raise EngineError(error.code, error.message) from error
+    except OSError as error:
+        raise EngineError("KERNELS_NOT_UNPACKED", f"{gettempdir()}: {error.strerror}") from error
 
 
 def _read(location: Location | None, refused: Refused | None) -> dict[str, bytes] | None:

@@ -159,7 +159,8 @@ class Packer:
                     self._unsupported.add(name)
                     return Packed()
                 log.warning("weights not packed", extra={"deployment": deployment.name, "reason": str(error)})
-                return Packed(problem=f"DERIVED_NOT_MADE: its weights are packed anew at each start: {error}")
+                again = "kernels are compiled" if job.options.is_cuda else "weights are packed"
+                return Packed(problem=f"DERIVED_NOT_MADE: its {again} anew at each start: {error}")
         self._made[name] = made
         self._refused.discard(made)
         log.info("weights packed", extra={"deployment": deployment.name, "bytes": made.size, "derived": made.name})

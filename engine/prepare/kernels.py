@@ -21,7 +21,6 @@ from dataclasses import fields
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from engine.weights.formats import Shape
 from kernels import aot
 from kernels.packed import Layout, Packed
 from kernels.triton import configs
-from kernels.triton.cache import CacheError, installed_folder
+from kernels.triton.cache import CacheError, installed_folder, own_folder
 from kernels.triton.launch import Launch, Unsupported, recording
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -138,13 +137,12 @@ def compile_kernels(question: Compiling) -> dict[str, Any]:
     starts = deployment_starts(read_model(packing.files, partial(open_in_store, packing.store)), packing.options)
     installed = installed_folder()
     known = [installed] if installed.is_dir() else []
-    with TemporaryDirectory(prefix="cl-kernels-") as work:
-        cache = Path(work) / "cache"
-        try:
-            count = aot.build(cache, starts, question.capability, known, packing.options.threads)
-        except CacheError as error:
-            raise EngineError(error.code, error.message) from error
-        made = keep_kernels(cache, packing.out, packing.files.model_digest, packing.layout)
+    cache = own_folder() / "cache"
+    try:
+        count = aot.build(cache, starts, question.capability, known, packing.options.threads)
+    except CacheError as error:
+        raise EngineError(error.code, error.message) from error
+    made = keep_kernels(cache, packing.out, packing.files.model_digest, packing.layout)
     return {"sha256": made.sha256, "size": made.size, "kernels": count}
 
 

@@ -39,6 +39,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 KERNELS, LIBRARIES = "kernels", "libraries"
+_FOLDERS = ((KERNELS,), (LIBRARIES,))
 _FORMAT = 1
 _CUDA = "libcuda.so.1"
 _OWN = "cl-triton-"
@@ -158,12 +159,11 @@ def check_content(content: Mapping[str, bytes], place: str) -> dict[str, bytes]:
 def _manifest(content: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(content[MANIFEST])
-        names = [Path(name) for name in manifest["files"]]
-    except (KeyError, ValueError, TypeError) as error:
+        _ = manifest["made_for"]
+        names = [Path(name) for name, (_, _) in manifest["files"].items()]
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError("CACHE_CHANGED", f"no {MANIFEST} as `python -m kernels.aot` writes it") from error
-    if any(
-        name.is_absolute() or ".." in name.parts or name.parts[0] not in (KERNELS, LIBRARIES) for name in names
-    ):
+    if any(name.parts[:1] not in _FOLDERS or ".." in name.parts or "\0" in str(name) for name in names):
         raise CacheError("CACHE_CHANGED", f"{MANIFEST} names files outside the cache")
     return manifest
 
@@ -393,27 +393,38 @@ def activate(caches: Iterable[Mapping[str, bytes] | Path] = (), may_compile: boo
     Raises:
         CacheError: as `check`.
     """
-    cache = KernelCache(_own_folder(), may_compile)
+    cache = KernelCache(own_folder(), may_compile)
     for found in caches:
         cache.add(*((check(found), found) if isinstance(found, Path) else (found, None)))
     use(cache)
     return cache
 
 
-def _own_folder() -> Path:
-    """A folder that is removed when this process ends, or by the next one where it was killed."""
+def own_folder() -> Path:
+    """A folder that is removed when this process ends, or by the next that wants one where it was killed.
+
+    Raises:
+        OSError: there is no room for one, or no place.
+    """
     for left in Path(tempfile.gettempdir()).glob(f"{_OWN}*"):
         with contextlib.suppress(OSError):
-            _locked(left)
-            shutil.rmtree(left)
-    own = Path(tempfile.mkdtemp(prefix=_OWN))
-    _locked(own)
+            descriptor = _locked(left)
+            try:
+                shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
+    while True:
+        own = Path(tempfile.mkdtemp(prefix=_OWN))
+        with contextlib.suppress(FileNotFoundError, BlockingIOError):  # a process that tidies up took it for left
+            _locked(own)
+            if own.exists():
+                break
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     return own
 
 
-def _locked(folder: Path) -> None:
-    """Hold the folder until this process ends.
+def _locked(folder: Path) -> int:
+    """Hold the folder until this process ends, or closes the descriptor.
 
     Raises:
         OSError: another process does, or it is another user's.
@@ -426,6 +437,7 @@ def _locked(folder: Path) -> None:
     except OSError:
         os.close(descriptor)
         raise
+    return descriptor
 
 
 def use(cache: KernelCache) -> None:

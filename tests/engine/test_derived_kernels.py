@@ -1,5 +1,6 @@
 """Kernels of a deployment on a CUDA device: listed and compiled by engine-prepare, found by a worker."""
 
+import errno
 import json
 import os
 import subprocess
@@ -121,6 +122,18 @@ def test_an_installed_cache_of_another_version_is_refused(tmp_path: Path, derive
     assert open_kernels(derived)  # which has all that it needs
     with pytest.raises(EngineError, match=r"CACHE_MISMATCH: .*2\.0\.0"):
         open_kernels(None)
+
+
+@pytest.mark.usefixtures("opened")
+def test_kernels_that_cannot_be_unpacked_are_said_to_be_so(
+    derived: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(EngineError, match=r"KERNELS_NOT_UNPACKED: .*: No space left on device"):
+        open_kernels(derived)
 
 
 def test_a_layout_is_of_one_kind_of_device_and_one_size_of_steps() -> None:

@@ -1,11 +1,13 @@
 """What Triton finds of a cache of compiled kernels, and where a process keeps what it compiles itself."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,6 +52,46 @@ def test_what_a_killed_process_left_goes_with_the_next_and_a_living_ones_stays(t
     activate()
     assert living in temporary.iterdir()
     assert len(list(temporary.iterdir())) == 2
+
+
+def test_a_folder_that_another_process_takes_for_left_is_not_used(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Path] = []
+
+    def made_and_taken(prefix: str) -> str:
+        folder = temporary / f"{prefix}{len(made)}"
+        folder.mkdir()
+        made.append(folder)
+        if len(made) == 1:
+            fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX)
+        if len(made) == 2:
+            folder.rmdir()
+        return str(folder)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", made_and_taken)
+    assert kernel_cache.own_folder() == made[2]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"files": {"kernels/x": 1}},
+        {"files": []},
+        {"files": {".": [0, ""]}},
+        {"files": {"kernels/\0": [0, ""]}},
+        None,
+    ],
+    ids=str,
+)
+def test_a_manifest_in_another_form_is_refused(changed: dict[str, Any] | None, tmp_path: Path) -> None:
+    write_manifest(tmp_path, [])
+    manifest = json.loads((tmp_path / "manifest.json").read_text()) | (changed or {})
+    if changed is None:
+        del manifest["made_for"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CacheError, match="CACHE_CHANGED"):
+        check(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../kernels/x", "/etc/passwd", "other/KEY/x.cubin", "kernels/../../x"])
