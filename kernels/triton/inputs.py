@@ -17,16 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.case import MODEL, Case, Draw, Expected
-from kernels.triton.configs import capability, config
-from kernels.triton.launch import Unsupported, launch
-from kernels.triton.quantise import expect_codes, largest_of, row_scale, to_codes
+from kernels.triton.configs import config
+from kernels.triton.launch import launch
+from kernels.triton.quantise import check_codes, expect_codes, largest_of, row_scale, to_codes
 from kernels.triton.scratch import Scratch
 
 BLOCK = 128
 """Numbers that share a scale where a token has many."""
-
-
-_FP8_CAPABILITY = 89
 
 
 class Rounded(NamedTuple):
@@ -56,17 +53,6 @@ def _round_inputs(
     tl.store(scales_ptr + part * rows + row, scale)
 
 
-def has_fp8() -> bool:
-    """The selected device has e4m3 numbers: compute capability 8.9 and later."""
-    return capability() >= _FP8_CAPABILITY
-
-
-def must_have(dtype: torch.dtype) -> None:
-    """Raises Unsupported where the selected device lacks codes of `dtype`."""
-    if dtype is torch.float8_e4m3fn and not has_fp8():
-        raise Unsupported(f"e4m3 numbers need compute capability 8.9, not {capability() / 10}")
-
-
 def round_inputs(x: Tensor, codes: Tensor, scales: Tensor) -> None:
     """Write codes and scales.
 
@@ -74,8 +60,11 @@ def round_inputs(x: Tensor, codes: Tensor, scales: Tensor) -> None:
         x: [rows, width], contiguous.
         codes: int8 or float8_e4m3fn, as x.
         scales: float32 [rows], or [ceil(width / 128), rows].
+
+    Raises:
+        Unsupported: the device has no numbers of the codes' type.
     """
-    must_have(codes.dtype)
+    check_codes(codes.dtype)
     rows, width = x.shape
     share = width if scales.dim() == 1 else BLOCK
     launch(

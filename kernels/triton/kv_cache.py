@@ -18,8 +18,9 @@ from torch import Tensor
 
 from kernels.ops import KvSpec
 from kernels.triton.case import MODEL, Case, Draw, Expected
-from kernels.triton.configs import capability, config
+from kernels.triton.configs import config
 from kernels.triton.launch import Unsupported, launch
+from kernels.triton.quantise import has_float8
 
 KV_TYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -71,7 +72,7 @@ def check_type(dtype: torch.dtype) -> None:
     Raises:
         Unsupported: the device has no numbers of this type.
     """
-    if dtype is torch.float8_e4m3fn and capability() < 89:
+    if dtype is torch.float8_e4m3fn and not has_float8():
         raise Unsupported("float8 pages want compute capability 8.9; int8 pages go everywhere")
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kernels.triton import linear_bytes, linear_codes, linear_int4, linear_plain
-from kernels.triton.inputs import BLOCK, Rounded, has_fp8, rounded
+from kernels.triton.inputs import BLOCK, Rounded, rounded
 from kernels.triton.layout import form_scratch_bytes, plain_rows
+from kernels.triton.quantise import has_float8
 from kernels.triton.scratch import Scratch
 from kernels.triton.weights import Form, Fp8, Int4, Int8, Linear, Plain, shape_of
 
@@ -88,7 +89,7 @@ def _scratch_bytes(part: Form, most_rows: int, item: int) -> int:
 
 def _rounds_to(part: Form) -> torch.dtype | None:
     if isinstance(part, Fp8):
-        return torch.float8_e4m3fn if has_fp8() else None
+        return torch.float8_e4m3fn if has_float8() else None
     return torch.int8 if isinstance(part, Int8) and part.zeros is None else None
 
 

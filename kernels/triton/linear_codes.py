@@ -21,12 +21,12 @@ from torch import Tensor
 from kernels.packed import Packed, dequantise
 from kernels.triton.case import MODEL, Case, Draw, Expected, expect
 from kernels.triton.configs import config
-from kernels.triton.inputs import BLOCK, Rounded, must_have
+from kernels.triton.inputs import BLOCK, Rounded
 from kernels.triton.lang import dot
 from kernels.triton.launch import is_recording, launch
 from kernels.triton.layout import byte_columns
 from kernels.triton.linear_bytes import draw_matrix
-from kernels.triton.quantise import quantise
+from kernels.triton.quantise import check_codes, quantise
 from kernels.triton.split import write_tile
 from kernels.triton.weights import Fp8, Int8, prepare_matrix
 
@@ -121,7 +121,7 @@ def multiply(
 
 def own(x: Rounded, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor, *, deterministic: bool = False) -> None:
     """The same in this file's kernel, whatever the scales are."""
-    must_have(weight.codes.dtype)
+    check_codes(weight.codes.dtype)
     (n, k), rows = weight.codes.shape, len(x.codes)
     in_groups = weight.group < k or x.scales.dim() == 2
     many = "codes_product_in_groups" if in_groups else "codes_product"
@@ -157,7 +157,7 @@ def _is_for_cublas(x: Rounded, weight: Int8 | Fp8, out: Tensor) -> bool:
 
 
 def _with_cublas(x: Rounded, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor) -> None:
-    must_have(weight.codes.dtype)
+    check_codes(weight.codes.dtype)
     if is_recording():
         return
     rounded = None if bias is None else bias.to(out.dtype)

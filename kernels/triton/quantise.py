@@ -24,16 +24,20 @@ _FLOAT8 = 89  # the compute capability from which on there are such numbers
 
 
 @triton.jit
-def largest_of(y):
-    """The largest size of a number of y [N]; infinite where one is no number."""
-    return tl.max(tl.where(y == y, tl.abs(y), float("inf")), axis=0)
+def largest_of(y, axis: tl.constexpr = 0):
+    """The largest size of the numbers along an axis of y; infinite where one is no number."""
+    return tl.max(tl.where(y == y, tl.abs(y), float("inf")), axis=axis)
 
 
 @triton.jit
 def row_scale(most, dtype: tl.constexpr):
-    """The scale for rows whose largest size is `most`, and what to multiply with in its place: of zeros, zero."""
+    """The scale for rows whose largest size is `most`, and what to multiply with in its place: of zeros, zero.
+
+    Of an infinite size the scale is no number: so nor is what the codes stand for, whatever they are.
+    """
     largest = 127.0 if dtype == tl.int8 else FP8_MAX
-    return most / largest, tl.where(most < 1e-30, 0.0, largest / most)
+    scale = tl.where(most < float("inf"), most / largest, float("nan"))
+    return scale, tl.where(most < 1e-30, 0.0, largest / most)
 
 
 @triton.jit
@@ -45,13 +49,18 @@ def to_codes(y, inverse, dtype: tl.constexpr):
         return round_to(y * inverse, dtype)
 
 
+def has_float8() -> bool:
+    """The selected device has e4m3 numbers."""
+    return capability() >= _FLOAT8
+
+
 def check_codes(dtype: torch.dtype) -> None:
     """That the selected device has numbers of this type.
 
     Raises:
         Unsupported: it has none.
     """
-    if dtype is torch.float8_e4m3fn and capability() < _FLOAT8:
+    if dtype is torch.float8_e4m3fn and not has_float8():
         raise Unsupported(f"e4m3 numbers need compute capability 8.9, not {capability() / 10}")
 
 

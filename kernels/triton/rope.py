@@ -21,7 +21,7 @@ from kernels.triton.configs import config
 from kernels.triton.kv_cache import KvPages, check_type, pointers, random_pages
 from kernels.triton.lang import round_to
 from kernels.triton.launch import launch
-from kernels.triton.quantise import expect_codes, row_scale
+from kernels.triton.quantise import expect_codes, largest_of, row_scale
 
 _NUMBERS = 1024
 """That a program holds, where its norm does not need all of a token."""
@@ -128,8 +128,8 @@ def _write(ptr, scales_ptr, vector, mask, first, second, rest, D: tl.constexpr, 
     """Vectors to their places in pages, as numbers, or as codes with a scale each."""
     dtype: tl.constexpr = ptr.dtype.element_ty
     if dtype.primitive_bitwidth == 8:
-        most = tl.maximum(tl.max(tl.abs(first), axis=1), tl.max(tl.abs(second), axis=1))
-        scale, inverse = row_scale(tl.maximum(most, tl.max(tl.abs(rest), axis=1)), dtype)
+        most = tl.maximum(largest_of(first, 1), largest_of(second, 1))
+        scale, inverse = row_scale(tl.maximum(most, largest_of(rest, 1)), dtype)
         tl.store(scales_ptr + vector, scale, mask=mask)
         inverse = inverse[:, None]
         first, second, rest = first * inverse, second * inverse, rest * inverse

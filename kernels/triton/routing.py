@@ -220,6 +220,8 @@ def sort(chosen: Tensor, block_m: int, into: Sorted) -> None:
         into: as `allocate` makes it for as many entries.
     """
     entries, tiles, block_e = chosen.numel(), len(into.tiles), into.counts.shape[1]
+    if not entries:
+        return
     chunk = AT_ONCE * triton.cdiv(entries, AT_ONCE * CHUNKS)
     chunks = triton.cdiv(entries, chunk)
     how = config("sort_entries", block_e)

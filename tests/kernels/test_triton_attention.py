@@ -137,3 +137,17 @@ def test_keys_are_the_same_whatever_their_place_in_the_step() -> None:
         rope_and_write(qkv, HEADS, slots.int(), slots, cos, sin, kv, 0, QkNorm(weight, weight, 1e-6))
         kept.append((kv.keys[0, 0, :, 4], kv.values[0, 0, :, 4], qkv[order.index(4)]))
     assert all(torch.equal(first, second) for first, second in zip(*kept, strict=True))
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "float8"])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_a_key_or_value_that_is_no_number_stays_none_in_pages_of_codes(kv_dtype: str, wrong: float) -> None:
+    kv, slots = allocate(SPEC, kv_dtype, DEVICE), torch.arange(3, device=DEVICE)
+    qkv = Draw(DEVICE).normal(3, 4, HEADS.dim)
+    qkv[1, 2, 5], qkv[2, 3, 15] = wrong, wrong  # a key's first half, and a value's rest
+    angles = torch.ones(3, 6, device=DEVICE)
+    rope_and_write(qkv.flatten(1), HEADS, slots.int(), slots, angles, angles, kv, 0, None)
+    assert kv.key_scales is not None
+    assert kv.value_scales is not None
+    assert kv.key_scales[0, 0, 0, :3].isfinite().tolist() == [True, False, True]
+    assert kv.value_scales[0, 0, 0, :3].isfinite().tolist() == [True, True, False]

@@ -55,6 +55,11 @@ def test_a_padded_token_asks_nobody_and_its_answer_is_zero() -> None:
     assert not padded[1:].any()
 
 
+def test_a_step_without_tokens_asks_nobody() -> None:
+    nothing = DRAW.normal(0, HIDDEN)
+    assert answer(nothing, nothing.new_empty(0, COUNT, dtype=torch.float32), experts("plain")).shape == (0, HIDDEN)
+
+
 def test_scores_that_are_no_numbers_show_in_the_answer() -> None:
     x, scores = DRAW.normal(2, HIDDEN), DRAW.normal(2, COUNT, dtype=torch.float32)
     scores[1, 4] = torch.nan
