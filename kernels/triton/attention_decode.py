@@ -235,6 +235,7 @@ def cases(draw: Draw, scale: str) -> Iterator[Case]:
     yield _case(draw, [600, 515, 20], Heads(4, 1, 16), _with_all(draw, 4), 1, "int8", bf16)
     yield _case(draw, [130], Heads(2, 1, 64), plain, 1024, "float8", bf16)
     yield _case(draw, [90, 3], Heads(4, 2, 32), Attending(0.2, 20, 5.0), 32, "bfloat16", torch.float32)
+    yield _case(draw, [300, 257, 1, 0], Heads(2, 1, 16), Attending(0.25, 1), 1, "bfloat16", bf16)
 
 
 def _with_all(draw: Draw, heads: int) -> Attending:

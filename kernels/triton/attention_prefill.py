@@ -192,6 +192,7 @@ def cases(draw: Draw, scale: str) -> Iterator[Case]:
     yield _case(draw, [(120, 20), (0, 3)], Heads(5, 1, 40), _with_all(draw, 5), 128, "float32", f32)
     yield _case(draw, [(0, 60), (250, 9)], Heads(4, 2, 16), _with_all(draw, 4), 1, "int8", bf16)
     yield _case(draw, [(64, 64)], Heads(2, 1, 64), plain, 1024, "float8", bf16)
+    yield _case(draw, [(0, 70), (33, 1)], Heads(2, 1, 16), Attending(0.25, 1), 1, "bfloat16", bf16)
 
 
 def _with_all(draw: Draw, heads: int) -> Attending:

@@ -328,6 +328,7 @@ def cases(draw: Draw, scale: str) -> Iterator[Case]:
     else:
         sizes = [(1, 70, 600, 1, 600, "signed"), (2, 33, 256, 1, 64, "zeros"), (3, 256, 384, 128, 128, "float")]
         sizes += [(17, 33, 2600, 33, 2600, "float"), (20, 70, 256, 1, 32, "zeros"), (9, 40, 512, 1, 512, "signed")]
+        sizes += [(1, 5, 37, 1, 37, "zeros"), (9, 5, 37, 1, 37, "signed")]
     for rows, n, k, shared, group, kind in sizes:
         matrix, x = draw_matrix(draw, n, k, shared, group, kind), draw.normal(rows, k)
         bias = draw.normal(n, dtype=torch.float32) if rows % 2 else None

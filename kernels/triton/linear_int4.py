@@ -378,6 +378,7 @@ def cases(draw: Draw, scale: str) -> Iterator[Case]:
     else:
         sizes = [(1, 70, 512, 128, "signed"), (3, 33, 256, 32, "zeros"), (4, 64, 384, 384, "fractions")]
         sizes += [(2, 40, 272, 16, "table"), (17, 32, 2048, 64, "fractions"), (20, 70, 160, 32, "signed")]
+        sizes += [(1, 5, 37, 37, "fractions"), (9, 5, 37, 37, "zeros")]
     for rows, n, k, group, kind in sizes:
         matrix, x = draw_matrix(draw, n, k, group, kind), draw.normal(rows, k)
         bias = draw.normal(n, dtype=torch.float32) if rows % 2 else None
