@@ -1,9 +1,10 @@
 """The backend in Triton: ops on a CUDA device, and decode steps as graphs; in Triton's interpreter on the CPU.
 
 Activations have the number type of the weights; vectors are float32. Products of plain matrices are cuBLAS's, but
-in deterministic mode, where one kernel makes every product in one order, and every token attends by the kernel for
-prompts. With bfloat16, inputs of e4m3 matrices are rounded to e4m3 by token where there are many (W8A8); of int8
-and four-bit matrices they stay as they are. Encoders' own ops are torch's, beside these products.
+for logits and the scores of experts, which are float32, and in deterministic mode, where one kernel makes every
+product in one order, and every token attends by the kernel for prompts. With bfloat16, inputs of e4m3 matrices are
+rounded to e4m3 by token where there are many (W8A8); of int8 and four-bit matrices they stay as they are. The ops
+of encoders are torch's, beside these products.
 
 Source: Dao et al., "FlashAttention", NeurIPS 2022; He et al., "Defeating Nondeterminism in LLM Inference", 2025.
 """

@@ -63,13 +63,13 @@ def _plain_product(
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, deterministic: bool = False) -> None:
-    """x · weightᵀ + bias.
+    """x · weightᵀ + bias; cuBLAS's, but where it is to be deterministic or of another type than x.
 
     Args:
         x: [rows, K], contiguous.
         weight: [N, K], contiguous, of the type of x.
         bias: float32 [N].
-        out: [rows, N], of any row stride.
+        out: [rows, N], of any row stride; float32 of 16-bit inputs are logits and scores of experts.
         deterministic: a row's bits are the same whatever the other rows are.
     """
     if deterministic or out.dtype != x.dtype:
