@@ -39,6 +39,9 @@ MUST = {"int4_few": {"no-i2f"}, "int4_many": {"wgmma", "no-i2f"}}
 FEW = 8
 """Rows up to which a program's warps share the columns: more would be read more often than the codes."""
 
+_LEAST_OUTPUTS = 32
+"""Of a program over narrow spans with zeros: for fewer, zeros that are fractions spill registers."""
+
 
 @triton.jit
 def _weights(words, whole, table_ptr, P: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_TABLE: tl.constexpr, dtype):
@@ -252,6 +255,8 @@ def few(
         whole: in one configuration whatever the rows are, and unsplit, so that scratch is not needed.
     """
     settings = config(("int4_fixed" if whole else "int4_few") + _suffix(x), len(weight.codes))
+    if weight.zeros is not None and weight.width == 16:
+        settings["BLOCK_N"] = max(_LEAST_OUTPUTS, settings["BLOCK_N"])
     blocks, steps = triton.cdiv(len(weight.codes), settings["BLOCK_N"]), _spans(weight)
     split = steps if whole else split_size(blocks, steps, settings["num_warps"])
     grid = (blocks, triton.cdiv(steps, split), triton.cdiv(len(x), settings["BLOCK_M"]))
