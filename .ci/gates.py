@@ -48,10 +48,7 @@ def tracked(root: Path, suffix: str = "") -> list[Path]:
 
 
 def too_large(path: Path) -> Iterator[str]:
-    """Files and functions with more lines of code than one can keep in mind; docstrings and comments are free.
-
-    So are the parameters of what `triton.jit` compiles: one a line, they are its description.
-    """
+    """Files and functions with more lines of code than one can keep in mind; docstrings and comments are free."""
     source = path.read_text()
     tree = ast.parse(source)
     lines = _code_lines(path) - _docstring_lines(tree)
@@ -59,14 +56,9 @@ def too_large(path: Path) -> Iterator[str]:
         yield f"{path}: {len(lines)} lines of code, at most {MAX_FILE_LINES}"
     for node in ast.walk(tree):
         if isinstance(node, _FUNCTIONS):
-            first = node.body[0].lineno if _is_kernel(node) else node.lineno
-            inside = len([n for n in lines if first <= n <= (node.end_lineno or node.lineno)])
+            inside = len([n for n in lines if node.lineno <= n <= (node.end_lineno or node.lineno)])
             if inside > MAX_FUNCTION_LINES:
                 yield f"{path}:{node.lineno}: {node.name} has {inside} lines of code, at most {MAX_FUNCTION_LINES}"
-
-
-def _is_kernel(node: _FUNCTIONS) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
 
 
 def _code_lines(path: Path) -> set[int]:

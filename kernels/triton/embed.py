@@ -73,7 +73,6 @@ def _embed_codes(
     K: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Part of one row a program."""
@@ -84,7 +83,7 @@ def _embed_codes(
     w = tl.load(codes_ptr + row * K + offs_k, mask=mask, other=0)
     at = (offs_k // GROUP).to(tl.int64) * (N // ROWS) + row // ROWS
     w = whole_byte(w, tl.float32) if codes_ptr.dtype.element_ty == tl.int8 else small_float(w, tl.float32) * 256.0
-    if HAS_ZEROS:
+    if zeros_ptr is not None:
         w -= tl.load(zeros_ptr + at, mask=mask, other=0.0)
     w *= tl.load(scales_ptr + at, mask=mask, other=0.0)
     _store(out_ptr + to * K + offs_k, w, factor, mask)

@@ -27,7 +27,7 @@ from kernels.triton.lang import dot, round_to
 from kernels.triton.launch import launch
 from kernels.triton.layout import byte_columns, split_size
 from kernels.triton.scratch import Scratch
-from kernels.triton.split import add_parts, write_tile
+from kernels.triton.split import add_parts, sum_of_inputs, write_tile
 from kernels.triton.weights import Fp8, Int8, prepare_matrix
 
 MUST = {"bytes_few": {"no-i2f"}, "bytes_many": {"wgmma", "no-i2f"}}
@@ -53,6 +53,24 @@ def _scales(scales_ptr, at, IS_FLOAT: tl.constexpr):
         return tl.load(scales_ptr + at)
 
 
+@triton.jit
+def _add_block(acc, codes, x, at, scales_ptr, zeros_ptr, IS_FLOAT: tl.constexpr):
+    """acc, and what columns of one group add: codes [..., outputs, columns], x [..., columns, rows]."""
+    part = dot(_numbers(codes, IS_FLOAT, x.dtype), x, tl.zeros(acc.shape, tl.float32))
+    if zeros_ptr is not None:
+        part -= tl.expand_dims(tl.load(zeros_ptr + at), -1) * sum_of_inputs(x)
+    return acc + part * tl.expand_dims(_scales(scales_ptr, at, IS_FLOAT), -1)
+
+
+@triton.jit
+def _codes(ptrs, real, ALL: tl.constexpr, POLICY: tl.constexpr = ""):
+    """Codes; unless all columns are real nothing is asked of those that are not."""
+    if ALL:
+        return tl.load(ptrs, eviction_policy=POLICY)
+    else:
+        return tl.load(ptrs, mask=real, other=0)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _bytes_few(
     x_ptr,  # [rows, K]
@@ -60,7 +78,7 @@ def _bytes_few(
     scales_ptr,  # float32 [G, N / ROWS]
     zeros_ptr,  # float32 [G, N], or none
     bias_ptr,  # float32 [N], or none
-    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    out_ptr,  # [rows, STRIDE], or, where that is 0, float32 [splits, rows, N] without bias
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -69,44 +87,31 @@ def _bytes_few(
     SPLIT: tl.constexpr,
     STRIDE: tl.constexpr,
     IS_FLOAT: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IN_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WAYS: tl.constexpr,
 ):
     """BLOCK_N outputs of BLOCK_M rows over SPLIT blocks of columns a program."""
-    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    ALL: tl.constexpr = SPLIT % WAYS == 0 and K % (SPLIT * BLOCK_K) == 0
     split = tl.program_id(1)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     held_n = tl.minimum(offs_n, N - 1)
-    mask_m = offs_m < rows
-    offs_w = split * SPLIT + tl.arange(0, WAYS)
-    offs_k = offs_w[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-    end = tl.minimum(K, (split + 1) * (SPLIT * BLOCK_K))
-    code_ptrs = codes_ptr + held_n.to(tl.int64)[None, :, None] * K + offs_k[:, None, :]
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * K + offs_k[:, :, None]
+    offs_w = (split * SPLIT + tl.arange(0, WAYS)[:, None]) * BLOCK_K
+    code_ptrs = codes_ptr + held_n.to(tl.int64)[None, :, None] * K
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * K
     acc = tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32)
-    for i in tl.range(0, (SPLIT + WAYS - 1) // WAYS):
-        k = i * (WAYS * BLOCK_K)
-        real = offs_k + k < end
-        if SPLIT % WAYS == 0 and K % (SPLIT * BLOCK_K) == 0:
-            codes = tl.load(code_ptrs + k, eviction_policy="evict_first")
-            x = tl.load(x_ptrs + k, mask=mask_m[None, None, :], other=0.0)
-        else:
-            codes = tl.load(code_ptrs + k, mask=real[:, None, :], other=0)
-            x = tl.load(x_ptrs + k, mask=mask_m[None, None, :] & real[:, :, None], other=0.0)
-        group = tl.minimum(((offs_w + i * WAYS) * BLOCK_K) // GROUP, LAST)
-        at = group[:, None] * (N // ROWS) + (held_n // ROWS)[None, :]
-        part = dot(_numbers(codes, IS_FLOAT, x.dtype), x, tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32))
-        if HAS_ZEROS:
-            part -= tl.load(zeros_ptr + at)[:, :, None] * tl.sum(x.to(tl.float32), axis=1)[:, None, :]
-        acc += part * _scales(scales_ptr, at, IS_FLOAT)[:, :, None]
-    y = tl.sum(acc, axis=0)
-    write_tile(y, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
+    for first in tl.range(0, SPLIT * BLOCK_K, WAYS * BLOCK_K):
+        k = offs_w + first + tl.arange(0, BLOCK_K)[None, :]
+        real = k < tl.minimum(K, (split + 1) * (SPLIT * BLOCK_K))
+        codes = _codes(code_ptrs + k[:, None, :], real[:, None, :], ALL, "evict_first")
+        mask = (offs_m < rows)[None, None, :]
+        x = tl.load(x_ptrs + k[:, :, None], mask=mask if ALL else mask & real[:, :, None], other=0.0)
+        group = tl.minimum((offs_w + first) // GROUP, (K + GROUP - 1) // GROUP - 1)
+        at = group * (N // ROWS) + (held_n // ROWS)[None, :]
+        acc = _add_block(acc, codes, x, at, scales_ptr, zeros_ptr, IS_FLOAT)
+    write_tile(tl.sum(acc, axis=0), offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -116,7 +121,7 @@ def _bytes_many(
     scales_ptr,  # float32 [G, N / ROWS]
     zeros_ptr,  # float32 [G, N], or none
     bias_ptr,  # float32 [N], or none
-    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    out_ptr,  # [rows, STRIDE], or, where that is 0, float32 [splits, rows, N] without bias
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -125,45 +130,32 @@ def _bytes_many(
     SPLIT: tl.constexpr,
     STRIDE: tl.constexpr,
     IS_FLOAT: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IN_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_N outputs of BLOCK_M rows over SPLIT blocks of columns a program, block after block."""
-    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
+    IN_GROUPS: tl.constexpr = GROUP < K or zeros_ptr is not None
     split = tl.program_id(2)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
-    held_n = tl.minimum(offs_n, N - 1)
-    mask_m = offs_m < rows
-    code_ptrs = codes_ptr + held_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + offs_k[:, None]
+    held_n, mask_m = tl.minimum(offs_n, N - 1), (offs_m < rows)[None, :]
+    code_ptrs = codes_ptr + held_n.to(tl.int64)[:, None] * K
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for step in tl.range(split * SPLIT, tl.minimum((split + 1) * SPLIT, (K + BLOCK_K - 1) // BLOCK_K)):
-        k = step * BLOCK_K
-        if K % BLOCK_K == 0:
-            codes = tl.load(code_ptrs + k)
-            x = tl.load(x_ptrs + k, mask=mask_m[None, :], other=0.0)
+        offs_k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        codes = _codes(code_ptrs + offs_k[None, :], (offs_k < K)[None, :], K % BLOCK_K == 0)
+        mask = mask_m if K % BLOCK_K == 0 else mask_m & (offs_k < K)[:, None]
+        x = tl.load(x_ptrs + offs_k[:, None], mask=mask, other=0.0)
+        if IN_GROUPS:
+            at = tl.minimum((step * BLOCK_K) // GROUP, (K + GROUP - 1) // GROUP - 1) * (N // ROWS) + held_n // ROWS
+            acc = _add_block(acc, codes, x, at, scales_ptr, zeros_ptr, IS_FLOAT)
         else:
-            real = offs_k + k < K
-            codes = tl.load(code_ptrs + k, mask=real[None, :], other=0)
-            x = tl.load(x_ptrs + k, mask=mask_m[None, :] & real[:, None], other=0.0)
-        numbers = _numbers(codes, IS_FLOAT, x.dtype)
-        if GROUP >= K and not HAS_ZEROS:
-            acc = dot(numbers, x, acc)
-        else:
-            at = tl.minimum(k // GROUP, LAST) * (N // ROWS) + held_n // ROWS
-            part = dot(numbers, x, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
-            if HAS_ZEROS:
-                part -= tl.load(zeros_ptr + at)[:, None] * tl.sum(x.to(tl.float32), axis=0)[None, :]
-            acc += part * _scales(scales_ptr, at, IS_FLOAT)[:, None]
-    if GROUP >= K and not HAS_ZEROS:
+            acc = dot(_numbers(codes, IS_FLOAT, x.dtype), x, acc)
+    if not IN_GROUPS:
         acc *= _scales(scales_ptr, held_n // ROWS, IS_FLOAT)[:, None]
-    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE)
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -179,7 +171,6 @@ def _bytes_plain(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
     IS_FLOAT: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
@@ -190,7 +181,7 @@ def _bytes_plain(
     mask = (offs_n < last)[:, None] & (offs_k < K)[None, :]
     w = _numbers(tl.load(codes_ptr + at_n * K + offs_k[None, :], mask=mask, other=0), IS_FLOAT, tl.float32)
     at = (offs_k // GROUP)[None, :] * (N // ROWS) + (offs_n // ROWS)[:, None]
-    if HAS_ZEROS:
+    if zeros_ptr is not None:
         w -= tl.load(zeros_ptr + at, mask=mask, other=0.0)
     scale = tl.load(scales_ptr + at, mask=mask, other=0.0) * (256.0 if IS_FLOAT else 1.0)
     tl.store(
@@ -249,12 +240,12 @@ def constants_of(weight: Int8 | Fp8) -> tuple[Tensor, Tensor | None, dict[str, i
         return (
             weight.codes.view(torch.uint8),
             None,
-            constants | {"ROWS": weight.rows, "IS_FLOAT": True, "HAS_ZEROS": False},
+            constants | {"ROWS": weight.rows, "IS_FLOAT": True},
         )
     return (
         weight.codes,
         weight.zeros,
-        constants | {"ROWS": 1, "IS_FLOAT": False, "HAS_ZEROS": weight.zeros is not None},
+        constants | {"ROWS": 1, "IS_FLOAT": False},
     )
 
 
@@ -278,12 +269,10 @@ def _start(
         codes,
         weight.scales,
         zeros,
-        bias,
+        bias if parts is None else None,
         out if parts is None else parts,
         len(x),
-        STRIDE=out.stride(0),
-        HAS_BIAS=bias is not None and parts is None,
-        IN_PARTS=parts is not None,
+        STRIDE=out.stride(0) if parts is None else 0,
         **constants,
         **settings,
     )

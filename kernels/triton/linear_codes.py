@@ -44,6 +44,33 @@ def _sum(w, x, acc):
         return dot(w, x, acc)
 
 
+@triton.jit
+def _read(ptrs, real, REST: tl.constexpr):
+    """Codes; where columns fill no whole block, nothing is asked of those that are not real."""
+    if REST == 0:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=real, other=0.0)
+
+
+@triton.jit
+def _grown(total, w, x):
+    """total + w · x; of e4m3 each block is added up by itself, as the tensor cores keep few bits of long sums."""
+    if total.dtype == tl.int32:
+        return _sum(w, x, total)
+    else:
+        return total + _sum(w, x, tl.zeros(total.shape, tl.float32))
+
+
+@triton.jit
+def _sum_of_group(w, x, acc, x_scales_ptr, scales_ptr, at, at_x, KIND: tl.constexpr, IN_BLOCKS: tl.constexpr):
+    """acc, and what columns of one group add, with the scales of outputs and, in blocks, of rows."""
+    part = _sum(w, x, tl.zeros(acc.shape, KIND)).to(tl.float32)
+    if IN_BLOCKS:
+        part *= tl.load(x_scales_ptr + at_x)[None, :]
+    return acc + part * tl.load(scales_ptr + at)[:, None]
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _codes_product(
     x_ptr,  # int8 or e4m3 [rows, K]
@@ -59,43 +86,33 @@ def _codes_product(
     ROWS: tl.constexpr,
     STRIDE: tl.constexpr,
     IN_BLOCKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """BLOCK_N outputs of BLOCK_M rows a program."""
-    kind: tl.constexpr = tl.int32 if codes_ptr.dtype.element_ty == tl.int8 else tl.float32
+    KIND: tl.constexpr = tl.int32 if codes_ptr.dtype.element_ty == tl.int8 else tl.float32
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_k = tl.arange(0, BLOCK_K)
     held_m, held_n = tl.minimum(offs_m, rows - 1), tl.minimum(offs_n, N - 1)
-    code_ptrs = codes_ptr + held_n.to(tl.int64)[:, None] * K + offs_k[None, :]
-    x_ptrs = x_ptr + held_m.to(tl.int64)[None, :] * K + offs_k[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    total = tl.zeros([BLOCK_N, BLOCK_M], kind)
+    code_ptrs = codes_ptr + held_n.to(tl.int64)[:, None] * K
+    x_ptrs = x_ptr + held_m.to(tl.int64)[None, :] * K
+    acc, total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32), tl.zeros([BLOCK_N, BLOCK_M], KIND)
     for k in tl.range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            w, x = tl.load(code_ptrs + k), tl.load(x_ptrs + k)
-        else:
-            real = offs_k + k < K
-            w = tl.load(code_ptrs + k, mask=real[None, :], other=0.0)
-            x = tl.load(x_ptrs + k, mask=real[:, None], other=0.0)
+        offs_k = k + tl.arange(0, BLOCK_K)
+        w = _read(code_ptrs + offs_k[None, :], (offs_k < K)[None, :], K % BLOCK_K)
+        x = _read(x_ptrs + offs_k[:, None], (offs_k < K)[:, None], K % BLOCK_K)
         if GROUP < K or IN_BLOCKS:
-            part = _sum(w, x, tl.zeros([BLOCK_N, BLOCK_M], kind)).to(tl.float32)
-            if IN_BLOCKS:
-                part *= tl.load(x_scales_ptr + (k // 128) * rows + held_m)[None, :]
             at = tl.minimum(k // GROUP, (K + GROUP - 1) // GROUP - 1) * (N // ROWS) + held_n // ROWS
-            acc += part * tl.load(scales_ptr + at)[:, None]
-        elif kind == tl.int32:
-            total = _sum(w, x, total)
+            at_x = (k // 128) * rows + held_m
+            acc = _sum_of_group(w, x, acc, x_scales_ptr, scales_ptr, at, at_x, KIND, IN_BLOCKS)
         else:
-            acc += _sum(w, x, tl.zeros([BLOCK_N, BLOCK_M], kind))
-    if GROUP >= K and not IN_BLOCKS:
-        acc = (total.to(tl.float32) + acc) * tl.load(scales_ptr + held_n // ROWS)[:, None]
+            total = _grown(total, w, x)
+    if not (GROUP < K or IN_BLOCKS):
+        acc = total.to(tl.float32) * tl.load(scales_ptr + held_n // ROWS)[:, None]
     if not IN_BLOCKS:
         acc *= tl.load(x_scales_ptr + held_m)[None, :]
-    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, 0, N, STRIDE, HAS_BIAS, False)
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, 0, N, STRIDE)
 
 
 def multiply(
@@ -142,7 +159,6 @@ def own(x: Rounded, weight: Int8 | Fp8, bias: Tensor | None, out: Tensor, *, det
         ROWS=weight.rows if isinstance(weight, Fp8) else 1,
         STRIDE=out.stride(0),
         IN_BLOCKS=x.scales.dim() == 2,
-        HAS_BIAS=bias is not None,
         BLOCK_K=min(BLOCK, byte_columns(k, weight.group)),
         **settings,
     )

@@ -31,7 +31,7 @@ from kernels.triton.lang import dot, round_to
 from kernels.triton.launch import is_recording, launch
 from kernels.triton.layout import split_size
 from kernels.triton.scratch import Scratch
-from kernels.triton.split import add_parts, write_tile
+from kernels.triton.split import add_parts, sum_of_inputs, write_tile
 from kernels.triton.weights import PLANES, Int4, prepare_matrix
 
 MUST = {"int4_few": {"no-i2f"}, "int4_many": {"wgmma", "no-i2f"}}
@@ -44,9 +44,9 @@ _LEAST_OUTPUTS = 32
 
 
 @triton.jit
-def _weights(words, whole, table_ptr, P: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_TABLE: tl.constexpr, dtype):
+def _weights(words, whole, table_ptr, P: tl.constexpr, HAS_ZEROS: tl.constexpr, dtype):
     """One plane, less the whole numbers next to its zeros."""
-    if HAS_TABLE:
+    if table_ptr is not None:
         return round_to(tl.load(table_ptr + code(words, P)), dtype)
     elif HAS_ZEROS:
         return less(raised(words, P, dtype), raised_by(whole, dtype))
@@ -64,22 +64,58 @@ def _words(ptrs, real, ALL: tl.constexpr):
 
 
 @triton.jit
-def _scales(scales_ptr, zeros_ptr, at, HAS_ZEROS: tl.constexpr, HAS_FRACTIONS: tl.constexpr):
+def _scales(scales_ptr, zeros_ptr, at, HAS_FRACTIONS: tl.constexpr):
     """Scales, zeros, and the whole numbers next to these; where there are no zeros the latter mean nothing."""
     scale = tl.load(scales_ptr + at)
-    zero = tl.load(zeros_ptr + at) if HAS_ZEROS else scale
+    zero = tl.load(zeros_ptr + at) if zeros_ptr is not None else scale
     return scale, zero, whole_part(zero) if HAS_FRACTIONS else zero
 
 
+@triton.jit
+def _add_span(
+    acc,  # float32 [..., outputs, rows]
+    words,  # int32 [..., outputs, WIDTH]
+    x_ptrs,  # [..., WIDTH, rows]: inputs of the first plane
+    mask,  # [..., 1, rows]: what is real of them
+    offs_k,  # [..., WIDTH, 1]: their columns
+    offs_n,  # [..., outputs]
+    first,  # [..., 1], or a number: the first column
+    scales_ptr,
+    zeros_ptr,
+    table_ptr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEP: tl.constexpr,
+    HAS_FRACTIONS: tl.constexpr,
+):
+    """acc, and what the eight planes of a span add to it."""
+    for p in tl.static_range(8):
+        if (p * WIDTH) % STEP == 0:
+            at = tl.minimum((first + p * WIDTH) // GROUP, (K + GROUP - 1) // GROUP - 1) * N + offs_n
+            scale, zero, whole = _scales(scales_ptr, zeros_ptr, at, HAS_FRACTIONS)
+            part = tl.zeros(acc.shape, tl.float32)
+        real = mask if K % (8 * WIDTH) == 0 else mask & (offs_k + p * WIDTH < K)
+        x = tl.load(x_ptrs + p * WIDTH, mask=real, other=0.0)
+        w = _weights(words, tl.expand_dims(whole, -1), table_ptr, p, zeros_ptr is not None, x.dtype)
+        part = dot(w, x, part)
+        if HAS_FRACTIONS:
+            part += tl.expand_dims(whole - zero, -1) * sum_of_inputs(x)
+        if ((p + 1) * WIDTH) % STEP == 0:
+            acc += part * tl.expand_dims(scale, -1)
+    return acc
+
+
 @triton.jit(do_not_specialize=["rows"])
-def _int4_few(  # its branches are compiled away
+def _int4_few(
     x_ptr,  # [rows, K]
     codes_ptr,  # int32 [N, SPANS * WIDTH]
     scales_ptr,  # float32 [G, N]
     zeros_ptr,  # float32 [G, N], or none
     table_ptr,  # float32 [16], or none
     bias_ptr,  # float32 [N], or none
-    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    out_ptr,  # [rows, STRIDE], or, where that is 0, float32 [splits, rows, N] without bias
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -88,67 +124,42 @@ def _int4_few(  # its branches are compiled away
     STEP: tl.constexpr,
     SPLIT: tl.constexpr,
     STRIDE: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
     HAS_FRACTIONS: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IN_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     WAYS: tl.constexpr,
 ):
     """BLOCK_N outputs of BLOCK_M rows over SPLIT spans a program."""
     SPANS: tl.constexpr = (K + 8 * WIDTH - 1) // (8 * WIDTH)
-    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    split = tl.program_id(1)
-    offs_w = split * SPLIT + tl.arange(0, WAYS)
+    offs_w = tl.program_id(1) * SPLIT + tl.arange(0, WAYS)[:, None, None]
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_i = tl.arange(0, WIDTH)
     held_n = offs_n if N % BLOCK_N == 0 else tl.minimum(offs_n, N - 1)
     at_n = held_n.to(tl.int64)[None, :, None] * (SPANS * WIDTH)
-    code_ptrs = codes_ptr + at_n + (offs_w * WIDTH)[:, None, None] + offs_i[None, None, :]
-    at_x = (offs_w * (8 * WIDTH))[:, None, None] + offs_i[None, :, None]
-    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * K + at_x
+    code_ptrs = codes_ptr + at_n + tl.arange(0, WIDTH)[None, None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * K
     acc = tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32)
     for i in tl.range(0, (SPLIT + WAYS - 1) // WAYS):
         span = offs_w + i * WAYS
-        real = (span < tl.minimum(SPANS, (split + 1) * SPLIT))[:, None, None]
-        words = _words(code_ptrs + i * (WAYS * WIDTH), real, SPLIT % WAYS == 0 and SPANS % SPLIT == 0)
-        for p in tl.static_range(8):
-            k = span * (8 * WIDTH) + p * WIDTH
-            if (p * WIDTH) % STEP == 0:
-                at = tl.minimum(k // GROUP, LAST)[:, None] * N + held_n[None, :]
-                scale, zero, whole = _scales(scales_ptr, zeros_ptr, at, HAS_ZEROS, HAS_FRACTIONS)
-                if HAS_FRACTIONS:
-                    rest = tl.zeros([WAYS, WIDTH, BLOCK_M], tl.float32)
-                part = tl.zeros([WAYS, BLOCK_N, BLOCK_M], tl.float32)
-            mask = (offs_m < rows)[None, None, :] & real
-            if K % (8 * WIDTH) != 0:
-                mask = mask & (k[:, None, None] + offs_i[None, :, None] < K)
-            x = tl.load(x_ptrs + i * (WAYS * 8 * WIDTH) + p * WIDTH, mask=mask, other=0.0)
-            w = _weights(words, whole[:, :, None], table_ptr, p, HAS_ZEROS, HAS_TABLE, dtype)
-            part = dot(w, x, part)
-            if HAS_FRACTIONS:
-                rest += x.to(tl.float32)
-            if ((p + 1) * WIDTH) % STEP == 0:
-                if HAS_FRACTIONS:
-                    part += (whole - zero)[:, :, None] * tl.sum(rest, axis=1)[:, None, :]
-                acc += part * scale[:, :, None]
-    acc = tl.sum(acc, axis=0)
-    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
+        real = span < tl.minimum(SPANS, (tl.program_id(1) + 1) * SPLIT)
+        words = _words(code_ptrs + span * WIDTH, real, SPLIT % WAYS == 0 and SPANS % SPLIT == 0)
+        offs_k = span * (8 * WIDTH) + tl.arange(0, WIDTH)[None, :, None]
+        mask = (offs_m < rows)[None, None, :] & real
+        first = tl.reshape(span, [WAYS, 1]) * (8 * WIDTH)
+        acc = _add_span(acc, words, x_ptrs + offs_k, mask, offs_k, held_n[None, :], first, scales_ptr, zeros_ptr,
+                        table_ptr, N, K, GROUP, WIDTH, STEP, HAS_FRACTIONS)  # fmt: skip
+    write_tile(tl.sum(acc, axis=0), offs_n, offs_m, bias_ptr, out_ptr, rows, tl.program_id(1), N, STRIDE)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _int4_many(  # likewise
+def _int4_many(
     x_ptr,  # [rows, K]
     codes_ptr,  # int32 [N, SPANS * WIDTH]
     scales_ptr,  # float32 [G, N]
     zeros_ptr,  # float32 [G, N], or none
     table_ptr,  # float32 [16], or none
     bias_ptr,  # float32 [N], or none
-    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    out_ptr,  # [rows, STRIDE], or, where that is 0, float32 [splits, rows, N] without bias
     rows,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -157,18 +168,12 @@ def _int4_many(  # likewise
     STEP: tl.constexpr,
     SPLIT: tl.constexpr,
     STRIDE: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
     HAS_FRACTIONS: tl.constexpr,
-    HAS_TABLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IN_PARTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
     """BLOCK_N outputs of BLOCK_M rows over SPLIT spans a program, span after span."""
     SPANS: tl.constexpr = (K + 8 * WIDTH - 1) // (8 * WIDTH)
-    LAST: tl.constexpr = (K + GROUP - 1) // GROUP - 1
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     split = tl.program_id(2)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -178,27 +183,11 @@ def _int4_many(  # likewise
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * K + offs_i[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for span in tl.range(split * SPLIT, tl.minimum((split + 1) * SPLIT, SPANS)):
+        k = span * (8 * WIDTH)
         words = tl.load(code_ptrs + span * WIDTH)
-        for p in tl.static_range(8):
-            k = span * (8 * WIDTH) + p * WIDTH
-            if (p * WIDTH) % STEP == 0:
-                at = tl.minimum(k // GROUP, LAST) * N + held_n
-                scale, zero, whole = _scales(scales_ptr, zeros_ptr, at, HAS_ZEROS, HAS_FRACTIONS)
-                if HAS_FRACTIONS:
-                    rest = tl.zeros([WIDTH, BLOCK_M], tl.float32)
-                part = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            mask = (offs_m < rows)[None, :]
-            if K % (8 * WIDTH) != 0:
-                mask = mask & (k + offs_i[:, None] < K)
-            x = tl.load(x_ptrs + k, mask=mask, other=0.0)
-            part = dot(_weights(words, whole[:, None], table_ptr, p, HAS_ZEROS, HAS_TABLE, dtype), x, part)
-            if HAS_FRACTIONS:
-                rest += x.to(tl.float32)
-            if ((p + 1) * WIDTH) % STEP == 0:
-                if HAS_FRACTIONS:
-                    part += (whole - zero)[:, None] * tl.sum(rest, axis=0)[None, :]
-                acc += part * scale[:, None]
-    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE, HAS_BIAS, IN_PARTS)
+        acc = _add_span(acc, words, x_ptrs + k, (offs_m < rows)[None, :], k + offs_i[:, None], held_n, k,
+                        scales_ptr, zeros_ptr, table_ptr, N, K, GROUP, WIDTH, STEP, HAS_FRACTIONS)  # fmt: skip
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, split, N, STRIDE)
 
 
 @triton.jit(do_not_specialize=["first", "last"])
@@ -232,7 +221,7 @@ def _int4_plain(
     for p in tl.static_range(8):
         k = span * (8 * WIDTH) + p * WIDTH
         at = tl.minimum(k // GROUP, LAST) * N + offs_n
-        w = _weights(words, 0.0, table_ptr, p, False, HAS_TABLE, tl.float32)
+        w = _weights(words, 0.0, table_ptr, p, False, tl.float32)
         if HAS_ZEROS:
             w -= tl.load(zeros_ptr + at, mask=real, other=0.0)[:, None] - 8.0
         w *= tl.load(scales_ptr + at, mask=real, other=0.0)[:, None]
@@ -302,7 +291,7 @@ def _start(
             grid,
             x,
             *weight[:4],
-            bias,
+            bias if parts is None else None,
             out if parts is None else parts,
             len(x),
             N=n,
@@ -310,12 +299,8 @@ def _start(
             GROUP=weight.group,
             WIDTH=weight.width,
             STEP=_step(weight),
-            STRIDE=out.stride(0),
-            HAS_ZEROS=weight.zeros is not None,
+            STRIDE=out.stride(0) if parts is None else 0,
             HAS_FRACTIONS=fractions,
-            HAS_TABLE=weight.table is not None,
-            HAS_BIAS=bias is not None and parts is None,
-            IN_PARTS=parts is not None,
             **settings,
         )
     if parts is not None:

@@ -36,7 +36,6 @@ def _plain_product(
     N: tl.constexpr,
     K: tl.constexpr,
     STRIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -59,7 +58,7 @@ def _plain_product(
             w = tl.load(w_ptrs + k, mask=real[None, :], other=0.0)
             x = tl.load(x_ptrs + k, mask=mask_m[None, :] & real[:, None], other=0.0)
         acc = dot(w, x, acc)
-    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, 0, N, STRIDE, HAS_BIAS, False)
+    write_tile(acc, offs_n, offs_m, bias_ptr, out_ptr, rows, 0, N, STRIDE)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, *, deterministic: bool = False) -> None:
@@ -96,7 +95,6 @@ def own(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         N=n,
         K=k,
         STRIDE=out.stride(0),
-        HAS_BIAS=bias is not None,
         **settings,
     )
 

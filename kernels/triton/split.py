@@ -19,24 +19,28 @@ from kernels.triton.launch import launch
 
 
 @triton.jit
+def sum_of_inputs(x):
+    """Of each row, [..., 1, rows], of inputs [..., columns, rows]: what a zero point is multiplied by."""
+    return tl.sum(x.to(tl.float32), axis=len(x.shape) - 2, keep_dims=True)
+
+
+@triton.jit
 def write_tile(
     y,  # float32 [BLOCK_N, BLOCK_M]: outputs of rows, one row a column
     offs_n,
     offs_m,
     bias_ptr,  # float32 [N], or none
-    out_ptr,  # [rows, STRIDE], or float32 [splits, rows, N] without bias
+    out_ptr,  # [rows, STRIDE], or, where that is 0, float32 [splits, rows, N]
     rows,
     split,
     N: tl.constexpr,
     STRIDE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    IN_PARTS: tl.constexpr,
 ):
     """Write what is real of a tile, with its bias, or as the part of one split."""
     mask_n = offs_n < N
-    if HAS_BIAS:
+    if bias_ptr is not None:
         y += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[:, None]
-    at_row = (split * rows + offs_m).to(tl.int64) * N if IN_PARTS else offs_m.to(tl.int64) * STRIDE
+    at_row = offs_m.to(tl.int64) * STRIDE if STRIDE > 0 else (split * rows + offs_m).to(tl.int64) * N
     mask = mask_n[:, None] & (offs_m < rows)[None, :]
     tl.store(out_ptr + at_row[None, :] + offs_n[:, None], round_to(y, out_ptr.dtype.element_ty), mask=mask)
 
